@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+# The kernels are compiled once per instruction set, from csrc/cpu/targets/<target>.cpp, each with flags of its own.
+# csrc/cpu/dispatch.cpp learns by FEDPAI_HAVE_<TARGET> which of them exist and chooses at run time.
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  set(FEDPAI_CPU_TARGETS scalar avx2 avx512)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+  set(FEDPAI_CPU_TARGETS scalar neon)
+else()
+  set(FEDPAI_CPU_TARGETS scalar)
+endif()
+
+set(FEDPAI_FLAGS_scalar)
+set(FEDPAI_FLAGS_neon) # part of the aarch64 baseline
+set(FEDPAI_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
+set(FEDPAI_FLAGS_avx512
+  -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mbmi2 -mprefer-vector-width=512)
+
+# Adds the kernels of every instruction set that this architecture can have to `library`.
+function(fedpai_add_cpu_targets library)
+  foreach(target IN LISTS FEDPAI_CPU_TARGETS)
+    set(source csrc/cpu/targets/${target}.cpp)
+    if(NOT EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/${source})
+      continue() # until it has landed
+    endif()
+    set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${FEDPAI_FLAGS_${target}}")
+    target_sources(${library} PRIVATE ${source})
+    string(TOUPPER ${target} upper)
+    target_compile_definitions(${library} PUBLIC FEDPAI_HAVE_${upper}=1)
+  endforeach()
+endfunction()

@@ -1,10 +1,112 @@
 # SPDX-License-Identifier: Apache-2.0
-PY := .venv/bin/python
+# `make run` and `make test` start from a fresh clone: they create .venv, install, build and fetch the data first.
+# Nothing outside this folder is changed, except that the Debian package with the data is installed where that is allowed.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+RUN_DIR ?= runs/demo
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+STAMPS := build/stamps
 BUILD := build/cmake
+# CMake and Ninja come from the environment, so that none has to be installed.
+TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
+FEDPAI_CMAKE_ARGS ?=
+ifdef CI
+FEDPAI_CMAKE_ARGS += -DFEDPAI_WERROR=ON
+endif
+
+.PHONY: help
+help: ## show this list
+	@echo "fedpai-kernels: make <target>"
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)$$/  \1|\2/p' $(MAKEFILE_LIST) | sort | column -t -s '|'
+
+# ---- set-up ---------------------------------------------------------------------------------------------------------
+
+$(STAMPS)/venv:
+	@tools/check_host.sh $(PYTHON)
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch first and alone: everything after it is then resolved around this version.
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(PY) -m pip install torch==2.13.0
+	@touch $@
+
+$(STAMPS)/tools: pyproject.toml $(STAMPS)/torch
+	$(PY) -m pip install --quiet "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13"
+	@touch $@
+
+$(STAMPS)/package: pyproject.toml setup.py $(STAMPS)/tools
+	FEDPAI_BUILD_DIR=$(BUILD) FEDPAI_CMAKE_ARGS="$(FEDPAI_CMAKE_ARGS)" \
+	  $(PY) -m pip install --quiet --no-build-isolation --editable ".[fed,bench,dev]"
+	@touch $@
+
+.PHONY: develop
+develop: $(STAMPS)/package build ## create .venv with the package in it (editable), and build
+
+.PHONY: data
+data: ## fetch Fashion-MNIST (a Debian package)
+	@tools/fetch_data.sh
+
+# ---- build ----------------------------------------------------------------------------------------------------------
 
 .PHONY: build
-build: ## compile the module into fedpai_kernels/ (incremental)
-	.venv/bin/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	  -DPython_EXECUTABLE=$(abspath $(PY)) -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) \
-	  -DCMAKE_MAKE_PROGRAM=$(abspath .venv/bin/ninja) -DFEDPAI_MODULE_DIR=$(CURDIR)/fedpai_kernels $(FEDPAI_CMAKE_ARGS)
-	.venv/bin/cmake --build $(BUILD)
+build: $(STAMPS)/tools ## compile the module into fedpai_kernels/ (incremental)
+	@$(TOOLS) cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
+	  -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" -DFEDPAI_MODULE_DIR=$(CURDIR)/fedpai_kernels \
+	  -DFEDPAI_BUILD_TESTS=ON $(FEDPAI_CMAKE_ARGS) --log-level=WARNING
+	@$(TOOLS) cmake --build $(BUILD)
+
+# ---- run ------------------------------------------------------------------------------------------------------------
+
+.PHONY: run
+run: develop data ## the demonstration: dense FedAvg against the sparse network, report included
+	$(BIN)/fedpai run --preset demo --out $(RUN_DIR)
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+.PHONY: lint
+lint: $(STAMPS)/package ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.PHONY: ctest
+ctest: build ## the C++ kernel tests, as optimised for use
+	@$(TOOLS) ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
+
+.PHONY: sanitize
+sanitize: $(STAMPS)/tools ## the C++ kernel tests under the address and undefined-behaviour sanitizers
+	@$(TOOLS) cmake --preset sanitize $(FEDPAI_CMAKE_ARGS) --log-level=WARNING
+	@$(TOOLS) cmake --build --preset sanitize
+	@$(TOOLS) ctest --preset sanitize
+
+.PHONY: pytest
+pytest: develop data
+	@$(PY) -m pytest -q -m "not bench"
+
+# pytest comes last: its summary line closes the output.
+.PHONY: test
+test: develop lint ctest sanitize pytest ## everything that CI checks
+
+.PHONY: bench
+bench: develop ## kernel and training-step benchmarks
+	$(PY) -m pytest -m bench benchmarks
+
+# ---- clean ----------------------------------------------------------------------------------------------------------
+
+.PHONY: clean
+clean: ## remove what was built (keeps .venv, data and runs)
+	rm -rf build dist *.egg-info fedpai_kernels/*.so .mypy_cache .ruff_cache .pytest_cache
+
+.PHONY: distclean
+distclean: clean ## also remove .venv
+	rm -rf $(VENV)

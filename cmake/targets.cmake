@@ -15,6 +15,10 @@ set(FEDPAI_FLAGS_neon) # part of the aarch64 baseline
 set(FEDPAI_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
 set(FEDPAI_FLAGS_avx512
   -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mbmi2 -mprefer-vector-width=512)
+if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
+  # gcc's own avx512 headers trip over these two (gcc bug 105593).
+  list(APPEND FEDPAI_FLAGS_avx512 -Wno-uninitialized -Wno-maybe-uninitialized)
+endif()
 
 # Adds the kernels of every instruction set that this architecture can have to `library`. Each is an object library
 # fedpai_cpu_<target>, so that a test can look at its objects.
@@ -22,8 +26,8 @@ function(fedpai_add_cpu_targets library)
   foreach(target IN LISTS FEDPAI_CPU_TARGETS)
     add_library(fedpai_cpu_${target} OBJECT csrc/cpu/targets/${target}.cpp)
     target_include_directories(fedpai_cpu_${target} PRIVATE csrc)
-    target_compile_options(fedpai_cpu_${target} PRIVATE ${FEDPAI_FLAGS_${target}})
     target_link_libraries(fedpai_cpu_${target} PRIVATE fedpai_settings OpenMP::OpenMP_CXX)
+    target_compile_options(fedpai_cpu_${target} PRIVATE ${FEDPAI_FLAGS_${target}})
     target_sources(${library} PRIVATE $<TARGET_OBJECTS:fedpai_cpu_${target}>)
     string(TOUPPER ${target} upper)
     target_compile_definitions(${library} PUBLIC FEDPAI_HAVE_${upper}=1)

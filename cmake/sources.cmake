@@ -6,6 +6,7 @@
 set(FEDPAI_CORE_SOURCES
   csrc/plan/plan.cpp
   csrc/cpu/dispatch.cpp
+  csrc/cpu/conv2d/tiling.cpp
   csrc/cpu/conv2d/schedule.cpp
   csrc/cpu/conv2d/conv2d.cpp)
 

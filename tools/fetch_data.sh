@@ -7,7 +7,6 @@ package=dataset-fashion-mnist
 system=/usr/share/datasets/fashion-mnist
 here=$(cd "$(dirname "$0")/.." && pwd)
 local_root=$here/data
-given=${FEDPAI_DATA:-}
 
 complete() { # complete <folder>: all four files
     for name in train-images-idx3 train-labels-idx1 t10k-images-idx3 t10k-labels-idx1; do
@@ -15,7 +14,7 @@ complete() { # complete <folder>: all four files
     done
 }
 
-for folder in ${given:+"$given" "$given/fashion-mnist"} "$system" "$local_root/fashion-mnist"; do
+for folder in "$system" "$local_root/fashion-mnist"; do
     if complete "$folder"; then
         echo "Fashion-MNIST: $folder"
         exit 0
@@ -50,6 +49,6 @@ cat >&2 <<MSG
 Fashion-MNIST was not found and could not be installed. Either
   - as root on Debian or Ubuntu: apt install $package
   - or put its four *-ubyte.gz files (https://github.com/zalandoresearch/fashion-mnist) into
-    $local_root/fashion-mnist, or into a folder that FEDPAI_DATA names.
+    $local_root/fashion-mnist.
 MSG
 exit 1

@@ -71,12 +71,23 @@ def _parse(stream: BinaryIO, path: Path, dimensions: int) -> torch.Tensor:
     shape = struct.unpack(f">{dimensions}I", header)
     expected = math.prod(shape)
     # One byte more than needed: shows a file that is too long, and makes gzip check its checksum.
-    content = stream.read(expected + 1)
+    content = _read_up_to(stream, expected + 1)
     if len(content) != expected:
         size = "more" if len(content) > expected else str(len(content))
         promised = " x ".join(map(str, shape))
         raise DataError(f"{path}: the header promises {promised} = {expected} bytes, the file holds {size}")
-    return torch.from_numpy(np.frombuffer(bytearray(content), np.uint8).reshape(shape))
+    return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape))
+
+
+def _read_up_to(stream: BinaryIO, size: int) -> bytearray:
+    """At most ``size`` bytes, piece by piece: a damaged header must not decide how much memory is asked for."""
+    content = bytearray()
+    while len(content) < size:
+        piece = stream.read(min(size - len(content), 1 << 20))
+        if not piece:
+            break
+        content += piece
+    return content
 
 
 def _guess(found: bytes) -> str:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that flat vectors are poured into and read back from.
+
+A `ModelPool` builds one model per mask and keeps it, so that plans are compiled once however many clients
+and rounds use the mask. A client's values live in vectors between its turns, never in a model.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, module_of
+
+POOL_LIMIT = 16
+"""Models kept at a time; with more personal masks than this the least recently used one is rebuilt."""
+
+
+class BoundModel:
+    """A model, dense or sparse, whose tensors are tied to the places of a packed vector.
+
+    Attributes:
+        model: the torch module that trains.
+        mask: what it keeps (None: dense).
+        report: what `sparsify_` said about each layer (None: dense).
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout, mask: MaskSet | None, report: Any = None) -> None:
+        self.model = model
+        self.layout = layout
+        self.mask = mask
+        self.report = report
+        self._floats: list[tuple[slice, Tensor, Tensor | None]] = []
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        if mask is None:
+            parts = [(slot, slice(slot.offset, slot.stop)) for slot in layout.weights]
+        else:
+            parts = mask.parts()
+        for slot, where in parts:
+            module = model.get_submodule(module_of(slot))
+            values = getattr(module, "values", None)
+            if mask is not None and isinstance(values, Tensor):
+                self._floats.append((where, values, None))
+            elif mask is not None:
+                inside = torch.from_numpy(mask.positions[where] - slot.offset)
+                self._floats.append((where, tensors[slot.key], inside))
+            else:
+                self._floats.append((where, tensors[slot.key], None))
+        start = layout.weight_count if mask is None else mask.kept
+        for slot in layout.others:
+            self._floats.append((slice(start + slot.offset, start + slot.stop), tensors[slot.key], None))
+        self._ints = [(slice(slot.offset, slot.stop), tensors[slot.key]) for slot in layout.ints]
+
+    @torch.no_grad()
+    def load(self, floats: Floats, ints: Ints) -> None:
+        """Overwrites every tensor of the model from packed vectors.
+
+        Raises:
+            LayoutError: vectors of another length or dtype; the model is untouched.
+        """
+        self.layout.check(floats, ints, self.mask)
+        # torch warns about read-only memory, which decoded messages are; it is only read here.
+        source = torch.from_numpy(floats if floats.flags.writeable else floats.copy())
+        for where, tensor, inside in self._floats:
+            part = source[where]
+            if inside is None:
+                tensor.copy_(part.view(tensor.shape))
+            else:
+                dense = torch.zeros(tensor.numel(), dtype=tensor.dtype)
+                dense[inside] = part
+                tensor.copy_(dense.view(tensor.shape))
+        for where, tensor in self._ints:
+            tensor.copy_(torch.from_numpy(ints[where].copy()).view(tensor.shape))
+
+    @torch.no_grad()
+    def read(self) -> tuple[Floats, Ints]:
+        """The model's tensors as packed vectors (fresh memory)."""
+        floats = np.empty(self.layout.float_count(self.mask), np.float32)
+        target = torch.from_numpy(floats)
+        for where, tensor, inside in self._floats:
+            flat = tensor.detach().reshape(-1)
+            target[where] = flat if inside is None else flat[inside]
+        ints = np.empty(self.layout.int_count, np.int64)
+        for where, tensor in self._ints:
+            ints[where] = tensor.reshape(-1).numpy()
+        return floats, ints
+
+
+class ModelPool:
+    """Hands out bound models by mask.
+
+    Args:
+        create: builds a fresh dense model; its weights are overwritten.
+        memory_format: of dense models and of the images they get.
+    """
+
+    def __init__(
+        self, create: Callable[[], nn.Module], layout: Layout, memory_format: torch.memory_format
+    ) -> None:
+        self._create = create
+        self._layout = layout
+        self._memory_format = memory_format
+        self._kept: OrderedDict[bytes | None, BoundModel] = OrderedDict()
+
+    def get(self, mask: MaskSet | None) -> BoundModel:
+        """The model for a mask (None: dense). Its values are whatever the last user left there."""
+        key = None if mask is None else mask.digest
+        bound = self._kept.get(key)
+        if bound is None:
+            bound = self._kept[key] = self._build(mask)
+            if len(self._kept) > POOL_LIMIT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return bound
+
+    def plain(self, floats: Floats, ints: Ints) -> nn.Module:
+        """A separate dense torch model with the given dense values, for scoring."""
+        model = self._create()
+        model.load_state_dict(self._layout.scatter(floats, ints))
+        return model
+
+    def images(self, bound: BoundModel, x: Tensor) -> Tensor:
+        """The batch in the memory format that the model likes best."""
+        if bound.mask is None and x.dim() == 4:
+            return x.contiguous(memory_format=self._memory_format)
+        return x
+
+    def _build(self, mask: MaskSet | None) -> BoundModel:
+        model = self._create()
+        if mask is None:
+            return BoundModel(model.to(memory_format=self._memory_format), self._layout, None)
+        import fedpai_kernels
+
+        report = fedpai_kernels.sparsify_(model, mask.masks())
+        return BoundModel(model, self._layout, mask, report)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One client's turn: what it was sent, its images, its local training, what it sends back.
+
+`Client` lives for one turn. What a client keeps between turns (its mask, a method's own arrays) is its
+`ClientMemory`, which an engine stores wherever that client runs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedpai.data import Dataset
+from fedpai.federation.bound import BoundModel, ModelPool
+from fedpai.federation.config import RunConfig
+from fedpai.federation.layout import Floats, Ints, Layout, MaskSet
+from fedpai.federation.payload import NO_MASK, SERVER, Kind, Payload, PayloadError, decode, encode
+from fedpai.federation.seeds import derive, generator, torch_seed
+from fedpai.federation.server import mask_from
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class ClientMemory:
+    """What one client keeps between its turns."""
+
+    mask: MaskSet | None = None
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass
+class TrainingLog:
+    """What local training measured.
+
+    Attributes:
+        seconds: wall-clock of the training steps (forward, loss, backward, optimiser), nothing else.
+        step_ms: one entry for each step of a full batch.
+        steps, images: all of them, short batches included.
+        loss: sum over images of the training loss.
+    """
+
+    seconds: float = 0.0
+    step_ms: list[float] = field(default_factory=list)
+    steps: int = 0
+    images: int = 0
+    loss: float = 0.0
+
+
+@dataclass
+class Client:
+    """One client during one turn.
+
+    Attributes:
+        id, round: who and when; round 0 is the turn before training.
+        config, layout: the run's settings and the architecture.
+        data, indices: the data set, and which of its training examples are the client's.
+        memory: what it kept from earlier turns.
+        pool: builds models.
+        on_step: told (step, steps) as training goes on.
+        log: filled by `fit`.
+    """
+
+    id: int
+    round: int
+    config: RunConfig
+    layout: Layout
+    data: Dataset
+    indices: np.ndarray
+    memory: ClientMemory
+    pool: ModelPool
+    on_step: Callable[[int, int], None] = lambda step, steps: None
+    log: TrainingLog = field(default_factory=TrainingLog)
+    floats: Floats | None = None
+    ints: Ints | None = None
+
+    @property
+    def examples(self) -> int:
+        """n_k."""
+        return int(self.indices.size)
+
+    # -- messages ----------------------------------------------------------------------------------------
+
+    def receive(self, messages: list[bytes]) -> None:
+        """Takes in what the server sent: a mask, where it is new, then the model under it.
+
+        Raises:
+            PayloadError: a message that is damaged, stale or for another model; nothing was changed by it.
+        """
+        for message in messages:
+            payload = decode(message)
+            mask = self.memory.mask
+            if payload.kind is Kind.MASK:
+                self._expect(payload, Kind.MASK, self.layout.weight_count, None, 0)
+                self.memory.mask = mask_from(payload, self.layout)
+            else:
+                count, digest = self.layout.float_count(mask), NO_MASK if mask is None else mask.digest
+                self._expect(payload, Kind.VALUES, count, digest, self.layout.int_count)
+                self.floats, self.ints = payload.values, payload.ints
+
+    def _expect(self, payload: Payload, kind: Kind, count: int, mask_digest: bytes | None, ints: int) -> None:
+        payload.expect(
+            kind=kind,
+            round=self.round,
+            client=SERVER,
+            model_digest=self.layout.digest,
+            mask_digest=mask_digest,
+            count=count,
+            ints=ints,
+        )
+
+    def values_message(self) -> bytes:
+        """The client's model, packed under its mask."""
+        floats, ints = self.model_vectors()
+        return self._encode(Kind.VALUES, self.memory.mask, values=floats, ints=ints)
+
+    def scores_message(self, scores: Floats) -> bytes:
+        """One score for each conv and linear weight."""
+        return self._encode(Kind.SCORES, None, values=scores)
+
+    def mask_message(self, mask: MaskSet) -> bytes:
+        """A mask that this client chose."""
+        return self._encode(Kind.MASK, mask, bits=mask.bits(), count=self.layout.weight_count)
+
+    def _encode(
+        self,
+        kind: Kind,
+        mask: MaskSet | None,
+        *,
+        values: Floats | None = None,
+        ints: Ints | None = None,
+        bits: bytes = b"",
+        count: int | None = None,
+    ) -> bytes:
+        return encode(
+            kind,
+            round=self.round,
+            client=self.id,
+            examples=self.examples,
+            model_digest=self.layout.digest,
+            mask_digest=NO_MASK if mask is None else mask.digest,
+            values=values,
+            ints=ints,
+            bits=bits,
+            count=count,
+        )
+
+    # -- the model ---------------------------------------------------------------------------------------
+
+    def model_vectors(self) -> tuple[Floats, Ints]:
+        """The client's current model as packed vectors.
+
+        Raises:
+            PayloadError: the server has sent no model in this turn.
+        """
+        if self.floats is None or self.ints is None:
+            raise PayloadError(f"client {self.id} was sent no model in round {self.round}")
+        return self.floats, self.ints
+
+    def bound(self) -> BoundModel:
+        """A trainable model that holds the client's values; pass it to `keep` after changing it."""
+        bound = self.pool.get(self.memory.mask)
+        bound.load(*self.model_vectors())
+        return bound
+
+    def keep(self, bound: BoundModel) -> None:
+        """Takes the model's values as the client's own."""
+        self.floats, self.ints = bound.read()
+
+    def seed(self, purpose: str) -> int:
+        """A seed of this client in this round."""
+        return derive(self.config.seed, purpose, self.round, self.id)
+
+    def fit(self, loss: Loss = nn.functional.cross_entropy, *, epochs: int | None = None) -> None:
+        """Local training: SGD with momentum and weight decay, fresh optimiser, shuffled batches.
+
+        Fills `log`; only the training steps are timed, not the making of batches.
+        """
+        config = self.config
+        bound = self.bound()
+        model = bound.model.train()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimiser = torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        )
+        batches = list(self._batches(config.local_epochs if epochs is None else epochs))
+        with torch_seed(config.seed, "train", self.round, self.id):
+            for number, batch in enumerate(batches):
+                x, y = self.data.batch(batch)
+                x = self.pool.images(bound, x)
+                start = time.perf_counter()
+                optimiser.zero_grad(set_to_none=True)
+                value = loss(model(x), y)
+                value.backward()
+                optimiser.step()
+                seconds = time.perf_counter() - start
+                self._record(seconds, float(value.detach()), len(batch))
+                self.on_step(number + 1, len(batches))
+        self.keep(bound)
+
+    def _record(self, seconds: float, loss: float, images: int) -> None:
+        self.log.seconds += seconds
+        self.log.steps += 1
+        self.log.images += images
+        self.log.loss += loss * images if math.isfinite(loss) else math.nan
+        if images == self.config.batch:
+            self.log.step_ms.append(1e3 * seconds)
+
+    def _batches(self, epochs: int) -> Iterator[np.ndarray]:
+        """Shuffled batches; a last batch of one image joins its neighbour (batch norm needs two)."""
+        size = self.config.batch
+        for epoch in range(epochs):
+            order = generator(self.config.seed, "batches", self.round, self.id, epoch).permutation(self.indices)
+            cuts = list(range(size, order.size, size))
+            if cuts and order.size - cuts[-1] == 1:
+                cuts.pop()
+            yield from np.split(order, cuts)

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: sample clients, send, let them train, check what comes back, merge, evaluate, write a row.
+
+`Federation` is the server's program. It reaches clients only through a `Link`, with bytes. `LocalClients`
+is the link to clients that live in this process and take turns.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedpai.data import Dataset
+from fedpai.federation.bound import ModelPool
+from fedpai.federation.client import Client, ClientMemory, TrainingLog
+from fedpai.federation.config import RunConfig
+from fedpai.federation.evaluate import Evaluator
+from fedpai.federation.layout import Layout
+from fedpai.federation.payload import PayloadError
+from fedpai.federation.progress import Progress
+from fedpai.federation.seeds import generator
+from fedpai.federation.server import Server, Update
+from fedpai.methods.base import Method
+
+Row = dict[str, Any]
+
+
+class ClientError(RuntimeError):
+    """A client that could not be reached or did not answer. The round goes on without it."""
+
+
+@dataclass
+class Reply:
+    """A client's answer.
+
+    Attributes:
+        messages: what goes to the server, as bytes.
+        log: what its training measured; reporting only, the server's arithmetic never uses it.
+        seconds: wall-clock of the client's whole work in round 0.
+        personal_accuracy: of its own model on its own class mix, where the method asks for it.
+    """
+
+    messages: list[bytes]
+    log: TrainingLog = field(default_factory=TrainingLog)
+    seconds: float = 0.0
+    personal_accuracy: float | None = None
+
+
+class Link(Protocol):
+    """The way to the clients."""
+
+    def turn(self, client: int, round: int, messages: list[bytes]) -> Reply:
+        """Delivers messages to a client, lets it take its turn, brings its answer.
+
+        Raises:
+            ClientError: the client cannot be reached or gave up.
+            PayloadError: the client refused what it was sent.
+        """
+        ...
+
+
+class LocalClients:
+    """Clients in this process, one after the other, each seeing only its own images and its own memory."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: Method,
+        layout: Layout,
+        data: Dataset,
+        partition: Sequence[np.ndarray],
+        pool: ModelPool,
+        evaluator: Evaluator,
+        progress: Progress,
+    ) -> None:
+        self._config = config
+        self._method = method
+        self._layout = layout
+        self._data = data
+        self._partition = partition
+        self._pool = pool
+        self._evaluator = evaluator
+        self._progress = progress
+        self.memories = {client: ClientMemory() for client in range(len(partition))}
+
+    def turn(self, client: int, round: int, messages: list[bytes]) -> Reply:
+        """See `Link.turn`."""
+        me = Client(
+            id=client,
+            round=round,
+            config=self._config,
+            layout=self._layout,
+            data=self._data,
+            indices=self._partition[client],
+            memory=self.memories[client],
+            pool=self._pool,
+            on_step=self._progress.step,
+        )
+        me.receive(messages)
+        if round == 0:
+            start = time.perf_counter()
+            answer = self._method.propose(me)
+            return Reply(answer, seconds=time.perf_counter() - start)
+        self._method.train(me)
+        accuracy = self._personal_accuracy(me) if self._method.personal else None
+        return Reply(self._method.answer(me), me.log, personal_accuracy=accuracy)
+
+    def _personal_accuracy(self, me: Client) -> float:
+        score = self._evaluator.score(me.bound(), self._pool)
+        labels = self._data.train_labels.numpy()[me.indices]
+        return score.under(np.bincount(labels, minlength=self._evaluator.classes))
+
+
+class Federation:
+    """The server's program for one method.
+
+    Attributes:
+        server: the state that a checkpoint saves.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: Method,
+        server: Server,
+        link: Link,
+        pool: ModelPool,
+        evaluator: Evaluator,
+        progress: Progress,
+    ) -> None:
+        self.config = config
+        self.method = method
+        self.server = server
+        self._link = link
+        self._pool = pool
+        self._evaluator = evaluator
+        self._progress = progress
+
+    def choose_masks(self) -> Row:
+        """Round 0: masks are chosen and the untrained model is evaluated."""
+        start = time.perf_counter()
+        turns = _Turns()
+        self.method.choose_masks(self.server)
+        everybody = list(range(self.config.clients))
+        if self.method.asks_clients:
+            self._turns(everybody, turns, self.method.accept_proposal)
+            self.method.agree(self.server, turns.updates)
+        sampled = everybody if self.method.asks_clients else []
+        masks = time.perf_counter() - start
+        return self._row(sampled, turns, start, masks=masks, proposals=turns.choosing)
+
+    def run_round(self) -> Row:
+        """One round of training."""
+        start = time.perf_counter()
+        self.server.round += 1
+        sampled = self._sample()
+        turns = _Turns()
+        self._turns(sampled, turns, self.method.accept)
+        merging = time.perf_counter()
+        if turns.updates:
+            self.method.merge(self.server, turns.updates)
+        merging = time.perf_counter() - merging
+        return self._row(sampled, turns, start, merge=merging)
+
+    def _sample(self) -> list[int]:
+        """The clients of this round, ascending. A client whose proposal was refused has no mask and sits out."""
+        server = self.server
+        able = sorted(server.client_masks) if server.client_masks else list(range(self.config.clients))
+        count = min(self.config.sample, len(able))
+        draw = generator(self.config.seed, "clients of a round", server.round)
+        return sorted(int(client) for client in draw.choice(able, count, replace=False))
+
+    def _turns(self, clients: list[int], turns: _Turns, accept: Any) -> None:
+        for number, client in enumerate(clients):
+            self._progress.client(number, len(clients), client)
+            down = self.method.send(self.server, client)
+            turns.bytes_down += sum(map(len, down))
+            try:
+                reply = self._link.turn(client, self.server.round, down)
+                self.server.informed.add(client)
+                turns.bytes_up += sum(map(len, reply.messages))
+                turns.add(reply)
+                update = accept(self.server, client, reply.messages)
+            except (PayloadError, ClientError) as error:
+                turns.refused.append({"client": client, "reason": str(error)})
+                self._progress.note(f"round {self.server.round}: client {client} refused: {error}")
+            else:
+                turns.updates.append(update)
+                if reply.personal_accuracy is not None:
+                    turns.personal.append((update.examples, reply.personal_accuracy))
+
+    def _row(self, sampled: list[int], turns: _Turns, start: float, **parts: float) -> Row:
+        server = self.server
+        evaluating = time.perf_counter()
+        bound = self._pool.get(server.mask)
+        bound.load(server.floats, server.ints)
+        score = self._evaluator.score(bound, self._pool)
+        evaluating = time.perf_counter() - evaluating
+        masks = [mask for mask in (server.mask_of(client) for client in sampled) if mask is not None]
+        overall = 1.0 if server.mask is None else server.mask.density
+        return {
+            "method": self.method.name,
+            "round": server.round,
+            "accuracy": score.accuracy,
+            "test_loss": _finite(score.loss),
+            "personal_accuracy": turns.personal_accuracy(),
+            "train_loss": _finite(turns.loss / turns.images) if turns.images else None,
+            "sampled": sampled,
+            "refused": turns.refused,
+            "examples": sum(update.examples for update in turns.updates),
+            "images": turns.images,
+            "steps": turns.steps,
+            "bytes_up": turns.bytes_up,
+            "bytes_down": turns.bytes_down,
+            "density": fmean(mask.density for mask in masks) if masks else overall,
+            "global_density": overall,
+            "time": {
+                "compute": turns.seconds,
+                "step_ms": [round(ms, 3) for ms in turns.step_ms],
+                "evaluate": evaluating,
+                "round": time.perf_counter() - start,
+                **parts,
+            },
+        }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN; a loss that ran away is null."""
+    return value if math.isfinite(value) else None
+
+
+@dataclass
+class _Turns:
+    """What the turns of one round add up to."""
+
+    updates: list[Update] = field(default_factory=list)
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    personal: list[tuple[int, float]] = field(default_factory=list)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    choosing: float = 0.0
+    step_ms: list[float] = field(default_factory=list)
+    steps: int = 0
+    images: int = 0
+    loss: float = 0.0
+
+    def add(self, reply: Reply) -> None:
+        self.seconds += reply.log.seconds
+        self.choosing += reply.seconds
+        self.step_ms += reply.log.step_ms
+        self.steps += reply.log.steps
+        self.images += reply.log.images
+        self.loss += reply.log.loss
+
+    def personal_accuracy(self) -> float | None:
+        known = [(n, accuracy) for n, accuracy in self.personal if math.isfinite(accuracy)]
+        total = sum(n for n, _ in known)
+        return sum(n * accuracy for n, accuracy in known) / total if total else None

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the server holds between rounds, and the few operations that methods build on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedpai.federation.config import RunConfig
+from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, pack, places, union, unpack
+from fedpai.federation.payload import NO_MASK, SERVER, Kind, Payload, PayloadError, decode, encode
+
+
+@dataclass
+class Update:
+    """What one client contributed to a round, already checked.
+
+    Attributes:
+        client, examples: who sent it and how many examples stand behind it (n_k).
+        floats, ints: its model under its mask, where it sent one.
+        scores: saliency per weight, where it sent them.
+        mask: a new mask, where it sent one.
+    """
+
+    client: int
+    examples: int
+    floats: Floats | None = None
+    ints: Ints | None = None
+    scores: Floats | None = None
+    mask: MaskSet | None = None
+
+
+@dataclass
+class Server:
+    """The server's side of a run. Methods read and replace its fields; the checkpoint saves all of them.
+
+    Attributes:
+        config, layout: the run's settings and the architecture.
+        floats, ints: the global model, packed under `mask`.
+        mask: what the global model keeps (None: dense). Under personal masks, the union of them: a weight
+            that no client keeps is not part of the model.
+        client_masks: personal masks by client id; empty when everybody shares `mask`.
+        informed: clients that already hold their mask, so that it travels once.
+        round: 0 while masks are chosen, then 1, 2, ...
+        extra: further arrays that a method keeps between rounds.
+    """
+
+    config: RunConfig
+    layout: Layout
+    floats: Floats
+    ints: Ints
+    mask: MaskSet | None = None
+    client_masks: dict[int, MaskSet] = field(default_factory=dict)
+    informed: set[int] = field(default_factory=set)
+    round: int = 0
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+    _places: dict[int, Ints] = field(default_factory=dict, repr=False)
+
+    # -- masks -------------------------------------------------------------------------------------------
+
+    def set_mask(self, mask: MaskSet) -> None:
+        """Gives everybody one mask. Values it does not keep are dropped, weights it brings back start at 0."""
+        self._repack(mask)
+        self.client_masks = {}
+        self.informed = set()
+
+    def set_client_masks(self, masks: dict[int, MaskSet], *, informed: Iterable[int] = ()) -> None:
+        """Gives each client its own mask; the global model keeps the union.
+
+        Args:
+            masks: by client id, at least one.
+            informed: clients that chose their mask themselves and need not be told.
+        """
+        self._repack(union(list(masks.values())))
+        self.client_masks = dict(sorted(masks.items()))
+        self.informed = set(informed)
+
+    def _repack(self, mask: MaskSet) -> None:
+        dense = unpack(self.floats, self.mask, self.layout)
+        self.floats = pack(dense, mask, self.layout)
+        self.mask = mask
+        self._places = {}
+
+    def mask_of(self, client: int) -> MaskSet | None:
+        """The mask under which a client trains."""
+        return self.client_masks.get(client, self.mask)
+
+    def places_of(self, client: int) -> Ints:
+        """Where the floats of a client's message lie in the global vector."""
+        known = self._places.get(client)
+        if known is None:
+            mask = self.mask_of(client)
+            if mask is None or self.mask is None:
+                known = np.arange(self.floats.size, dtype=np.int64)
+            else:
+                tail = np.arange(self.mask.kept, self.floats.size, dtype=np.int64)
+                known = np.concatenate((places(mask, self.mask), tail))
+            self._places[client] = known
+        return known
+
+    def dense(self) -> tuple[Floats, Ints]:
+        """The global model as dense vectors, zeros at the pruned weights."""
+        return unpack(self.floats, self.mask, self.layout), self.ints.copy()
+
+    # -- messages ----------------------------------------------------------------------------------------
+
+    def values_message(self, client: int) -> bytes:
+        """The global model as this client sees it."""
+        mask = self.mask_of(client)
+        shared = mask is None or not self.client_masks
+        floats = self.floats if shared else self.floats[self.places_of(client)]
+        return encode(
+            Kind.VALUES,
+            round=self.round,
+            client=SERVER,
+            examples=0,
+            model_digest=self.layout.digest,
+            mask_digest=NO_MASK if mask is None else mask.digest,
+            values=floats,
+            ints=self.ints,
+        )
+
+    def mask_message(self, client: int) -> list[bytes]:
+        """The client's mask, if it has one and has not been told yet; else nothing."""
+        mask = self.mask_of(client)
+        if mask is None or client in self.informed:
+            return []
+        message = encode(
+            Kind.MASK,
+            round=self.round,
+            client=SERVER,
+            examples=0,
+            model_digest=self.layout.digest,
+            mask_digest=mask.digest,
+            bits=mask.bits(),
+            count=self.layout.weight_count,
+        )
+        return [message]
+
+    def read_values(self, client: int, message: bytes) -> Update:
+        """Checks a client's VALUES message against its mask and this round.
+
+        Raises:
+            PayloadError: anything that differs from what this client must send now.
+        """
+        mask = self.mask_of(client)
+        payload = self._expect(
+            client,
+            message,
+            Kind.VALUES,
+            count=self.layout.float_count(mask),
+            mask_digest=NO_MASK if mask is None else mask.digest,
+            ints=self.layout.int_count,
+        )
+        return Update(client, payload.examples, floats=payload.values, ints=payload.ints)
+
+    def read_scores(self, client: int, message: bytes) -> Update:
+        """Checks a client's SCORES message. Raises PayloadError as `read_values` does."""
+        payload = self._expect(client, message, Kind.SCORES, count=self.layout.weight_count, mask_digest=NO_MASK)
+        return Update(client, payload.examples, scores=payload.values)
+
+    def read_mask(self, client: int, message: bytes) -> Update:
+        """Checks a client's MASK message. Raises PayloadError as `read_values` does."""
+        payload = self._expect(client, message, Kind.MASK, count=self.layout.weight_count, mask_digest=None)
+        return Update(client, payload.examples, mask=mask_from(payload, self.layout))
+
+    def _expect(
+        self, client: int, message: bytes, kind: Kind, *, count: int, mask_digest: bytes | None, ints: int = 0
+    ) -> Payload:
+        return decode(message).expect(
+            kind=kind,
+            round=self.round,
+            client=client,
+            model_digest=self.layout.digest,
+            mask_digest=mask_digest,
+            count=count,
+            ints=ints,
+        )
+
+
+def mask_from(payload: Payload, layout: Layout) -> MaskSet:
+    """The mask that a MASK message carries.
+
+    Raises:
+        PayloadError: a bitmap that does not fit the model or does not have the digest it claims.
+    """
+    try:
+        mask = MaskSet.from_bits(layout, payload.bits)
+    except ValueError as error:
+        raise PayloadError(f"payload mask: {error}") from None
+    if mask.digest != payload.mask_digest:
+        raise PayloadError(
+            f"payload mask has digest {mask.digest.hex()[:16]}, its header says {payload.mask_digest.hex()[:16]}"
+        )
+    return mask

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interface that a federated method fills in.
+
+A run is one turn of choosing masks (round 0) and then rounds of training. In every turn the server sends
+messages to clients, each client answers with messages, and the server merges what it accepts. Messages
+are bytes and the two sides share nothing else, so a method runs the same in one process or in many.
+
+The defaults below are dense federated averaging. A method overrides what it does differently:
+
+    hook              side     question it answers
+    choose_masks      server   which masks can be chosen before hearing from anybody?
+    asks_clients      server   must clients speak before the first round (round 0)?
+    propose           client   what does a client say in round 0?
+    accept_proposal   server   is that message fit to be used?
+    agree             server   which masks follow from the proposals?
+    send              server   what does a client get at the start of its turn?
+    train             client   what does it train?
+    answer            client   what does it send back?
+    accept            server   is that message fit to be used?
+    merge             server   how do the answers become the next global model (and the next masks)?
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from fedpai.federation.aggregate import largest, masked_mean, weighted_mean
+from fedpai.federation.client import Client
+from fedpai.federation.config import RunConfig
+from fedpai.federation.layout import Floats, Ints
+from fedpai.federation.payload import PayloadError
+from fedpai.federation.server import Server, Update
+
+
+class Method:
+    """Dense federated averaging, and the base of every other method.
+
+    Attributes:
+        name: what `--method` takes.
+        summary: one line for the help text.
+        uses: settings of the run that mean something to this method, beside the common ones.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    uses: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    @property
+    def personal(self) -> bool:
+        """Whether clients end a round with a model of their own that deserves its own accuracy column."""
+        return False
+
+    # -- round 0: masks ----------------------------------------------------------------------------------
+
+    def choose_masks(self, server: Server) -> None:
+        """Server, before anything is sent. Default: no mask, a dense model."""
+
+    @property
+    def asks_clients(self) -> bool:
+        """Whether every client is asked in round 0."""
+        return False
+
+    def propose(self, client: Client) -> list[bytes]:
+        """Client, round 0, after receiving the initial model."""
+        return []
+
+    def accept_proposal(self, server: Server, client: int, messages: list[bytes]) -> Update:
+        """Server, round 0. Raises PayloadError to refuse; nothing may have been changed by then."""
+        raise PayloadError(f"method {self.name} expects no message before training")
+
+    def agree(self, server: Server, updates: list[Update]) -> None:
+        """Server, end of round 0, with the accepted proposals in client order."""
+
+    # -- every round -------------------------------------------------------------------------------------
+
+    def send(self, server: Server, client: int) -> list[bytes]:
+        """Server: the mask where the client does not hold it yet, then the model."""
+        return [*server.mask_message(client), server.values_message(client)]
+
+    def train(self, client: Client) -> None:
+        """Client: local epochs of SGD on cross-entropy."""
+        client.fit()
+
+    def answer(self, client: Client) -> list[bytes]:
+        """Client: its model after training."""
+        return [client.values_message()]
+
+    def accept(self, server: Server, client: int, messages: list[bytes]) -> Update:
+        """Server. Raises PayloadError to refuse; nothing may have been changed by then."""
+        return server.read_values(client, only(messages))
+
+    def merge(self, server: Server, updates: list[Update]) -> None:
+        """Server: the example-weighted mean; under personal masks, over the clients that keep the weight."""
+        examples = [update.examples for update in updates]
+        floats = [floats_of(update) for update in updates]
+        if server.client_masks:
+            at = [server.places_of(update.client) for update in updates]
+            server.floats = masked_mean(server.floats, floats, at, examples)
+        else:
+            server.floats = weighted_mean(floats, examples)
+        server.ints = largest([ints_of(update) for update in updates])
+
+
+def only(messages: list[bytes]) -> bytes:
+    """The single message of a turn.
+
+    Raises:
+        PayloadError: none or several.
+    """
+    if len(messages) != 1:
+        raise PayloadError(f"expected one message, got {len(messages)}")
+    return messages[0]
+
+
+def floats_of(update: Update) -> Floats:
+    """The model values of an update that must have them."""
+    if update.floats is None:
+        raise PayloadError(f"client {update.client} sent no model")
+    return update.floats
+
+
+def ints_of(update: Update) -> Ints:
+    """The integer buffers of an update that must have them."""
+    if update.ints is None:
+        raise PayloadError(f"client {update.client} sent no integer buffers")
+    return update.ints

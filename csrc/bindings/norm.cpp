@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// Batch norm for Python: addresses as integers, 0 for an absent tensor. fedpai_kernels/ops/norm.py checks the tensors.
+#include "cpu/norm/norm.h"
+
+#include <cstdint>
+
+#include "bindings/bind.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+void train(std::int64_t channels, std::int64_t row, Address x, Address weight, Address bias, double eps, bool relu,
+           Address y, Address mean, Address invstd, Address var, int threads) {
+  fedpai::batch_norm_train<T>({channels, row}, at<const T>(x), at<const T>(weight), at<const T>(bias), eps, relu, at<T>(y),
+                      at<T>(mean), at<T>(invstd), at<T>(var), threads);
+}
+
+template <class T>
+void eval(std::int64_t channels, std::int64_t row, Address x, Address weight, Address bias, Address mean, Address var,
+          double eps, bool relu, Address y, Address invstd, int threads) {
+  fedpai::batch_norm_eval<T>({channels, row}, at<const T>(x), at<const T>(weight), at<const T>(bias), at<const T>(mean),
+                     at<const T>(var), eps, relu, at<T>(y), at<T>(invstd), threads);
+}
+
+template <class T>
+void backward(std::int64_t channels, std::int64_t row, Address dy, Address x, Address weight, Address bias,
+              Address mean, Address invstd, bool through_statistics, bool relu, Address dx, Address dweight,
+              Address dbias, int threads) {
+  fedpai::batch_norm_backward<T>({channels, row}, at<const T>(dy), at<const T>(x), at<const T>(weight), at<const T>(bias),
+                         at<const T>(mean), at<const T>(invstd), through_statistics, relu, at<T>(dx), at<T>(dweight),
+                         at<T>(dbias), threads);
+}
+
+template <class T>
+void bind(py::module_& m, const char* train_name, const char* eval_name, const char* backward_name) {
+  const py::call_guard<py::gil_scoped_release> release;
+  m.def(train_name, &train<T>, py::arg("channels"), py::arg("row"), py::arg("x"), py::arg("weight"), py::arg("bias"),
+        py::arg("eps"), py::arg("relu"), py::arg("y"), py::arg("mean"), py::arg("invstd"), py::arg("var"),
+        py::arg("threads"), release);
+  m.def(eval_name, &eval<T>, py::arg("channels"), py::arg("row"), py::arg("x"), py::arg("weight"), py::arg("bias"),
+        py::arg("mean"), py::arg("var"), py::arg("eps"), py::arg("relu"), py::arg("y"), py::arg("invstd"),
+        py::arg("threads"), release);
+  m.def(backward_name, &backward<T>, py::arg("channels"), py::arg("row"), py::arg("dy"), py::arg("x"),
+        py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("invstd"), py::arg("through_statistics"),
+        py::arg("relu"), py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("threads"), release);
+}
+
+}  // namespace
+
+void bind_norm(py::module_& m) {
+  bind<float>(m, "batch_norm_train_f32", "batch_norm_eval_f32", "batch_norm_backward_f32");
+  bind<double>(m, "batch_norm_train_f64", "batch_norm_eval_f64", "batch_norm_backward_f64");
+}

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/norm/norm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace fedpai {
+namespace {
+
+// Elements that one more thread must have to do before waking it pays.
+constexpr std::int64_t kElementsPerThread = 16384;
+// Blocks in a piece, where rows are cut because there are too few of them to keep all threads evenly busy.
+constexpr std::int64_t kBlocksPerPiece = 16;
+constexpr std::int64_t kRowsPerThread = 4;
+
+struct Cut {
+  int threads;
+  bool whole_rows;
+  std::int64_t blocks;  // per row
+  std::int64_t pieces;  // per row
+};
+
+Cut cut(NormShape shape, int threads) {
+  Cut c{};
+  const std::int64_t useful = shape.channels * shape.row / kElementsPerThread;
+  c.threads = static_cast<int>(std::clamp<std::int64_t>(useful, 1, std::max(threads, 1)));
+  c.whole_rows = c.threads == 1 || shape.channels >= kRowsPerThread * c.threads;
+  c.blocks = (shape.row + kNormBlock - 1) / kNormBlock;
+  c.pieces = (c.blocks + kBlocksPerPiece - 1) / kBlocksPerPiece;
+  return c;
+}
+
+std::int64_t block_size(std::int64_t row, std::int64_t block) {
+  return std::min(kNormBlock, row - block * kNormBlock);
+}
+
+// Chan's pairwise update, in the order of the blocks.
+struct MomentsFold {
+  double count = 0.0, mean = 0.0, m2 = 0.0;
+  void add(NormMoments block, double n) {
+    const double total = count + n, delta = block.mean - mean;
+    mean += delta * (n / total);
+    m2 += block.m2 + delta * delta * (count * n / total);
+    count = total;
+  }
+};
+
+struct SumsFold {
+  double g = 0.0, g_xc = 0.0;
+  void add(NormSums block) {
+    g += block.g;
+    g_xc += block.g_xc;
+  }
+};
+
+// Runs body(channel, begin, size) over all elements, one whole row or one piece of a row at a time.
+template <class F>
+void for_pieces(NormShape shape, const Cut& c, const F& body) {
+  const std::int64_t piece = kBlocksPerPiece * kNormBlock;
+#pragma omp parallel for num_threads(c.threads) schedule(static)
+  for (std::int64_t i = 0; i < shape.channels * c.pieces; ++i) {
+    const std::int64_t begin = i % c.pieces * piece;
+    body(i / c.pieces, begin, std::min(piece, shape.row - begin));
+  }
+}
+
+template <class F>
+void for_rows(NormShape shape, const Cut& c, const F& body) {
+#pragma omp parallel for num_threads(c.threads) schedule(static)
+  for (std::int64_t channel = 0; channel < shape.channels; ++channel) body(channel);
+}
+
+// Computes block(channel, first element, size) for all blocks of all rows; element [channel * blocks + block].
+template <class Result, class F>
+std::vector<Result> for_blocks(NormShape shape, const Cut& c, const F& block) {
+  std::vector<Result> results(static_cast<std::size_t>(shape.channels * c.blocks));
+#pragma omp parallel for num_threads(c.threads) schedule(static)
+  for (std::int64_t i = 0; i < shape.channels * c.blocks; ++i) {
+    const std::int64_t b = i % c.blocks;
+    results[static_cast<std::size_t>(i)] = block(i / c.blocks, b * kNormBlock, block_size(shape.row, b));
+  }
+  return results;
+}
+
+template <class T>
+NormAffine<T> affine(const T* weight, const T* bias, T mean, T invstd, std::int64_t channel) {
+  return {mean, weight != nullptr ? weight[channel] * invstd : invstd, bias != nullptr ? bias[channel] : T(0)};
+}
+
+}  // namespace
+
+template <class T>
+void batch_norm_train(NormShape shape, const T* x, const T* weight, const T* bias, double eps, bool relu, T* y,
+                      T* mean, T* invstd, T* var, int threads) {
+  const NormKernels<T>& k = norm_kernels<T>();
+  const auto apply = relu ? k.apply_relu : k.apply;
+  const Cut c = cut(shape, threads);
+  const auto block = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
+    return k.moments(x + channel * shape.row + begin, n);
+  };
+  const auto finish = [&](std::int64_t channel, const MomentsFold& f) {
+    mean[channel] = static_cast<T>(f.mean);
+    invstd[channel] = static_cast<T>(1.0 / std::sqrt(f.m2 / f.count + eps));
+    var[channel] = static_cast<T>(f.m2 / (f.count - 1.0));
+  };
+  const auto normalise = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
+    const std::int64_t at = channel * shape.row + begin;
+    apply(x + at, y + at, n, affine(weight, bias, mean[channel], invstd[channel], channel));
+  };
+
+  if (c.whole_rows) {
+    for_rows(shape, c, [&](std::int64_t channel) {
+      MomentsFold fold;
+      for (std::int64_t b = 0; b < c.blocks; ++b) {
+        const std::int64_t n = block_size(shape.row, b);
+        fold.add(block(channel, b * kNormBlock, n), static_cast<double>(n));
+      }
+      finish(channel, fold);
+      normalise(channel, 0, shape.row);
+    });
+    return;
+  }
+  const std::vector<NormMoments> blocks = for_blocks<NormMoments>(shape, c, block);
+  for (std::int64_t channel = 0; channel < shape.channels; ++channel) {
+    MomentsFold fold;
+    for (std::int64_t b = 0; b < c.blocks; ++b) {
+      fold.add(blocks[static_cast<std::size_t>(channel * c.blocks + b)],
+               static_cast<double>(block_size(shape.row, b)));
+    }
+    finish(channel, fold);
+  }
+  for_pieces(shape, c, normalise);
+}
+
+template <class T>
+void batch_norm_eval(NormShape shape, const T* x, const T* weight, const T* bias, const T* mean, const T* var,
+                     double eps, bool relu, T* y, T* invstd, int threads) {
+  const NormKernels<T>& k = norm_kernels<T>();
+  const auto apply = relu ? k.apply_relu : k.apply;
+  for (std::int64_t channel = 0; channel < shape.channels; ++channel) {
+    invstd[channel] = static_cast<T>(1.0 / std::sqrt(static_cast<double>(var[channel]) + eps));
+  }
+  for_pieces(shape, cut(shape, threads), [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
+    const std::int64_t at = channel * shape.row + begin;
+    apply(x + at, y + at, n, affine(weight, bias, mean[channel], invstd[channel], channel));
+  });
+}
+
+template <class T>
+void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* weight, const T* bias, const T* mean,
+                         const T* invstd, bool through_statistics, bool relu, T* dx, T* dweight, T* dbias,
+                         int threads) {
+  const NormKernels<T>& k = norm_kernels<T>();
+  const auto sums = relu ? k.sums_relu : k.sums;
+  const auto pull_dx = relu ? k.dx_relu : k.dx;
+  const auto fixed_dx = relu ? k.dx_fixed_relu : k.dx_fixed;
+  const Cut c = cut(shape, threads);
+  const bool want_sums = dweight != nullptr || (dx != nullptr && through_statistics);
+  std::vector<NormPull<T>> pulls(static_cast<std::size_t>(shape.channels));
+
+  const auto params = [&](std::int64_t channel) {
+    return affine(weight, bias, mean[channel], invstd[channel], channel);
+  };
+  const auto block = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
+    const std::int64_t at = channel * shape.row + begin;
+    return sums(dy + at, x + at, n, params(channel));
+  };
+  const auto finish = [&](std::int64_t channel, const SumsFold& f) {
+    const double inv = static_cast<double>(invstd[channel]), count = static_cast<double>(shape.row);
+    if (dweight != nullptr) {
+      dweight[channel] = static_cast<T>(f.g_xc * inv);
+      dbias[channel] = static_cast<T>(f.g);
+    }
+    pulls[static_cast<std::size_t>(channel)] = {static_cast<T>(f.g / count),
+                                                static_cast<T>(f.g_xc * inv * inv / count)};
+  };
+  const auto write_dx = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
+    const std::int64_t at = channel * shape.row + begin;
+    if (through_statistics) {
+      pull_dx(dy + at, x + at, dx + at, n, params(channel), pulls[static_cast<std::size_t>(channel)]);
+    } else {
+      fixed_dx(dy + at, x + at, dx + at, n, params(channel));
+    }
+  };
+
+  if (c.whole_rows) {
+    for_rows(shape, c, [&](std::int64_t channel) {
+      if (want_sums) {
+        SumsFold fold;
+        for (std::int64_t b = 0; b < c.blocks; ++b) {
+          fold.add(block(channel, b * kNormBlock, block_size(shape.row, b)));
+        }
+        finish(channel, fold);
+      }
+      if (dx != nullptr) write_dx(channel, 0, shape.row);
+    });
+    return;
+  }
+  if (want_sums) {
+    const std::vector<NormSums> blocks = for_blocks<NormSums>(shape, c, block);
+    for (std::int64_t channel = 0; channel < shape.channels; ++channel) {
+      SumsFold fold;
+      for (std::int64_t b = 0; b < c.blocks; ++b) fold.add(blocks[static_cast<std::size_t>(channel * c.blocks + b)]);
+      finish(channel, fold);
+    }
+  }
+  if (dx != nullptr) for_pieces(shape, c, write_dx);
+}
+
+#define FEDPAI_INSTANTIATE(T)                                                                                      \
+  template void batch_norm_train<T>(NormShape, const T*, const T*, const T*, double, bool, T*, T*, T*, T*, int);  \
+  template void batch_norm_eval<T>(NormShape, const T*, const T*, const T*, const T*, const T*, double, bool, T*, \
+                                   T*, int);                                                                      \
+  template void batch_norm_backward<T>(NormShape, const T*, const T*, const T*, const T*, const T*, const T*,     \
+                                       bool, bool, T*, T*, T*, int);
+FEDPAI_INSTANTIATE(float)
+FEDPAI_INSTANTIATE(double)
+#undef FEDPAI_INSTANTIATE
+
+}  // namespace fedpai

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Batch norm over batch-last activations: every channel is one contiguous row. Cuts the work over threads.
+//
+// The statistics of a row are combined block by block, in order and in double, whichever thread took which block:
+// the result has the same bits at every thread count.
+#pragma once
+
+#include <cstdint>
+
+namespace fedpai {
+
+struct NormShape {
+  std::int64_t channels;
+  std::int64_t row;  // elements per channel, H*W*N
+};
+
+// x, y: [channels, row]. weight, bias: [channels] or null (1 and 0). Writes mean, invstd and var (unbiased, what the
+// running variance takes in): [channels] each. Needs row >= 1.
+template <class T>
+void batch_norm_train(NormShape shape, const T* x, const T* weight, const T* bias, double eps, bool relu, T* y,
+                      T* mean, T* invstd, T* var, int threads);
+
+// As above with given statistics; writes invstd.
+template <class T>
+void batch_norm_eval(NormShape shape, const T* x, const T* weight, const T* bias, const T* mean, const T* var,
+                     double eps, bool relu, T* y, T* invstd, int threads);
+
+// dx: [channels, row] or null (not wanted); dweight, dbias: [channels] each, or both null. `through_statistics` tells
+// whether mean and invstd came from x itself (batch_norm_train) or were given.
+template <class T>
+void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* weight, const T* bias, const T* mean,
+                         const T* invstd, bool through_statistics, bool relu, T* dx, T* dweight, T* dbias,
+                         int threads);
+
+}  // namespace fedpai

@@ -8,7 +8,10 @@ set(FEDPAI_CORE_SOURCES
   csrc/cpu/dispatch.cpp
   csrc/cpu/conv2d/tiling.cpp
   csrc/cpu/conv2d/schedule.cpp
-  csrc/cpu/conv2d/conv2d.cpp)
+  csrc/cpu/conv2d/schedule_cache.cpp
+  csrc/cpu/conv2d/conv2d.cpp
+  csrc/cpu/norm/norm.cpp
+  csrc/cpu/pool/pool.cpp)
 
 # The only files that know Python.
 set(FEDPAI_BINDING_SOURCES

@@ -19,6 +19,7 @@ ConvData make_data(const ConvCase& c, std::uint64_t seed) {
   ConvData data;
   data.mask.resize(static_cast<std::size_t>(c.w_size()));
   for (auto& kept : data.mask) kept = random.uniform() < c.density;
+  data.mask[random.next() % data.mask.size()] = 1;  // a plan needs one
   data.x = integers(random, c.x_size());
   data.w = integers(random, c.w_size());
   data.bias = integers(random, c.out_channels);
@@ -112,8 +113,9 @@ std::vector<ConvCase> conv_cases() {
   varied("groups", [](ConvCase& c) { c.groups = 3, c.in_channels = 6, c.out_channels = 9; });
   varied("depthwise", [](ConvCase& c) { c.groups = c.in_channels = c.out_channels = 6, c.density = 0.6; });
   varied("depthwise_multiplier", [](ConvCase& c) { c.groups = c.in_channels = 5, c.out_channels = 10, c.stride_h = 2; });
-  varied("empty", [](ConvCase& c) { c.density = 0.0; });
-  varied("nearly_empty", [](ConvCase& c) { c.density = 0.01; });
+  varied("same_even_kernel", [](ConvCase& c) { c.kernel_h = 2, c.kernel_w = 4, c.pad_h = 0, c.pad_more_h = c.pad_more_w = 1; });
+  varied("one_nonzero", [](ConvCase& c) { c.density = 0.0; });
+  varied("empty_rows_and_columns", [](ConvCase& c) { c.density = 0.01; });
   varied("full_dense", [](ConvCase& c) { c.density = 1.1; });
   varied("one_channel", [](ConvCase& c) { c.in_channels = c.out_channels = 1, c.density = 0.7; });
   varied("wide_rows", [](ConvCase& c) { c.height = 3, c.width = 37, c.in_channels = 2; });

@@ -21,12 +21,18 @@ struct ConvCase {
   std::int64_t stride_h = 1, stride_w = 1;
   std::int64_t pad_h = 0, pad_w = 0;
   std::int64_t dilation_h = 1, dilation_w = 1;
+  // How much more padding the bottom and the right have than the top and the left: 'same' with an even kernel needs 1.
+  std::int64_t pad_more_h = 0, pad_more_w = 0;
   std::int64_t groups = 1;
   double density = 0.3;
 
   std::int64_t group_channels() const { return in_channels / groups; }
-  std::int64_t out_height() const { return (height + 2 * pad_h - dilation_h * (kernel_h - 1) - 1) / stride_h + 1; }
-  std::int64_t out_width() const { return (width + 2 * pad_w - dilation_w * (kernel_w - 1) - 1) / stride_w + 1; }
+  std::int64_t out_height() const {
+    return (height + 2 * pad_h + pad_more_h - dilation_h * (kernel_h - 1) - 1) / stride_h + 1;
+  }
+  std::int64_t out_width() const {
+    return (width + 2 * pad_w + pad_more_w - dilation_w * (kernel_w - 1) - 1) / stride_w + 1;
+  }
   std::int64_t x_size() const { return batch * in_channels * height * width; }
   std::int64_t y_size() const { return batch * out_channels * out_height() * out_width(); }
   std::int64_t w_size() const { return out_channels * group_channels() * kernel_h * kernel_w; }

@@ -20,16 +20,3 @@ set(FEDPAI_BINDING_SOURCES
   csrc/bindings/conv2d.cpp
   csrc/bindings/norm.cpp
   csrc/bindings/pool.cpp)
-
-# Until every listed file has landed: those that are missing are left out.
-foreach(list FEDPAI_CORE_SOURCES FEDPAI_BINDING_SOURCES)
-  set(present)
-  foreach(source IN LISTS ${list})
-    if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/${source})
-      list(APPEND present ${source})
-    endif()
-  endforeach()
-  set(${list} ${present})
-endforeach()
-file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/empty.cpp "")
-list(APPEND FEDPAI_CORE_SOURCES ${CMAKE_CURRENT_BINARY_DIR}/empty.cpp)

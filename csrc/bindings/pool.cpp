@@ -9,6 +9,7 @@
 #include "bindings/bind.h"
 #include <pybind11/stl.h>
 
+#include "bindings/bind.h"
 namespace py = pybind11;
 
 namespace {

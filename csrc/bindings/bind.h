@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fedpai {
+
+void bind_plan(pybind11::module_& m);
+void bind_conv2d(pybind11::module_& m);
+void bind_norm(pybind11::module_& m);
+void bind_pool(pybind11::module_& m);
+
+}  // namespace fedpai

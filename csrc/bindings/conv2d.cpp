@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/conv2d/conv2d.h"
+
+#include <array>
+
+#include "bindings/bind.h"
+#include <pybind11/stl.h>
+
+namespace py = pybind11;
+
+namespace {
+
+using fedpai::CompiledPlan;
+using fedpai::Conv2dGeometry;
+using fedpai::Images;
+
+// batch, in_h, in_w, out_h, out_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w
+using GeometryArray = std::array<std::int64_t, 11>;
+// Element strides: batch, channel, row, column.
+using Strides = std::array<std::int64_t, 4>;
+
+Conv2dGeometry geometry(const GeometryArray& g) {
+  return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10]};
+}
+
+template <class T>
+Images<T> images(std::uintptr_t data, const Strides& s) {
+  return {reinterpret_cast<T*>(data), s[0], s[1], s[2], s[3]};
+}
+
+template <class T>
+void forward(const CompiledPlan& plan, const GeometryArray& g, std::uintptr_t x, const Strides& x_strides,
+             std::uintptr_t values, std::uintptr_t bias, std::uintptr_t y, const Strides& y_strides, int threads) {
+  const py::gil_scoped_release release;
+  fedpai::conv2d_forward<T>(plan, geometry(g), images<const T>(x, x_strides), reinterpret_cast<const T*>(values),
+                            reinterpret_cast<const T*>(bias), images<T>(y, y_strides), threads);
+}
+
+template <class T>
+void input_grad(const CompiledPlan& plan, const GeometryArray& g, std::uintptr_t dy, const Strides& dy_strides,
+                std::uintptr_t values, std::uintptr_t dx, const Strides& dx_strides, int threads) {
+  const py::gil_scoped_release release;
+  fedpai::conv2d_input_grad<T>(plan, geometry(g), images<const T>(dy, dy_strides), reinterpret_cast<const T*>(values),
+                               images<T>(dx, dx_strides), threads);
+}
+
+template <class T>
+void weight_grad(const CompiledPlan& plan, const GeometryArray& g, std::uintptr_t x, const Strides& x_strides,
+                 std::uintptr_t dy, const Strides& dy_strides, std::uintptr_t values_grad, std::uintptr_t bias_grad,
+                 int threads) {
+  const py::gil_scoped_release release;
+  fedpai::conv2d_weight_grad<T>(plan, geometry(g), images<const T>(x, x_strides), images<const T>(dy, dy_strides),
+                                reinterpret_cast<T*>(values_grad), reinterpret_cast<T*>(bias_grad), threads);
+}
+
+template <class T>
+void bind_dtype(py::module_& m, const std::string& dtype) {
+  m.def(("conv2d_forward_" + dtype).c_str(), &forward<T>);
+  m.def(("conv2d_input_grad_" + dtype).c_str(), &input_grad<T>);
+  m.def(("conv2d_weight_grad_" + dtype).c_str(), &weight_grad<T>);
+}
+
+}  // namespace
+
+void fedpai::bind_conv2d(py::module_& m) {
+  bind_dtype<float>(m, "f32");
+  bind_dtype<double>(m, "f64");
+}

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// What one instruction set provides for the sparse convolution: packing a patch, and walking the non-zeros over one
+// register tile of it. The loops over patches, threads and channel blocks are in conv2d.cpp and know no SIMD.
+//
+// Vocabulary. The *source* is what is read through the weights (input for the forward pass, output gradient for the
+// input gradient); the *dest* is the other side. A *lane group* is `blocks` vectors of consecutive images. A *patch* is
+// a rectangle of dest pixels x one lane group; its source pixels, with halo and zero padding, are packed to
+//
+//   packed[channel][row][column * blocks + block][lane]        rows `source_row` apart, channels `plane` apart
+//
+// A *register tile* is `rows` x `run` vectors of dest, run = columns * blocks; all of them live in registers while the
+// non-zeros of one dest channel (a *task*) are walked. Because the packing has removed borders, strides and dilation,
+// vector (r, k) of a tile reads non-zero j at  source + offset[j] + r * source_row + k * lanes.
+#pragma once
+
+#include <cstdint>
+
+namespace fedpai {
+
+constexpr int kMaxTileRows = 4;
+constexpr int kMaxTileRun = 28;
+
+// Entries [begin, end) of the stream belong to dest channel `channel`.
+struct RowTask {
+  std::int32_t channel;
+  std::int32_t begin;
+  std::int32_t end;
+};
+
+template <class T>
+struct TileArgs {
+  const T* source;  // packed patch at the tile's corner, aligned to a vector
+  std::int64_t source_row;
+  const std::int32_t* offset;  // per entry, elements
+  const T* value;              // per entry (forward direction only)
+  const RowTask* task;
+  std::int64_t tasks;
+  T* dest;  // pixel (0, 0) of the tile, channel 0; vector (r, k) of channel c is at c*dest_channel + r*dest_row + dest_run[k]
+  std::int64_t dest_channel;
+  std::int64_t dest_row;
+  const std::int64_t* dest_run;
+  const T* bias;    // per dest channel, or null
+  bool accumulate;  // start from what dest holds instead of the bias
+};
+
+template <class T>
+struct GradTileArgs {
+  const T* source;
+  std::int64_t source_row;
+  const std::int32_t* offset;
+  const RowTask* task;
+  std::int64_t tasks;
+  const T* dest;  // the output gradient, addressed like TileArgs::dest
+  std::int64_t dest_channel;
+  std::int64_t dest_row;
+  const std::int64_t* dest_run;
+  T* sums;          // [entry][lane], one partial sum per lane
+  bool accumulate;  // add to sums instead of overwriting them
+  T* bias_sums;     // [channel][lane] or null; always added to
+};
+
+// One run of pixels of one packed row: `left` zero pixels, then `count` pixels `step` elements apart in the source,
+// then `right` zero pixels.
+struct PackSegment {
+  std::int64_t packed;  // element offset in the channel's plane
+  std::int64_t source;  // element offset of the first pixel in the source channel
+  std::int64_t step;
+  std::int32_t left;
+  std::int32_t count;
+  std::int32_t right;
+};
+
+template <class T>
+struct PackArgs {
+  const T* source;  // first image of the lane group
+  std::int64_t source_channel;
+  std::int64_t source_lane;      // 1 in batch-last layout
+  const std::int32_t* channels;  // which source channels, in packed order; null: 0, 1, 2, ...
+  std::int64_t channel_count;
+  const PackSegment* segments;
+  std::int64_t segment_count;
+  T* packed;
+  std::int64_t plane;
+  int blocks;
+  int lanes_valid;  // images present in this lane group; the rest is packed as zero
+};
+
+// The inverse of packing, for the cases that a tile cannot store directly: a lane group that the batch does not fill,
+// or a dest whose images are not adjacent.
+template <class T>
+struct UnpackArgs {
+  const T* packed;
+  std::int64_t plane;
+  std::int64_t packed_row;
+  T* dest;
+  std::int64_t dest_channel;
+  std::int64_t dest_row;
+  std::int64_t dest_column;
+  std::int64_t dest_lane;
+  std::int64_t channel_begin;
+  std::int64_t channel_end;
+  std::int64_t rows;
+  std::int64_t columns;
+  int blocks;
+  int lanes_valid;
+};
+
+template <class T>
+struct Conv2dKernels {
+  using Tile = void (*)(const TileArgs<T>&);
+  using GradTile = void (*)(const GradTileArgs<T>&);
+
+  int lanes;
+  int accumulators;
+  // [rows - 1][run - 1]; null where rows * run exceeds the register budget.
+  Tile tile[kMaxTileRows][kMaxTileRun];
+  GradTile grad_tile[kMaxTileRows][kMaxTileRun];
+  void (*pack)(const PackArgs<T>&);
+  void (*unpack)(const UnpackArgs<T>&);
+  // grad[order[j]] = sum over parts and lanes of sums[part][j][lane], in that fixed order, for j in [begin, end).
+  void (*reduce)(const T* sums, std::int64_t parts, std::int64_t part_stride, const std::int32_t* order,
+                 std::int64_t begin, std::int64_t end, T* grad);
+};
+
+}  // namespace fedpai

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// The schedules of one Plan, built on first use and kept for the geometries seen last.
+#pragma once
+
+#include <list>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "cpu/conv2d/schedule.h"
+
+namespace fedpai {
+
+enum class Direction { kForward, kInputGrad, kWeightGrad };
+
+class ScheduleCache {
+ public:
+  using Passes = std::shared_ptr<const std::vector<Pass>>;
+
+  // Thread-safe; a schedule in use outlives its eviction.
+  Passes get(const Plan& plan, Direction direction, const Conv2dGeometry& geometry, const VectorShape& vector);
+
+ private:
+  // A training run sees the full batch, the last batch and the evaluation batch, each in three directions.
+  static constexpr std::size_t kCapacity = 24;
+
+  struct Entry {
+    Direction direction;
+    Conv2dGeometry geometry;
+    VectorShape vector;
+    Passes passes;
+  };
+  std::mutex mutex_;
+  std::list<Entry> entries_;  // most recently used first
+};
+
+// A Plan together with its schedules: what the binding holds.
+struct CompiledPlan {
+  CompiledPlan(const std::uint8_t* mask, const WeightShape& shape) : plan(mask, shape) {}
+
+  Plan plan;
+  mutable ScheduleCache schedules;
+};
+
+}  // namespace fedpai

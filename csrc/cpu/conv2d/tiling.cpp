@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/conv2d/tiling.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "cpu/conv2d/kernels.h"
+
+namespace fedpai {
+
+namespace {
+
+// Cycles, on a core with two loads, one store and two FMAs per cycle. The L2 and L3 figures are for streams that the
+// hardware prefetchers do not cover completely, because packed patches are walked in the mask's order.
+constexpr double kFma = 0.5;           // per vector, operand in L1
+constexpr double kFmaFromL2 = 1.1;     // per vector, operand in L2
+constexpr double kFmaFromL3 = 2.5;     // per vector, operand further away
+constexpr double kEntry = 1.2;         // index load, broadcast, loop
+constexpr double kTask = 16.0;         // the loop exit is mispredicted once per row
+constexpr double kStore = 1.0;         // per dest vector and task
+constexpr double kReload = 0.7;        // per dest vector and task after the first channel block
+constexpr double kSum = 2.0;           // per entry and tile: read and write its running sum in L1
+constexpr double kSumFromL2 = 4.0;     // the same in L2 or beyond
+constexpr double kPack = 1.6;          // per packed vector
+constexpr double kPatch = 300.0;       // per patch: segments, calls
+constexpr double kTile = 40.0;         // per register tile: one call
+
+constexpr double kL1Bytes = 26 * 1024;
+constexpr double kL2Bytes = 320 * 1024;
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+double estimate(const TilingProblem& p, const Tiling& t) {
+  const double vector_bytes = static_cast<double>(p.element_size * p.lanes);
+  const std::int64_t rows = ceil_div(p.grid_h, t.tile_rows);
+  const std::int64_t columns = ceil_div(p.grid_w, t.tile_columns);
+  const std::int64_t groups = ceil_div(p.batch, static_cast<std::int64_t>(t.blocks) * p.lanes);
+  const std::int64_t tiles = rows * columns * groups;
+  const std::int64_t patches = ceil_div(rows, t.patch_rows) * ceil_div(columns, t.patch_columns) * groups;
+  const std::int64_t channel_blocks = ceil_div(p.source_channels, t.channel_block);
+  const double dest_vectors = static_cast<double>(p.grid_h * p.grid_w * groups * t.blocks);
+
+  const double tile_pixels = static_cast<double>((t.tile_rows + p.halo_h) * (t.tile_columns + p.halo_w));
+  const double patch_h = static_cast<double>(std::min(p.grid_h, t.tile_rows * t.patch_rows));
+  const double patch_w = static_cast<double>(std::min(p.grid_w, t.tile_columns * t.patch_columns));
+  const double patch_pixels = static_cast<double>(p.phases_h * p.phases_w) * (patch_h + static_cast<double>(p.halo_h)) *
+                              (patch_w + static_cast<double>(p.halo_w));
+  const double packed_vectors = patch_pixels * t.blocks * static_cast<double>(p.source_channels * patches);
+
+  // Where the operand of an FMA comes from: the packed pixels that one tile revisits for every dest channel.
+  const double tile_bytes =
+      tile_pixels * static_cast<double>(p.phases_h * p.phases_w * t.channel_block) * t.blocks * vector_bytes;
+  const double patch_bytes = patch_pixels * static_cast<double>(t.channel_block) * t.blocks * vector_bytes;
+  double fma = tile_bytes <= kL1Bytes ? kFma : (patch_bytes <= kL2Bytes ? kFmaFromL2 : kFmaFromL3);
+  // A patch that is walked once per tile comes from where packing left it, at least once.
+  const double entries = static_cast<double>(p.entries);
+  const double tasks_per_block =
+      std::min(static_cast<double>(p.dest_channels), entries / static_cast<double>(channel_blocks) + 1.0);
+  const double tasks = channel_blocks == 1 ? static_cast<double>(p.dest_channels)
+                                           : tasks_per_block * static_cast<double>(channel_blocks);
+
+  double cycles = entries * dest_vectors * fma + entries * static_cast<double>(tiles) * kEntry +
+                  packed_vectors * kPack + static_cast<double>(patches * channel_blocks) * kPatch +
+                  static_cast<double>(tiles * channel_blocks) * kTile + tasks * static_cast<double>(tiles) * kTask;
+  const double tile_vectors = dest_vectors / static_cast<double>(tiles);
+  if (p.weight_grad) {
+    const double sum_bytes = entries / static_cast<double>(channel_blocks) * vector_bytes;
+    cycles += entries * static_cast<double>(tiles) * (sum_bytes + tile_bytes <= kL1Bytes ? kSum : kSumFromL2);
+    cycles += tasks * static_cast<double>(tiles) * tile_vectors * kReload;
+  } else {
+    cycles += tasks * static_cast<double>(tiles) * tile_vectors * kStore;
+    cycles += (tasks - static_cast<double>(p.dest_channels)) * static_cast<double>(tiles) * tile_vectors * kReload;
+  }
+  return cycles;
+}
+
+// Powers of two below `most`, then `most` itself.
+std::vector<std::int64_t> sizes_up_to(std::int64_t most) {
+  std::vector<std::int64_t> sizes;
+  for (std::int64_t size = 1; size < most; size *= 2) sizes.push_back(size);
+  sizes.push_back(most);
+  return sizes;
+}
+
+}  // namespace
+
+std::vector<std::int64_t> balanced_cuts(std::int64_t extent, std::int64_t largest) {
+  const std::int64_t parts = std::max<std::int64_t>(1, ceil_div(extent, largest));
+  std::vector<std::int64_t> cuts;
+  for (std::int64_t i = 0; i <= parts; ++i) cuts.push_back(extent * i / parts);
+  return cuts;
+}
+
+Tiling choose_tiling(const TilingProblem& problem) {
+  const std::int64_t batch_vectors = ceil_div(problem.batch, problem.lanes);
+  const int accumulators = problem.accumulators;
+  Tiling best;
+  best.cycles = std::numeric_limits<double>::infinity();
+  const std::vector<std::int64_t> channel_blocks = sizes_up_to(std::max<std::int64_t>(1, problem.source_channels));
+
+  const auto consider = [&](std::int64_t blocks, std::int64_t rows, std::int64_t columns) {
+    const std::int64_t down = ceil_div(problem.grid_h, rows);
+    const std::int64_t across = ceil_div(problem.grid_w, columns);
+    for (const std::int64_t patch_rows : sizes_up_to(std::min<std::int64_t>(down, 8))) {
+      for (const std::int64_t patch_columns : sizes_up_to(std::min<std::int64_t>(across, 8))) {
+        for (const std::int64_t channel_block : channel_blocks) {
+          Tiling tiling{static_cast<int>(blocks), rows, columns, patch_rows, patch_columns, channel_block, 0};
+          tiling.cycles = estimate(problem, tiling);
+          if (tiling.cycles < best.cycles) best = tiling;
+        }
+      }
+    }
+  };
+  const std::int64_t most_blocks = std::min<std::int64_t>(batch_vectors, accumulators);
+  for (std::int64_t blocks = 1; blocks <= most_blocks; ++blocks) {
+    // More blocks than four pay only where there are few pixels to share a register tile.
+    if (blocks > 4 && problem.grid_h * problem.grid_w > 4) break;
+    for (std::int64_t rows = 1; rows <= std::min<std::int64_t>(problem.grid_h, kMaxTileRows); ++rows) {
+      const std::int64_t most_columns = std::min<std::int64_t>(problem.grid_w, accumulators / (rows * blocks));
+      if (most_columns < 1) break;
+      // Only widths that give another number of tiles matter: the cut is balanced.
+      std::int64_t last_across = -1;
+      for (std::int64_t columns = most_columns; columns >= 1 && rows * columns * blocks * 3 >= accumulators; --columns) {
+        const std::int64_t across = ceil_div(problem.grid_w, columns);
+        if (across == last_across) continue;
+        last_across = across;
+        consider(blocks, rows, columns);
+      }
+      consider(blocks, rows, most_columns);
+    }
+  }
+  return best;
+}
+
+}  // namespace fedpai

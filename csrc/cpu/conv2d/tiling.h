@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// How one pass is cut into patches, register tiles and channel blocks, chosen by a cost model.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fedpai {
+
+// What the choice depends on. One pass walks `entries` non-zeros for every pixel of a grid_h x grid_w dest grid.
+struct TilingProblem {
+  std::int64_t grid_h, grid_w;
+  std::int64_t halo_h, halo_w;      // packed pixels beyond a tile's own, per axis
+  std::int64_t phases_h, phases_w;  // residues of the source step that are in use, per axis
+  std::int64_t batch;
+  std::int64_t dest_channels;
+  std::int64_t source_channels;  // those with at least one entry
+  std::int64_t entries;
+  std::int64_t element_size;
+  int lanes;
+  int accumulators;
+  bool weight_grad;  // one running sum per entry instead of one per dest vector
+};
+
+struct Tiling {
+  int blocks = 1;                   // vectors of images per pixel
+  std::int64_t tile_rows = 1;       // largest register tile, in pixels
+  std::int64_t tile_columns = 1;
+  std::int64_t patch_rows = 1;      // a patch, in register tiles
+  std::int64_t patch_columns = 1;
+  std::int64_t channel_block = 1;   // source channels packed at a time
+  double cycles = 0;                // the model's estimate for the whole pass on one core
+};
+
+Tiling choose_tiling(const TilingProblem& problem);
+
+// Splits [0, extent) into ceil(extent / largest) parts whose sizes differ by at most one; returns the starts and the end.
+std::vector<std::int64_t> balanced_cuts(std::int64_t extent, std::int64_t largest);
+
+}  // namespace fedpai

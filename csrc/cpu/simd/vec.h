@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector interface that every kernel is written against.
+//
+// A target file (cpu/targets/<isa>.cpp) includes exactly one vec_<isa>.h and then the kernels' -inl.h files. Each
+// vec_<isa>.h opens namespace fedpai::<isa> and defines there
+//
+//   template <class T> struct Vec     T = float | double
+//     using reg                       one vector register (or what stands for it)
+//     static constexpr int lanes      elements per register
+//     static constexpr int accumulators   registers a kernel may pin for sums; the rest hold operands
+//     zero() set1(x)
+//     load(p) store(p, v)             p aligned to the register
+//     loadu(p) storeu(p, v)           any p
+//     load_partial(p, n)              lanes >= n are zero; memory past n is not touched; 0 <= n <= lanes
+//     store_partial(p, v, n)
+//     add sub mul div max min sqrt
+//     fma(a, b, c) = a * b + c        one rounding where the hardware has it
+//     select_gt0(a, b)                b where a > 0, else 0 (NaN in a gives 0): the gradient of ReLU
+//     reduce_add(v)                   fixed order: halves are folded, so the same bits every time
+//
+// and the macro FEDPAI_UNROLL, put before a loop over registers whose bound is a compile-time constant.
+//
+// Nothing here may be a non-inline function or a std:: template: the linker would be free to keep the copy that was
+// compiled for a larger instruction set, and older CPUs would crash in it.
+#pragma once
+
+#include <cstdint>
+
+#define FEDPAI_INLINE inline __attribute__((always_inline))

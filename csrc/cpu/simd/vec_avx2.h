@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX2 + FMA: 8 floats or 4 doubles, 16 registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/simd/vec.h"
+
+#define FEDPAI_TARGET avx2
+#define FEDPAI_UNROLL _Pragma("GCC unroll 28")
+
+namespace fedpai::avx2 {
+namespace {
+
+template <class T>
+struct Vec;
+
+// Row (lanes - n) of this table has its first n lanes set.
+alignas(64) constexpr std::int32_t kPartialMask32[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+alignas(64) constexpr std::int64_t kPartialMask64[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
+
+template <>
+struct Vec<float> {
+  using reg = __m256;
+  static constexpr int lanes = 8;
+  static constexpr int accumulators = 14;  // 16 less the broadcast weight and one spare; loads fold into the FMA
+
+  static FEDPAI_INLINE reg zero() { return _mm256_setzero_ps(); }
+  static FEDPAI_INLINE reg set1(float x) { return _mm256_set1_ps(x); }
+  static FEDPAI_INLINE reg load(const float* p) { return _mm256_load_ps(p); }
+  static FEDPAI_INLINE reg loadu(const float* p) { return _mm256_loadu_ps(p); }
+  static FEDPAI_INLINE void store(float* p, reg v) { _mm256_store_ps(p, v); }
+  static FEDPAI_INLINE void storeu(float* p, reg v) { _mm256_storeu_ps(p, v); }
+  static FEDPAI_INLINE __m256i partial_mask(int n) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kPartialMask32 + (lanes - n)));
+  }
+  static FEDPAI_INLINE reg load_partial(const float* p, int n) { return _mm256_maskload_ps(p, partial_mask(n)); }
+  static FEDPAI_INLINE void store_partial(float* p, reg v, int n) { _mm256_maskstore_ps(p, partial_mask(n), v); }
+  static FEDPAI_INLINE reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
+  static FEDPAI_INLINE reg sub(reg a, reg b) { return _mm256_sub_ps(a, b); }
+  static FEDPAI_INLINE reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }
+  static FEDPAI_INLINE reg div(reg a, reg b) { return _mm256_div_ps(a, b); }
+  static FEDPAI_INLINE reg max(reg a, reg b) { return _mm256_max_ps(a, b); }
+  static FEDPAI_INLINE reg min(reg a, reg b) { return _mm256_min_ps(a, b); }
+  static FEDPAI_INLINE reg sqrt(reg a) { return _mm256_sqrt_ps(a); }
+  static FEDPAI_INLINE reg fma(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static FEDPAI_INLINE reg select_gt0(reg a, reg b) {
+    return _mm256_and_ps(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_GT_OQ), b);
+  }
+  static FEDPAI_INLINE float reduce_add(reg v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    s = _mm_add_ss(s, _mm_movehdup_ps(s));
+    return _mm_cvtss_f32(s);
+  }
+};
+
+template <>
+struct Vec<double> {
+  using reg = __m256d;
+  static constexpr int lanes = 4;
+  static constexpr int accumulators = 14;
+
+  static FEDPAI_INLINE reg zero() { return _mm256_setzero_pd(); }
+  static FEDPAI_INLINE reg set1(double x) { return _mm256_set1_pd(x); }
+  static FEDPAI_INLINE reg load(const double* p) { return _mm256_load_pd(p); }
+  static FEDPAI_INLINE reg loadu(const double* p) { return _mm256_loadu_pd(p); }
+  static FEDPAI_INLINE void store(double* p, reg v) { _mm256_store_pd(p, v); }
+  static FEDPAI_INLINE void storeu(double* p, reg v) { _mm256_storeu_pd(p, v); }
+  static FEDPAI_INLINE __m256i partial_mask(int n) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kPartialMask64 + (lanes - n)));
+  }
+  static FEDPAI_INLINE reg load_partial(const double* p, int n) { return _mm256_maskload_pd(p, partial_mask(n)); }
+  static FEDPAI_INLINE void store_partial(double* p, reg v, int n) { _mm256_maskstore_pd(p, partial_mask(n), v); }
+  static FEDPAI_INLINE reg add(reg a, reg b) { return _mm256_add_pd(a, b); }
+  static FEDPAI_INLINE reg sub(reg a, reg b) { return _mm256_sub_pd(a, b); }
+  static FEDPAI_INLINE reg mul(reg a, reg b) { return _mm256_mul_pd(a, b); }
+  static FEDPAI_INLINE reg div(reg a, reg b) { return _mm256_div_pd(a, b); }
+  static FEDPAI_INLINE reg max(reg a, reg b) { return _mm256_max_pd(a, b); }
+  static FEDPAI_INLINE reg min(reg a, reg b) { return _mm256_min_pd(a, b); }
+  static FEDPAI_INLINE reg sqrt(reg a) { return _mm256_sqrt_pd(a); }
+  static FEDPAI_INLINE reg fma(reg a, reg b, reg c) { return _mm256_fmadd_pd(a, b, c); }
+  static FEDPAI_INLINE reg select_gt0(reg a, reg b) {
+    return _mm256_and_pd(_mm256_cmp_pd(a, _mm256_setzero_pd(), _CMP_GT_OQ), b);
+  }
+  static FEDPAI_INLINE double reduce_add(reg v) {
+    __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    s = _mm_add_sd(s, _mm_unpackhi_pd(s, s));
+    return _mm_cvtsd_f64(s);
+  }
+};
+
+}  // namespace
+}  // namespace fedpai::avx2

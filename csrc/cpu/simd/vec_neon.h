@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// AArch64 Advanced SIMD: 4 floats or 2 doubles, 32 registers.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "cpu/simd/vec.h"
+
+#define FEDPAI_TARGET neon
+#define FEDPAI_UNROLL _Pragma("GCC unroll 28")
+
+namespace fedpai::neon {
+namespace {
+
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  using reg = float32x4_t;
+  static constexpr int lanes = 4;
+  static constexpr int accumulators = 24;
+
+  static FEDPAI_INLINE reg zero() { return vdupq_n_f32(0.0f); }
+  static FEDPAI_INLINE reg set1(float x) { return vdupq_n_f32(x); }
+  static FEDPAI_INLINE reg load(const float* p) { return vld1q_f32(p); }
+  static FEDPAI_INLINE reg loadu(const float* p) { return vld1q_f32(p); }
+  static FEDPAI_INLINE void store(float* p, reg v) { vst1q_f32(p, v); }
+  static FEDPAI_INLINE void storeu(float* p, reg v) { vst1q_f32(p, v); }
+  static FEDPAI_INLINE reg load_partial(const float* p, int n) {
+    float t[lanes] = {0, 0, 0, 0};
+    for (int i = 0; i < n; ++i) t[i] = p[i];
+    return vld1q_f32(t);
+  }
+  static FEDPAI_INLINE void store_partial(float* p, reg v, int n) {
+    float t[lanes];
+    vst1q_f32(t, v);
+    for (int i = 0; i < n; ++i) p[i] = t[i];
+  }
+  static FEDPAI_INLINE reg add(reg a, reg b) { return vaddq_f32(a, b); }
+  static FEDPAI_INLINE reg sub(reg a, reg b) { return vsubq_f32(a, b); }
+  static FEDPAI_INLINE reg mul(reg a, reg b) { return vmulq_f32(a, b); }
+  static FEDPAI_INLINE reg div(reg a, reg b) { return vdivq_f32(a, b); }
+  // The second operand wins a comparison with NaN, as in the x86 instructions.
+  static FEDPAI_INLINE reg max(reg a, reg b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+  static FEDPAI_INLINE reg min(reg a, reg b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+  static FEDPAI_INLINE reg sqrt(reg a) { return vsqrtq_f32(a); }
+  static FEDPAI_INLINE reg fma(reg a, reg b, reg c) { return vfmaq_f32(c, a, b); }
+  static FEDPAI_INLINE reg select_gt0(reg a, reg b) {
+    return vreinterpretq_f32_u32(vandq_u32(vcgtzq_f32(a), vreinterpretq_u32_f32(b)));
+  }
+  static FEDPAI_INLINE float reduce_add(reg v) {
+    const float32x2_t s = vadd_f32(vget_low_f32(v), vget_high_f32(v));
+    return vget_lane_f32(s, 0) + vget_lane_f32(s, 1);
+  }
+};
+
+template <>
+struct Vec<double> {
+  using reg = float64x2_t;
+  static constexpr int lanes = 2;
+  static constexpr int accumulators = 24;
+
+  static FEDPAI_INLINE reg zero() { return vdupq_n_f64(0.0); }
+  static FEDPAI_INLINE reg set1(double x) { return vdupq_n_f64(x); }
+  static FEDPAI_INLINE reg load(const double* p) { return vld1q_f64(p); }
+  static FEDPAI_INLINE reg loadu(const double* p) { return vld1q_f64(p); }
+  static FEDPAI_INLINE void store(double* p, reg v) { vst1q_f64(p, v); }
+  static FEDPAI_INLINE void storeu(double* p, reg v) { vst1q_f64(p, v); }
+  static FEDPAI_INLINE reg load_partial(const double* p, int n) {
+    double t[lanes] = {0, 0};
+    for (int i = 0; i < n; ++i) t[i] = p[i];
+    return vld1q_f64(t);
+  }
+  static FEDPAI_INLINE void store_partial(double* p, reg v, int n) {
+    double t[lanes];
+    vst1q_f64(t, v);
+    for (int i = 0; i < n; ++i) p[i] = t[i];
+  }
+  static FEDPAI_INLINE reg add(reg a, reg b) { return vaddq_f64(a, b); }
+  static FEDPAI_INLINE reg sub(reg a, reg b) { return vsubq_f64(a, b); }
+  static FEDPAI_INLINE reg mul(reg a, reg b) { return vmulq_f64(a, b); }
+  static FEDPAI_INLINE reg div(reg a, reg b) { return vdivq_f64(a, b); }
+  static FEDPAI_INLINE reg max(reg a, reg b) { return vbslq_f64(vcgtq_f64(a, b), a, b); }
+  static FEDPAI_INLINE reg min(reg a, reg b) { return vbslq_f64(vcltq_f64(a, b), a, b); }
+  static FEDPAI_INLINE reg sqrt(reg a) { return vsqrtq_f64(a); }
+  static FEDPAI_INLINE reg fma(reg a, reg b, reg c) { return vfmaq_f64(c, a, b); }
+  static FEDPAI_INLINE reg select_gt0(reg a, reg b) {
+    return vreinterpretq_f64_u64(vandq_u64(vcgtzq_f64(a), vreinterpretq_u64_f64(b)));
+  }
+  static FEDPAI_INLINE double reduce_add(reg v) { return vgetq_lane_f64(v, 0) + vgetq_lane_f64(v, 1); }
+};
+
+}  // namespace
+}  // namespace fedpai::neon

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// Portable C++: plain loops over an array, for any CPU.
+//
+// It has the shape of the AVX-512 target (lanes and accumulators), so the schedules that only a 512-bit machine would
+// use are walked, and tested, on every machine.
+#pragma once
+
+#include "cpu/simd/vec.h"
+
+#define FEDPAI_TARGET scalar
+#define FEDPAI_UNROLL  // arrays are not registers: unrolling would only make the build slow
+
+namespace fedpai::scalar {
+namespace {
+
+template <class T>
+struct Vec {
+  static constexpr int lanes = static_cast<int>(64 / sizeof(T));
+  static constexpr int accumulators = 28;
+  struct alignas(64) reg {
+    T x[lanes];
+  };
+
+  template <class F>
+  static FEDPAI_INLINE reg each(F&& f) {
+    reg r;
+    for (int i = 0; i < lanes; ++i) r.x[i] = f(i);
+    return r;
+  }
+  static FEDPAI_INLINE reg zero() { return set1(T(0)); }
+  static FEDPAI_INLINE reg set1(T v) {
+    return each([&](int) { return v; });
+  }
+  static FEDPAI_INLINE reg load(const T* p) {
+    return each([&](int i) { return p[i]; });
+  }
+  static FEDPAI_INLINE reg loadu(const T* p) { return load(p); }
+  static FEDPAI_INLINE void store(T* p, const reg& v) {
+    for (int i = 0; i < lanes; ++i) p[i] = v.x[i];
+  }
+  static FEDPAI_INLINE void storeu(T* p, const reg& v) { store(p, v); }
+  static FEDPAI_INLINE reg load_partial(const T* p, int n) {
+    return each([&](int i) { return i < n ? p[i] : T(0); });
+  }
+  static FEDPAI_INLINE void store_partial(T* p, const reg& v, int n) {
+    for (int i = 0; i < n; ++i) p[i] = v.x[i];
+  }
+  static FEDPAI_INLINE reg add(const reg& a, const reg& b) {
+    return each([&](int i) { return a.x[i] + b.x[i]; });
+  }
+  static FEDPAI_INLINE reg sub(const reg& a, const reg& b) {
+    return each([&](int i) { return a.x[i] - b.x[i]; });
+  }
+  static FEDPAI_INLINE reg mul(const reg& a, const reg& b) {
+    return each([&](int i) { return a.x[i] * b.x[i]; });
+  }
+  static FEDPAI_INLINE reg div(const reg& a, const reg& b) {
+    return each([&](int i) { return a.x[i] / b.x[i]; });
+  }
+  // The second operand wins a comparison with NaN, as in the x86 instructions.
+  static FEDPAI_INLINE reg max(const reg& a, const reg& b) {
+    return each([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; });
+  }
+  static FEDPAI_INLINE reg min(const reg& a, const reg& b) {
+    return each([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; });
+  }
+  static FEDPAI_INLINE reg sqrt(const reg& a) {
+    return each([&](int i) {
+      if constexpr (sizeof(T) == 4) return __builtin_sqrtf(a.x[i]);
+      else return __builtin_sqrt(a.x[i]);
+    });
+  }
+  // Two roundings: a software fma would be some twenty times slower.
+  static FEDPAI_INLINE reg fma(const reg& a, const reg& b, const reg& c) {
+    return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; });
+  }
+  static FEDPAI_INLINE reg select_gt0(const reg& a, const reg& b) {
+    return each([&](int i) { return a.x[i] > T(0) ? b.x[i] : T(0); });
+  }
+  static FEDPAI_INLINE T reduce_add(const reg& v) {
+    reg s = v;
+    for (int half = lanes / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) s.x[i] += s.x[i + half];
+    }
+    return s.x[0];
+  }
+};
+
+}  // namespace
+}  // namespace fedpai::scalar

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernel table of the target whose vec_<isa>.h was included before this file.
+#pragma once
+
+#include "cpu/conv2d/kernels-inl.h"
+#include "cpu/dispatch.h"
+#include "cpu/norm/kernels-inl.h"
+#include "cpu/pool/kernels-inl.h"
+
+#define FEDPAI_NAME_(x) #x
+#define FEDPAI_NAME(x) FEDPAI_NAME_(x)
+
+namespace fedpai::FEDPAI_TARGET {
+
+extern const KernelTable kTable;
+const KernelTable kTable = {
+    FEDPAI_NAME(FEDPAI_TARGET),
+    make_conv2d_kernels<float>(),
+    make_conv2d_kernels<double>(),
+    make_norm_kernels<float>(),
+    make_norm_kernels<double>(),
+    make_pool_kernels<float>(),
+    make_pool_kernels<double>(),
+};
+
+}  // namespace fedpai::FEDPAI_TARGET

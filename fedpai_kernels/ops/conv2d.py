@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse-weight 2-D convolution: checks, registered ops, autograd.
+
+Three ops, closed under differentiation (the gradient of each is made of the other two): ``conv2d_forward``
+(x, values -> y), ``conv2d_input_grad`` (dy, values -> dx) and ``conv2d_weight_grad`` (x, dy -> dvalues, dbias). Images are logically (N, C, H, W) with any strides; outputs are
+batch-last (stored C, H, W, N), in which layout inputs are read fastest.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..layout import empty_batch_last, to_batch_last
+from ..plan import Plan, plan_of
+from .registry import LIBRARY
+
+Pair = tuple[int, int]
+
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+_FORWARD = {dtype: getattr(_C, f"conv2d_forward_{suffix}") for dtype, suffix in _SUFFIX.items()}
+_INPUT_GRAD = {dtype: getattr(_C, f"conv2d_input_grad_{suffix}") for dtype, suffix in _SUFFIX.items()}
+_WEIGHT_GRAD = {dtype: getattr(_C, f"conv2d_weight_grad_{suffix}") for dtype, suffix in _SUFFIX.items()}
+
+
+class Geometry(NamedTuple):
+    """Stride, padding in front (top, left) and behind (bottom, right), and dilation, in pixels."""
+
+    stride: Pair
+    pad_front: Pair
+    pad_back: Pair
+    dilation: Pair
+
+    def output_size(self, image: Pair, kernel: Pair) -> Pair:
+        """Height and width of the output. May be non-positive when the image is too small."""
+        h, w = (
+            (image[i] + self.pad_front[i] + self.pad_back[i] - self.dilation[i] * (kernel[i] - 1) - 1) // self.stride[i] + 1
+            for i in (0, 1)
+        )
+        return h, w
+
+
+def _pair(name: str, value: int | tuple[int, int], least: int) -> Pair:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+        raise ValueError(f"{name}: expected an int or two ints, each >= {least}, got {value!r}")
+    return pair
+
+
+def resolve_geometry(
+    kernel: Pair, stride: int | Pair, padding: int | Pair | str, dilation: int | Pair
+) -> Geometry:
+    """Checks and expands the arguments of a convolution, with torch's meaning of ``"same"`` and ``"valid"``.
+
+    Raises:
+        ValueError: a value of the wrong form, an unknown padding name, or ``"same"`` with a stride.
+    """
+    steps = _pair("stride", stride, 1)
+    spread = _pair("dilation", dilation, 1)
+    if padding == "valid":
+        return Geometry(steps, (0, 0), (0, 0), spread)
+    if padding == "same":
+        if steps != (1, 1):
+            raise ValueError(f"padding: 'same' needs stride 1, got stride {steps}")
+        total = (spread[0] * (kernel[0] - 1), spread[1] * (kernel[1] - 1))
+        front = (total[0] // 2, total[1] // 2)
+        return Geometry(steps, front, (total[0] - front[0], total[1] - front[1]), spread)
+    if isinstance(padding, str):
+        raise ValueError(f"padding: expected 'same', 'valid', an int or two ints, got {padding!r}")
+    around = _pair("padding", padding, 0)
+    return Geometry(steps, around, around, spread)
+
+
+# ------------------------------------------------------------------------------------------------ registered ops
+
+# geometry, as it travels: stride, pad_front, pad_back, dilation, two ints each
+_GEOMETRY_ARGUMENTS = "int[] geometry"
+LIBRARY.define(f"conv2d_forward(Tensor x, Tensor values, Tensor? bias, int plan, {_GEOMETRY_ARGUMENTS}) -> Tensor")
+LIBRARY.define(
+    f"conv2d_input_grad(Tensor dy, Tensor values, int plan, SymInt height, SymInt width, {_GEOMETRY_ARGUMENTS}) -> Tensor"
+)
+LIBRARY.define(
+    f"conv2d_weight_grad(Tensor x, Tensor dy, int plan, bool with_bias, {_GEOMETRY_ARGUMENTS}) -> (Tensor, Tensor)"
+)
+
+
+def _unflatten(geometry: list[int]) -> Geometry:
+    g = geometry
+    return Geometry((g[0], g[1]), (g[2], g[3]), (g[4], g[5]), (g[6], g[7]))
+
+
+def _flatten(geometry: Geometry) -> list[int]:
+    return [v for pair in geometry for v in pair]
+
+
+def _layer_sizes(plan: Plan) -> tuple[int, int, Pair]:
+    """Output channels, input channels, kernel."""
+    shape = plan.mask_shape
+    kernel = (shape[2], shape[3]) if plan.kind == "conv2d" else (1, 1)
+    return shape[0], shape[1] * plan.groups, kernel
+
+
+def _compiled_geometry(batch: int, image: Pair, output: Pair, g: Geometry) -> list[int]:
+    return [batch, *image, *output, *g.stride, *g.pad_front, *g.dilation]
+
+
+def _readable(t: Tensor) -> Tensor:
+    """``t`` itself where the kernels read it at speed, a batch-last copy otherwise.
+
+    A batch of one has no neighbours and a 1 x 1 image no pixels to be far apart, so those are always read in place.
+    """
+    if t.shape[0] == 1 or t.stride(0) == 1 or t.shape[2] * t.shape[3] == 1:
+        return t
+    return to_batch_last(t)
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    n, *rest = t.stride()
+    # The stride of a batch of one means nothing; 1 lets the kernels take their fast path.
+    return (1 if t.shape[0] == 1 else n, *rest)
+
+
+def _forward_cpu(x: Tensor, values: Tensor, bias: Tensor | None, plan: int, geometry: list[int]) -> Tensor:
+    layer, g = plan_of(plan), _unflatten(geometry)
+    out_channels, _, kernel = _layer_sizes(layer)
+    image = (x.shape[2], x.shape[3])
+    output = g.output_size(image, kernel)
+    x = _readable(x)
+    y = empty_batch_last((x.shape[0], out_channels, *output), dtype=x.dtype, device=x.device)
+    values = values.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    _FORWARD[x.dtype](
+        layer.compiled, _compiled_geometry(x.shape[0], image, output, g), x.data_ptr(), _strides(x), values.data_ptr(),
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), _strides(y), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _input_grad_cpu(dy: Tensor, values: Tensor, plan: int, height: int, width: int, geometry: list[int]) -> Tensor:
+    layer, g = plan_of(plan), _unflatten(geometry)
+    _, in_channels, _ = _layer_sizes(layer)
+    dy = _readable(dy)
+    dx = empty_batch_last((dy.shape[0], in_channels, height, width), dtype=dy.dtype, device=dy.device)
+    values = values.contiguous()
+    _INPUT_GRAD[dy.dtype](
+        layer.compiled, _compiled_geometry(dy.shape[0], (height, width), (dy.shape[2], dy.shape[3]), g), dy.data_ptr(),
+        _strides(dy), values.data_ptr(), dx.data_ptr(), _strides(dx), torch.get_num_threads(),
+    )  # fmt: skip
+    return dx
+
+
+def _weight_grad_cpu(
+    x: Tensor, dy: Tensor, plan: int, with_bias: bool, geometry: list[int]
+) -> tuple[Tensor, Tensor]:
+    layer, g = plan_of(plan), _unflatten(geometry)
+    out_channels, _, _ = _layer_sizes(layer)
+    x, dy = _readable(x), _readable(dy)
+    dvalues = x.new_empty(layer.nnz)
+    dbias = x.new_empty(out_channels if with_bias else 0)
+    _WEIGHT_GRAD[x.dtype](
+        layer.compiled,
+        _compiled_geometry(x.shape[0], (x.shape[2], x.shape[3]), (dy.shape[2], dy.shape[3]), g), x.data_ptr(),
+        _strides(x), dy.data_ptr(), _strides(dy), dvalues.data_ptr(), dbias.data_ptr() if with_bias else 0,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dvalues, dbias
+
+
+LIBRARY.impl("conv2d_forward", _forward_cpu, "CPU")
+LIBRARY.impl("conv2d_input_grad", _input_grad_cpu, "CPU")
+LIBRARY.impl("conv2d_weight_grad", _weight_grad_cpu, "CPU")
+
+
+@torch.library.register_fake("fedpai::conv2d_forward", lib=LIBRARY)
+def _forward_fake(x: Tensor, values: Tensor, bias: Tensor | None, plan: int, geometry: list[int]) -> Tensor:
+    out_channels, _, kernel = _layer_sizes(plan_of(plan))
+    output = _unflatten(geometry).output_size((x.shape[2], x.shape[3]), kernel)
+    return empty_batch_last((x.shape[0], out_channels, *output), dtype=x.dtype, device=x.device)
+
+
+@torch.library.register_fake("fedpai::conv2d_input_grad", lib=LIBRARY)
+def _input_grad_fake(dy: Tensor, values: Tensor, plan: int, height: int, width: int, geometry: list[int]) -> Tensor:
+    _, in_channels, _ = _layer_sizes(plan_of(plan))
+    return empty_batch_last((dy.shape[0], in_channels, height, width), dtype=dy.dtype, device=dy.device)
+
+
+@torch.library.register_fake("fedpai::conv2d_weight_grad", lib=LIBRARY)
+def _weight_grad_fake(
+    x: Tensor, dy: Tensor, plan: int, with_bias: bool, geometry: list[int]
+) -> tuple[Tensor, Tensor]:
+    layer = plan_of(plan)
+    out_channels, _, _ = _layer_sizes(layer)
+    return x.new_empty(layer.nnz), x.new_empty(out_channels if with_bias else 0)
+
+
+# ------------------------------------------------------------------------------------------------------ autograd
+
+_ops: Any = torch.ops.fedpai
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, geometry: list[int]
+    ) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.plan, ctx.geometry = plan, geometry
+        return _ops.conv2d_forward(x, values, bias, plan.handle, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, values = ctx.saved_tensors
+        want_x, want_values, want_bias = ctx.needs_input_grad[:3]
+        dx = dvalues = dbias = None
+        if want_x:
+            dx = _InputGrad.apply(dy, values, ctx.plan, x.shape[2], x.shape[3], ctx.geometry)
+        if want_values:
+            dvalues, dbias = _WeightGrad.apply(x, dy, ctx.plan, want_bias, ctx.geometry)
+        elif want_bias:
+            dbias = dy.sum((0, 2, 3))
+        return dx, dvalues, dbias if want_bias else None, None, None
+
+
+class _InputGrad(torch.autograd.Function):
+    """dx(dy, values): linear in each, and its gradients are the other two ops."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, dy: Tensor, values: Tensor, plan: Plan, height: int, width: int, geometry: list[int]
+    ) -> Tensor:
+        ctx.save_for_backward(dy, values)
+        ctx.plan, ctx.geometry = plan, geometry
+        return _ops.conv2d_input_grad(dy, values, plan.handle, height, width, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dy, values = ctx.saved_tensors
+        ddy = dvalues = None
+        if ctx.needs_input_grad[0]:
+            ddy = _Forward.apply(ddx, values, None, ctx.plan, ctx.geometry)
+        if ctx.needs_input_grad[1]:
+            dvalues, _ = _WeightGrad.apply(ddx, dy, ctx.plan, False, ctx.geometry)
+        return ddy, dvalues, None, None, None, None
+
+
+class _WeightGrad(torch.autograd.Function):
+    """(dvalues, dbias)(x, dy): bilinear, and its gradients are the other two ops."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, dy: Tensor, plan: Plan, with_bias: bool, geometry: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, dy)
+        ctx.plan, ctx.geometry, ctx.with_bias = plan, geometry, with_bias
+        return _ops.conv2d_weight_grad(x, dy, plan.handle, with_bias, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, ddvalues: Tensor, ddbias: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, dy = ctx.saved_tensors
+        dx = ddy = None
+        if ctx.needs_input_grad[0]:
+            dx = _InputGrad.apply(dy, ddvalues, ctx.plan, x.shape[2], x.shape[3], ctx.geometry)
+        if ctx.needs_input_grad[1]:
+            ddy = _Forward.apply(x, ddvalues, ddbias if ctx.with_bias else None, ctx.plan, ctx.geometry)
+        return dx, ddy, None, None, None
+
+
+# -------------------------------------------------------------------------------------------------------- public
+
+
+def check_operands(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None) -> None:
+    """What convolution and linear layers ask of their operands alike.
+
+    Raises:
+        TypeError: not tensors, no Plan, or a dtype other than float32 and float64.
+        ValueError: devices or dtypes that differ, or values or bias of the wrong shape.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a fedpai_kernels.Plan, got {type(plan).__name__}")
+    if x.dtype not in _SUFFIX:
+        raise TypeError(f"x: expected dtype torch.float32 or torch.float64, got {x.dtype}")
+    if x.device.type != "cpu":
+        raise ValueError(f"x: expected a CPU tensor, got one on {x.device}; there are no kernels for that device")
+    if tuple(values.shape) != (plan.nnz,):
+        raise ValueError(
+            f"values: expected shape ({plan.nnz},), one per surviving weight of the plan, got {tuple(values.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (plan.mask_shape[0],):
+        raise ValueError(f"bias: expected shape ({plan.mask_shape[0]},), got {tuple(bias.shape)}")
+    for name, tensor in (("values", values), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
+
+
+def sparse_conv2d(
+    x: Tensor,
+    values: Tensor,
+    plan: Plan,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair | str = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution with the sparse weight ``plan.unpack(values)``, without ever forming it.
+
+    ``torch.nn.functional.conv2d`` in all other respects: zero padding, cross-correlation. A weight outside the mask
+    meets nothing: where dense-masked torch gives 0 * inf = NaN, this gives 0. Differentiable in x, values and bias, to
+    any order. Deterministic for a given number of threads (``torch.get_num_threads()``).
+
+    Args:
+        x: (N, C, H, W) or (C, H, W), float32 or float64, any strides; batch-last is read fastest.
+        values: (plan.nnz,), the surviving weights in row-major order of the mask.
+        plan: of kind "conv2d".
+        bias: (out,) or None.
+        stride, dilation: pixels; an int or (vertical, horizontal).
+        padding: pixels, an int or (vertical, horizontal), or "same" or "valid".
+        groups: must be the plan's.
+
+    Returns:
+        (N, out, H', W') in batch-last layout, or (out, H', W').
+
+    Raises:
+        TypeError: a wrong dtype, or operands that are not tensors.
+        ValueError: shapes, devices or settings that do not fit, or an image smaller than the kernel.
+    """
+    check_operands(x, values, plan, bias)
+    if plan.kind != "conv2d":
+        raise ValueError(f"plan: expected one of kind 'conv2d', got kind {plan.kind!r} of shape {plan.mask_shape}")
+    if groups != plan.groups:
+        raise ValueError(f"groups: the plan was made for {plan.groups}, got {groups}")
+    if x.dim() == 3:
+        return sparse_conv2d(x.unsqueeze(0), values, plan, bias, stride, padding, dilation, groups).squeeze(0)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected (N, C, H, W) or (C, H, W), got shape {tuple(x.shape)}")
+    _, in_channels, kernel = _layer_sizes(plan)
+    if x.shape[1] != in_channels:
+        raise ValueError(f"x: expected {in_channels} channels, got shape {tuple(x.shape)}")
+    geometry = resolve_geometry(kernel, stride, padding, dilation)
+    output = geometry.output_size((x.shape[2], x.shape[3]), kernel)
+    if min(output) <= 0:
+        raise ValueError(
+            f"x: an image of {x.shape[2]} x {x.shape[3]} is too small for a kernel of {kernel[0]} x {kernel[1]} "
+            f"with padding {padding} and dilation {dilation}"
+        )
+    return _Forward.apply(x, values, bias, plan, _flatten(geometry))  # type: ignore[no-any-return]

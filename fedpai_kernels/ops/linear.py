@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse-weight linear layer: a convolution of 1 x 1 images, with the rows of x as the batch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..plan import Plan
+from .conv2d import _flatten, _Forward, check_operands, resolve_geometry
+
+_GEOMETRY = _flatten(resolve_geometry((1, 1), 1, 0, 1))
+
+
+def sparse_linear(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None = None) -> Tensor:
+    """``x @ plan.unpack(values).T + bias`` without ever forming the dense weight.
+
+    Differentiable in x, values and bias, to any order; a weight outside the mask meets nothing, not even infinities.
+    Deterministic for a given number of threads.
+
+    Args:
+        x: (..., in), float32 or float64, any strides. A 2-D x that is stored (in, N) is read fastest.
+        values: (plan.nnz,), the surviving weights in row-major order of the mask.
+        plan: of kind "linear".
+        bias: (out,) or None.
+
+    Returns:
+        (..., out). For 2-D x stored (out, N).
+
+    Raises:
+        TypeError: a wrong dtype, or operands that are not tensors.
+        ValueError: shapes, devices or settings that do not fit.
+    """
+    check_operands(x, values, plan, bias)
+    if plan.kind != "linear":
+        raise ValueError(f"plan: expected one of kind 'linear', got kind {plan.kind!r} of shape {plan.mask_shape}")
+    out_features, in_features = plan.mask_shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x: expected (..., {in_features}), got shape {tuple(x.shape)}")
+    rows = x if x.dim() == 2 else x.reshape(-1, in_features)
+    y = _Forward.apply(rows[:, :, None, None], values, bias, plan, _GEOMETRY)[:, :, 0, 0]
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Plan: one mask, compiled once.
+
+The mask of a layer never changes while the layer trains, so all that depends on it (index streams in both walking
+orders, schedules per image size and batch) is built once and shared by every copy of the layer. Values live apart from
+it, packed: ``values = weight[mask]``, in row-major order of the mask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import weakref
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _C
+
+Kind = Literal["conv2d", "linear"]
+
+_DIGEST_FORMAT = "fedpai-plan-1"
+
+# An op's schema holds tensors and numbers only, so a plan travels as an integer, its handle. Weak: a plan lives as long
+# as a module or an autograd node holds it, and masks that are replaced between rounds do not pile up.
+_next_handle = itertools.count(1)
+_living: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
+
+
+class Plan:
+    """The compiled form of a mask. Immutable; equal and hashable by content; made with :meth:`from_mask`.
+
+    Pickling keeps the mask as packed bits and rebuilds the index streams. Copies (``copy``, ``deepcopy``) are the same
+    object, so that all clients of a process share its schedules. Safe to use from several threads.
+
+    Attributes:
+        kind: ``"conv2d"`` or ``"linear"``.
+        mask_shape: shape of the weight: (out, in / groups, kernel_h, kernel_w) or (out, in).
+        groups: convolution groups.
+        nnz: number of surviving weights.
+        density: ``nnz / numel``.
+        structure: how the survivors are arranged; ``"unstructured"`` in this version.
+        handle: the integer that names this plan in the ops of this process.
+        digest: SHA-256 (hex) of kind, shape, groups and mask; the same mask has the same digest on every machine.
+    """
+
+    __slots__ = (
+        "__weakref__", "_compiled", "_digest", "_indices", "_packed_mask", "groups", "handle", "kind", "mask_shape", "nnz",
+    )  # fmt: skip
+
+    kind: Kind
+    mask_shape: tuple[int, ...]
+    groups: int
+    nnz: int
+    handle: int
+    structure: str = "unstructured"
+
+    def __init__(self) -> None:
+        raise TypeError("Plan: use Plan.from_mask(mask)")
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, *, kind: Kind | None = None, groups: int = 1) -> Plan:
+        """Compiles a mask.
+
+        Args:
+            mask: bool tensor of the weight's shape, (out, in / groups, kernel_h, kernel_w) for a convolution or
+                (out, in) for a linear layer; True where a weight survives. Any device and layout; it is copied.
+            kind: checked against the mask's number of dimensions when given.
+            groups: groups of the convolution.
+
+        Raises:
+            TypeError: ``mask`` is not a bool tensor.
+            ValueError: wrong number of dimensions, an empty dimension, no surviving weight, or groups that do not
+                divide the output channels.
+        """
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: expected a torch.Tensor of dtype bool, got {type(mask).__name__}")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected dtype torch.bool, got {mask.dtype}; use `mask != 0` if that is what it means")
+        found: Kind | None = {4: "conv2d", 2: "linear"}.get(mask.dim())  # type: ignore[assignment]
+        if found is None:
+            raise ValueError(
+                "mask: expected 4 dimensions (out, in / groups, kernel_h, kernel_w) or 2 (out, in), "
+                f"got shape {tuple(mask.shape)}"
+            )
+        if kind is not None and kind != found:
+            raise ValueError(f"mask: shape {tuple(mask.shape)} is that of a {found} weight, expected one for {kind!r}")
+        if found == "linear" and groups != 1:
+            raise ValueError(f"groups: a linear layer has 1 group, got {groups}")
+        if 0 in mask.shape:
+            raise ValueError(f"mask: every dimension must be positive, got shape {tuple(mask.shape)}")
+        dense = mask.detach().to("cpu").contiguous()
+        plan = cls.__new__(cls)
+        plan._build(found, tuple(mask.shape), groups, dense)
+        return plan
+
+    def _build(self, kind: Kind, shape: tuple[int, ...], groups: int, dense: Tensor) -> None:
+        out_channels, in_channels = shape[:2]
+        kernel_h, kernel_w = shape[2:] if kind == "conv2d" else (1, 1)
+        compiled = _C.CompiledPlan(dense.data_ptr(), out_channels, in_channels, kernel_h, kernel_w, groups)
+        indices = torch.empty(compiled.nnz, dtype=torch.int64)
+        compiled.flat_indices(indices.data_ptr())
+        packed = np.packbits(dense.numpy().reshape(-1))
+        packed.flags.writeable = False
+        header = f"{_DIGEST_FORMAT}|{kind}|{'x'.join(map(str, shape))}|{groups}|".encode()
+        set_attribute = object.__setattr__
+        set_attribute(self, "kind", kind)
+        set_attribute(self, "mask_shape", shape)
+        set_attribute(self, "groups", groups)
+        set_attribute(self, "nnz", compiled.nnz)
+        set_attribute(self, "_compiled", compiled)
+        set_attribute(self, "_indices", indices)
+        set_attribute(self, "_packed_mask", packed)
+        set_attribute(self, "_digest", hashlib.sha256(header + packed.tobytes()).hexdigest())
+        set_attribute(self, "handle", next(_next_handle))
+        _living[self.handle] = self
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Plan is immutable; cannot set {name!r}")
+
+    @property
+    def numel(self) -> int:
+        """Number of weights of the dense layer."""
+        return int(np.prod(self.mask_shape))
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that survive, in (0, 1]."""
+        return self.nnz / self.numel
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of kind, shape, groups and mask bits, as hex."""
+        digest: str = self._digest
+        return digest
+
+    @property
+    def compiled(self) -> _C.CompiledPlan:
+        """The compiled object, for the ops."""
+        return self._compiled
+
+    @property
+    def indices(self) -> Tensor:
+        """int64 tensor (nnz,): row-major positions of the surviving weights, ascending. Do not write to it."""
+        indices: Tensor = self._indices
+        return indices
+
+    def mask(self) -> Tensor:
+        """A fresh bool tensor of ``mask_shape``, True where a weight survives."""
+        bits = np.unpackbits(self._packed_mask, count=self.numel)
+        return torch.from_numpy(bits.astype(np.bool_)).reshape(self.mask_shape)
+
+    def pack(self, dense: Tensor) -> Tensor:
+        """The surviving weights of a dense weight: (nnz,), differentiable.
+
+        Raises:
+            ValueError: ``dense`` has another shape than the mask.
+        """
+        if tuple(dense.shape) != self.mask_shape:
+            raise ValueError(f"dense: expected shape {self.mask_shape}, got {tuple(dense.shape)}")
+        return dense.reshape(-1)[self.indices.to(dense.device)]
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """The dense weight that packed values stand for: ``mask_shape``, zero outside the mask, differentiable.
+
+        Raises:
+            ValueError: ``values`` is not of shape (nnz,).
+        """
+        if tuple(values.shape) != (self.nnz,):
+            raise ValueError(f"values: expected shape ({self.nnz},), got {tuple(values.shape)}")
+        dense = torch.zeros(self.numel, dtype=values.dtype, device=values.device)
+        return dense.index_copy(0, self.indices.to(values.device), values).reshape(self.mask_shape)
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, Plan) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __copy__(self) -> Plan:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Plan:
+        return self
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return _restore, (self.kind, self.mask_shape, self.groups, self._packed_mask.tobytes(), self.digest)
+
+    def __repr__(self) -> str:
+        groups = f", groups={self.groups}" if self.groups != 1 else ""
+        return (
+            f"Plan({self.kind}, {'x'.join(map(str, self.mask_shape))}{groups}, nnz={self.nnz}, "
+            f"density={self.density:.4g}, digest={self.digest[:12]})"
+        )
+
+
+def plan_of(handle: int) -> Plan:
+    """The plan that ``handle`` names.
+
+    Raises:
+        ValueError: no living plan has this handle.
+    """
+    plan = _living.get(handle)
+    if plan is None:
+        raise ValueError(f"plan: no living plan has the handle {handle}; keep the Plan alive while its ops run")
+    return plan
+
+
+def _restore(kind: Kind, shape: tuple[int, ...], groups: int, packed: bytes, digest: str) -> Plan:
+    numel = int(np.prod(shape))
+    if len(packed) != (numel + 7) // 8:
+        raise ValueError(f"Plan: damaged pickle, {len(packed)} mask bytes for shape {shape}, expected {(numel + 7) // 8}")
+    bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=numel)
+    plan = Plan.from_mask(torch.from_numpy(bits.astype(np.bool_)).reshape(shape), kind=kind, groups=groups)
+    if plan.digest != digest:
+        raise ValueError(f"Plan: damaged pickle, digest {plan.digest[:12]}..., expected {digest[:12]}...")
+    return plan

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+// Batch norm, forward and backward, against its formulas in float64; rows shorter, equal and longer than every block.
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "cpu/norm/norm.h"
+
+using namespace fedpai;
+using namespace fedpai::tests;
+
+namespace {
+
+constexpr double kEps = 1e-5;
+
+struct Channel {
+  double mean = 0, invstd = 0, var = 0, dweight = 0, dbias = 0;
+  std::vector<double> y, dx;
+};
+
+// One channel of `row` elements. `relu` cuts y at 0 and the gradient with it. Given statistics are used when not null.
+Channel expected_channel(const double* x, const double* dy, std::int64_t row, double weight, double bias, bool relu,
+                         const double* given_mean, const double* given_var) {
+  const auto size = static_cast<std::size_t>(row);
+  const auto count = static_cast<double>(row);
+  Channel c;
+  double m2 = 0;
+  for (std::size_t i = 0; i < size; ++i) c.mean += x[i] / count;
+  for (std::size_t i = 0; i < size; ++i) m2 += (x[i] - c.mean) * (x[i] - c.mean);
+  c.var = m2 / (count - 1);
+  c.invstd = 1 / std::sqrt(m2 / count + kEps);
+  if (given_mean != nullptr) {
+    c.mean = *given_mean;
+    c.invstd = 1 / std::sqrt(*given_var + kEps);
+  }
+  std::vector<double> normal(size), g(size);
+  for (std::size_t i = 0; i < size; ++i) {
+    normal[i] = (x[i] - c.mean) * c.invstd;
+    const double y = normal[i] * weight + bias;
+    c.y.push_back(relu && y < 0 ? 0 : y);
+    g[i] = relu && y <= 0 ? 0 : dy[i];
+    c.dbias += g[i];
+    c.dweight += g[i] * normal[i];
+  }
+  for (std::size_t i = 0; i < size; ++i) {
+    const double pull = given_mean != nullptr ? 0 : c.dbias / count + normal[i] * c.dweight / count;
+    c.dx.push_back((g[i] - pull) * c.invstd * weight);
+  }
+  return c;
+}
+
+// `magnitude`: of what was added up on the way to `expected`.
+template <class T>
+void expect_near(const std::string& what, T got, double expected, double magnitude) {
+  const double allowed = 16 * static_cast<double>(std::numeric_limits<T>::epsilon()) * (magnitude + std::abs(expected));
+  CHECK(std::abs(static_cast<double>(got) - expected) <= allowed,
+        what + " is " + std::to_string(got) + ", expected " + std::to_string(expected));
+}
+
+template <class T>
+Buffer<T> rounded(const std::vector<double>& values) {
+  Buffer<T> buffer(static_cast<std::int64_t>(values.size()));
+  for (std::int64_t i = 0; i < buffer.size(); ++i) buffer[i] = static_cast<T>(values[static_cast<std::size_t>(i)]);
+  return buffer;
+}
+
+template <class T>
+void check_norm(std::int64_t channels, std::int64_t row, bool relu, bool train, int threads) {
+  begin_case(std::to_string(channels) + "x" + std::to_string(row) + (relu ? " relu" : "") + (train ? " train" : " eval") +
+             (sizeof(T) == 4 ? " f32" : " f64") + " threads=" + std::to_string(threads));
+  Random random(static_cast<std::uint64_t>(row * 8 + channels));
+  // Multiples of 1/64, exact in both types, so that reference and kernel see the same numbers; the bias lies between
+  // them, so that rounding cannot put an element on the other side of the ReLU.
+  const auto draw = [&random](std::int64_t size) {
+    std::vector<double> values(static_cast<std::size_t>(size));
+    for (double& value : values) value = random.integer(128) / 64.0;
+    return values;
+  };
+  const std::vector<double> x_values = draw(channels * row), dy_values = draw(channels * row);
+  std::vector<double> weight_values = draw(channels), bias_values = draw(channels), mean_values = draw(channels);
+  std::vector<double> var_values(static_cast<std::size_t>(channels), 1.5);
+  for (double& bias : bias_values) bias += 0.0123;
+
+  const Buffer<T> x = rounded<T>(x_values), dy = rounded<T>(dy_values);
+  const Buffer<T> weight = rounded<T>(weight_values), bias = rounded<T>(bias_values);
+  Buffer<T> y(channels * row), dx(channels * row), invstd(channels), var(channels), dweight(channels), dbias(channels);
+  Buffer<T> mean = rounded<T>(mean_values);
+  const NormShape shape{channels, row};
+  if (train) {
+    batch_norm_train<T>(shape, x.data(), weight.data(), bias.data(), kEps, relu, y.data(), mean.data(), invstd.data(),
+                        var.data(), threads);
+  } else {
+    const Buffer<T> given_var = rounded<T>(var_values);
+    batch_norm_eval<T>(shape, x.data(), weight.data(), bias.data(), mean.data(), given_var.data(), kEps, relu, y.data(),
+                       invstd.data(), threads);
+  }
+  batch_norm_backward<T>(shape, dy.data(), x.data(), weight.data(), bias.data(), mean.data(), invstd.data(), train, relu,
+                         dx.data(), dweight.data(), dbias.data(), threads);
+
+  for (std::int64_t c = 0; c < channels; ++c) {
+    const auto at = static_cast<std::size_t>(c);
+    const double* const x_row = x_values.data() + c * row;
+    const Channel expected =
+        expected_channel(x_row, dy_values.data() + c * row, row, static_cast<double>(weight[c]),
+                         static_cast<double>(bias[c]), relu, train ? nullptr : &mean_values[at], &var_values[at]);
+    const auto count = static_cast<double>(row);
+    const std::string where = " of channel " + std::to_string(c);
+    if (train) expect_near("mean" + where, mean[c], expected.mean, 4);
+    expect_near("invstd" + where, invstd[c], expected.invstd, expected.invstd * 4);
+    if (train && row > 1) expect_near("var" + where, var[c], expected.var, 4);
+    expect_near("dweight" + where, dweight[c], expected.dweight, count * expected.invstd);
+    expect_near("dbias" + where, dbias[c], expected.dbias, count);
+    const double scale = expected.invstd * 4;
+    for (std::int64_t i = 0; i < row; ++i) {
+      expect_near("y" + where, y[c * row + i], expected.y[static_cast<std::size_t>(i)], 2 + 2 * scale);
+      expect_near("dx" + where, dx[c * row + i], expected.dx[static_cast<std::size_t>(i)], 2 * scale * scale);
+    }
+  }
+}
+
+template <class T>
+void check_rows(std::int64_t channels, std::int64_t row, int threads) {
+  for (const bool relu : {false, true}) {
+    for (const bool train : {true, false}) check_norm<T>(channels, row, relu, train, threads);
+  }
+}
+
+}  // namespace
+
+FEDPAI_SUITE(norm) {
+  for (std::int64_t row = 1; row <= 70; ++row) {
+    check_rows<float>(2, row, 1);
+    check_rows<double>(2, row, 2);
+  }
+  for (const std::int64_t row : {1023, 1024, 1025, 2081, 34000}) {
+    check_rows<float>(3, row, 2);
+    check_rows<double>(3, row, 3);
+  }
+  check_rows<float>(33, 1100, 2);
+}

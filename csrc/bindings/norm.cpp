@@ -8,6 +8,7 @@
 
 namespace py = pybind11;
 
+namespace fedpai {
 namespace {
 
 using Address = std::uintptr_t;
@@ -20,14 +21,14 @@ T* at(Address address) {
 template <class T>
 void train(std::int64_t channels, std::int64_t row, Address x, Address weight, Address bias, double eps, bool relu,
            Address y, Address mean, Address invstd, Address var, int threads) {
-  fedpai::batch_norm_train<T>({channels, row}, at<const T>(x), at<const T>(weight), at<const T>(bias), eps, relu, at<T>(y),
+  batch_norm_train<T>({channels, row}, at<const T>(x), at<const T>(weight), at<const T>(bias), eps, relu, at<T>(y),
                       at<T>(mean), at<T>(invstd), at<T>(var), threads);
 }
 
 template <class T>
 void eval(std::int64_t channels, std::int64_t row, Address x, Address weight, Address bias, Address mean, Address var,
           double eps, bool relu, Address y, Address invstd, int threads) {
-  fedpai::batch_norm_eval<T>({channels, row}, at<const T>(x), at<const T>(weight), at<const T>(bias), at<const T>(mean),
+  batch_norm_eval<T>({channels, row}, at<const T>(x), at<const T>(weight), at<const T>(bias), at<const T>(mean),
                      at<const T>(var), eps, relu, at<T>(y), at<T>(invstd), threads);
 }
 
@@ -35,7 +36,7 @@ template <class T>
 void backward(std::int64_t channels, std::int64_t row, Address dy, Address x, Address weight, Address bias,
               Address mean, Address invstd, bool through_statistics, bool relu, Address dx, Address dweight,
               Address dbias, int threads) {
-  fedpai::batch_norm_backward<T>({channels, row}, at<const T>(dy), at<const T>(x), at<const T>(weight), at<const T>(bias),
+  batch_norm_backward<T>({channels, row}, at<const T>(dy), at<const T>(x), at<const T>(weight), at<const T>(bias),
                          at<const T>(mean), at<const T>(invstd), through_statistics, relu, at<T>(dx), at<T>(dweight),
                          at<T>(dbias), threads);
 }
@@ -60,3 +61,5 @@ void bind_norm(py::module_& m) {
   bind<float>(m, "batch_norm_train_f32", "batch_norm_eval_f32", "batch_norm_backward_f32");
   bind<double>(m, "batch_norm_train_f64", "batch_norm_eval_f64", "batch_norm_backward_f64");
 }
+
+}  // namespace fedpai

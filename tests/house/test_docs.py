@@ -23,15 +23,19 @@ def ids(document: Path) -> str:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
 def test_mentions_only_existing_files(document: Path) -> None:
-    """Every path in backticks and every relative link leads somewhere; ``<op>`` and ``*`` stand for anything."""
+    """Every path in backticks and every relative link exists; ``<op>`` and ``*`` stand for anything."""
     text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
     mentioned = set(re.findall(rf"`([\w./<>*-]+\.(?:{ENDINGS})|[\w.<>*-]+/[\w./<>*-]*)`", text))
-    linked = {target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target} - {""}
+    linked = {
+        target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target
+    } - {""}
     missing = []
     for name in sorted(mentioned - MADE):
         pattern = re.sub(r"<[^>]*>", "*", name).rstrip("/")
         bases = (ROOT, ROOT / "fedpai_kernels", ROOT / "python", ROOT / "csrc", document.parent)
-        if name.startswith(("runs", "build", "data", ".venv")) or any(any(base.glob(pattern)) for base in bases):
+        if name.startswith(("runs", "build", "data", ".venv")) or any(
+            any(base.glob(pattern)) for base in bases
+        ):
             continue
         missing.append(name)
     missing += [name for name in sorted(linked) if not (document.parent / name).exists()]
@@ -55,5 +59,7 @@ def test_readme_example_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert blocks
     for block in blocks:
-        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=240, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", block], capture_output=True, text=True, timeout=240, check=False
+        )
         assert done.returncode == 0, done.stderr

@@ -14,8 +14,8 @@ import pytest
 from fedpai.cli.doctor import openmp_libraries
 from fedpai_kernels import _C
 
-# What the libgomp inside torch's wheels offers; it is older than the compiler's own, and whichever of the two is loaded
-# first serves the whole process.
+# What the libgomp inside torch's wheels offers. It is older than the compiler's own, and whichever of the two
+# is loaded first serves the whole process.
 NEWEST_SYMBOL_VERSIONS = {"GOMP": (5, 0), "OMP": (3, 1), "GOACC": (2, 0)}
 
 CONVOLVE = """
@@ -27,6 +27,12 @@ assert torch.equal(y, torch.full_like(y, 27.0)), y
 """
 
 
+def symbols_of_module(which: str) -> str:
+    if (nm := shutil.which("nm")) is None:
+        pytest.skip("nm (Debian: binutils) is not installed")
+    return subprocess.run([nm, "-D", which, _C.__file__], capture_output=True, text=True, check=True).stdout
+
+
 def python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True,
@@ -36,7 +42,11 @@ def python(program: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.parametrize(
     "imports",
-    ["import torch, fedpai_kernels", "import fedpai_kernels, torch", "import fedpai_kernels._C, torch, fedpai_kernels"],
+    [
+        "import torch, fedpai_kernels",
+        "import fedpai_kernels, torch",
+        "import fedpai_kernels._C, torch, fedpai_kernels",
+    ],
     ids=["torch_first", "kernels_first", "module_first"],
 )
 def test_import_order_and_one_openmp(imports: str) -> None:
@@ -47,10 +57,7 @@ def test_import_order_and_one_openmp(imports: str) -> None:
 
 
 def test_needs_no_openmp_newer_than_torchs() -> None:
-    if (nm := shutil.which("nm")) is None:
-        pytest.skip("nm (Debian: binutils) is not installed")
-    symbols = subprocess.run([nm, "-D", "--undefined-only", _C.__file__], capture_output=True, text=True, check=True)
-    versions = re.findall(r"@(GOMP|OMP|GOACC)_(\d+)\.(\d+)", symbols.stdout)
+    versions = re.findall(r"@(GOMP|OMP|GOACC)_(\d+)\.(\d+)", symbols_of_module("--undefined-only"))
     assert versions, "the module links no OpenMP at all"
     newer = {f"{family}_{major}.{minor}" for family, major, minor in versions
              if (int(major), int(minor)) > NEWEST_SYMBOL_VERSIONS[family]}  # fmt: skip
@@ -58,10 +65,7 @@ def test_needs_no_openmp_newer_than_torchs() -> None:
 
 
 def test_exports_only_its_entry_point() -> None:
-    if (nm := shutil.which("nm")) is None:
-        pytest.skip("nm (Debian: binutils) is not installed")
-    symbols = subprocess.run([nm, "-D", "--defined-only", _C.__file__], capture_output=True, text=True, check=True)
-    names = {line.split()[-1] for line in symbols.stdout.splitlines()}
+    names = {line.split()[-1] for line in symbols_of_module("--defined-only").splitlines()}
     assert [name for name in names if "fedpai" in name] == []
     assert "PyInit__C" in names
 

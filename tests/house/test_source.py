@@ -17,7 +17,9 @@ MAX_LINES = 400
 
 def tracked_files() -> list[Path]:
     """Files under version control, or outside a checkout the whole tree less what is built."""
-    listing = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False)
+    listing = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False
+    )
     if listing.returncode == 0:
         names = [name for name in listing.stdout.split("\0") if name]
     else:
@@ -26,7 +28,9 @@ def tracked_files() -> list[Path]:
 
 
 def source_files() -> list[Path]:
-    return [path for path in tracked_files() if path.suffix in SOURCE_SUFFIXES or path.name == "CMakeLists.txt"]
+    return [
+        path for path in tracked_files() if path.suffix in SOURCE_SUFFIXES or path.name == "CMakeLists.txt"
+    ]
 
 
 def shown(path: Path) -> str:
@@ -34,7 +38,8 @@ def shown(path: Path) -> str:
 
 
 def test_every_source_file_names_its_licence() -> None:
-    without = [shown(p) for p in source_files() if "SPDX-License-Identifier: Apache-2.0" not in p.read_text()[:200]]
+    line = "SPDX-License-Identifier: Apache-2.0"
+    without = [shown(path) for path in source_files() if line not in path.read_text()[:200]]
     assert without == []
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fedpai doctor``: what is installed, what this machine can run, and what to do about what is missing.
 
-Nothing here may depend on a working installation: each examination catches what can go wrong in it and turns it
-into a finding with a remedy.
+Nothing here may depend on a working installation: each examination catches what can go wrong in it and turns
+it into a finding with a remedy.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "doctor",
         help="check the installation and describe the machine",
-        description="Check the installation and describe the machine. Exit status 1 if something essential is broken.",
+        description="Check the installation and describe the machine; exit with 1 if it cannot work.",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the findings to FILE")
     parser.set_defaults(run=run)
@@ -98,17 +98,17 @@ def examine() -> list[Finding]:
 
 def _system() -> Finding:
     caches = _cpu_caches()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu": _cpu_model(),
         "caches": caches,
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory,
     }
     shown = ", ".join(f"{name} {size}" for name, size in caches.items()) or "caches unknown"
-    memory = facts["memory_bytes"] / 2**30
-    text = f"Python {facts['python']}, {facts['cpu']} ({shown}), {memory:.0f} GiB"
+    text = f"Python {facts['python']}, {facts['cpu']} ({shown}), {memory / 2**30:.0f} GiB"
     return Finding("system", "ok", text, "", facts)
 
 
@@ -170,20 +170,20 @@ def _arithmetic() -> Finding:
     if torch.equal(dense, sparse) and torch.equal(expected, computed):
         return Finding("arithmetic", "ok", "a sparse convolution equals the dense one", "", {"equal": True})
     text = "a sparse convolution differs from the dense one: this build computes wrong results"
-    return Finding("arithmetic", "broken", text, "rebuild (make clean build) and report this", {"equal": False})
+    return Finding(
+        "arithmetic", "broken", text, "rebuild (make clean build) and report this", {"equal": False}
+    )
 
 
 def _threads() -> Finding:
     import torch
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    facts = {
-        "usable_cores": usable,
-        "torch_threads": torch.get_num_threads(),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
-    }
-    text = f"{facts['torch_threads']} threads on {usable} usable cores"
-    if facts["torch_threads"] > usable:
+    threads = torch.get_num_threads()
+    environment = os.environ.get("OMP_NUM_THREADS")
+    facts = {"usable_cores": usable, "torch_threads": threads, "OMP_NUM_THREADS": environment}
+    text = f"{threads} threads on {usable} usable cores"
+    if threads > usable:
         return Finding("threads", "note", text, f"use --threads {usable}, or OMP_NUM_THREADS={usable}", facts)
     return Finding("threads", "ok", text, "", facts)
 
@@ -216,7 +216,12 @@ def _data() -> Finding:
             where = "in ./data (give --data-root data)"
         except DataError:
             return Finding("data", "note", str(error), "make data", {"found": False})
-    facts = {"found": True, "where": where, "train": len(dataset.train_labels), "test": len(dataset.test_labels)}
+    facts = {
+        "found": True,
+        "where": where,
+        "train": len(dataset.train_labels),
+        "test": len(dataset.test_labels),
+    }
     text = f"Fashion-MNIST, {facts['train']} + {facts['test']} images, {where}"
     return Finding("data", "ok", text, "", facts)
 

@@ -35,7 +35,9 @@ def weighted_mean(vectors: Sequence[Floats], examples: Sequence[int]) -> Floats:
     return total.astype(np.float32)
 
 
-def masked_mean(old: Floats, vectors: Sequence[Floats], at: Sequence[Ints], examples: Sequence[int]) -> Floats:
+def masked_mean(
+    old: Floats, vectors: Sequence[Floats], at: Sequence[Ints], examples: Sequence[int]
+) -> Floats:
     """Masked mean: vector k speaks about positions at[k] of the result, and about no other.
 
     Args:
@@ -68,7 +70,7 @@ def masked_mean(old: Floats, vectors: Sequence[Floats], at: Sequence[Ints], exam
 def largest(ints: Sequence[Ints]) -> Ints:
     """Integer buffers of the merged model: the largest value that any client reports.
 
-    They count things (`num_batches_tracked`); a mean of counts is no count, and the largest one needs no order.
+    They count things (`num_batches_tracked`), and a mean of counts is no count.
     """
     return np.maximum.reduce([np.asarray(part, np.int64) for part in ints])
 

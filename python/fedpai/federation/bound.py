@@ -103,7 +103,7 @@ class ModelPool:
         self, create: Callable[[], nn.Module], layout: Layout, memory_format: torch.memory_format
     ) -> None:
         self._create = create
-        self._layout = layout
+        self.layout = layout
         self._memory_format = memory_format
         self._kept: OrderedDict[bytes | None, BoundModel] = OrderedDict()
 
@@ -121,7 +121,7 @@ class ModelPool:
     def plain(self, floats: Floats, ints: Ints) -> nn.Module:
         """A separate dense torch model with the given dense values, for scoring."""
         model = self._create()
-        model.load_state_dict(self._layout.scatter(floats, ints))
+        model.load_state_dict(self.layout.scatter(floats, ints))
         return model
 
     def images(self, bound: BoundModel, x: Tensor) -> Tensor:
@@ -133,8 +133,9 @@ class ModelPool:
     def _build(self, mask: MaskSet | None) -> BoundModel:
         model = self._create()
         if mask is None:
-            return BoundModel(model.to(memory_format=self._memory_format), self._layout, None)
+            model.to(memory_format=self._memory_format)  # type: ignore[call-overload]
+            return BoundModel(model, self.layout, None)
         import fedpai_kernels
 
         report = fedpai_kernels.sparsify_(model, mask.masks())
-        return BoundModel(model, self._layout, mask, report)
+        return BoundModel(model, self.layout, mask, report)

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from fedpai.federation.bound import ModelPool
 from fedpai.federation.client import ClientMemory
 from fedpai.federation.config import RunConfig, differences
-from fedpai.federation.layout import Layout, LayoutError, MaskSet
+from fedpai.federation.layout import LayoutError, MaskSet
 from fedpai.federation.server import Server
 
 FORMAT = "fedpai checkpoint 1"
@@ -73,27 +74,33 @@ def dump(method: str, server: Server, memories: Mapping[int, ClientMemory]) -> b
     return save(ordered, metadata={"fedpai": json.dumps(about, sort_keys=True)})
 
 
-def load(data: bytes, method: str, config: RunConfig, layout: Layout) -> Restored:
+def load(data: bytes, method: str, config: RunConfig, pool: ModelPool) -> Restored:
     """Reads what `dump` wrote.
 
     Raises:
         CheckpointError: damaged content, another format, method or model, or a mask that is not the one
             whose digest is recorded.
     """
+    layout = pool.layout
     about, tensors = _open(data)
     if about.get("format") != FORMAT:
-        raise CheckpointError(f"not a checkpoint of this version: {about.get('format')!r}, expected {FORMAT!r}")
+        raise CheckpointError(
+            f"not a checkpoint of this version: {about.get('format')!r}, expected {FORMAT!r}"
+        )
     if about.get("content") != _content_digest(tensors):
         raise CheckpointError("the checkpoint is damaged: its content does not have the recorded digest")
     if about["method"] != method:
         raise CheckpointError(f"the checkpoint is of method {about['method']}, expected {method}")
     if about["model"] != layout.digest.hex():
         raise CheckpointError(
-            f"the checkpoint is of another model: digest {about['model'][:16]}, expected {layout.digest.hex()[:16]}"
+            f"the checkpoint is of another model: digest {about['model'][:16]}, "
+            f"expected {layout.digest.hex()[:16]}"
         )
     different = differences(config.to_json(), about["config"])
     if different:
-        raise CheckpointError("the checkpoint is of a run with another configuration: " + "; ".join(different))
+        raise CheckpointError(
+            "the checkpoint is of a run with another configuration: " + "; ".join(different)
+        )
     masks: dict[str, MaskSet] = {}
     for key, array in tensors.items():
         if not key.startswith("mask."):
@@ -105,9 +112,10 @@ def load(data: bytes, method: str, config: RunConfig, layout: Layout) -> Restore
             raise CheckpointError(f"the checkpoint's mask does not fit the model: {error}") from None
         if masks[digest].digest.hex() != digest:
             raise CheckpointError(
-                f"the checkpoint is of another mask: digest {masks[digest].digest.hex()[:16]}, recorded {digest[:16]}"
+                f"the checkpoint is of another mask: digest {masks[digest].digest.hex()[:16]}, "
+                f"recorded {digest[:16]}"
             )
-    return _assemble(about, tensors, masks, config, layout)
+    return _assemble(about, tensors, masks, config, pool)
 
 
 def _assemble(
@@ -115,7 +123,7 @@ def _assemble(
     tensors: dict[str, np.ndarray],
     masks: dict[str, MaskSet],
     config: RunConfig,
-    layout: Layout,
+    pool: ModelPool,
 ) -> Restored:
     def mask_of(digest: str | None) -> MaskSet | None:
         return None if digest is None else masks[digest]
@@ -126,7 +134,8 @@ def _assemble(
     try:
         server = Server(
             config,
-            layout,
+            pool.layout,
+            pool,
             tensors["server.floats"],
             tensors["server.ints"],
             mask=mask_of(about["mask"]),
@@ -139,7 +148,7 @@ def _assemble(
             int(client): ClientMemory(mask_of(digest), extra(f"client.{client}.extra."))
             for client, digest in about["memories"].items()
         }
-        layout.check(server.floats, server.ints, server.mask)
+        pool.layout.check(server.floats, server.ints, server.mask)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint is incomplete or does not fit: {error}") from None
     return Restored(server, memories)
@@ -165,5 +174,5 @@ def _content_digest(tensors: Mapping[str, np.ndarray]) -> str:
     for key in sorted(tensors):
         array = np.ascontiguousarray(tensors[key])
         digest.update(repr((key, array.dtype.str, array.shape)).encode())
-        digest.update(memoryview(array).cast("B") if array.size else b"")
+        digest.update(array.tobytes())
     return digest.hexdigest()

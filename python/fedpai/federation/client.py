@@ -19,12 +19,16 @@ from torch import Tensor, nn
 from fedpai.data import Dataset
 from fedpai.federation.bound import BoundModel, ModelPool
 from fedpai.federation.config import RunConfig
-from fedpai.federation.layout import Floats, Ints, Layout, MaskSet
+from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, unpack
 from fedpai.federation.payload import NO_MASK, SERVER, Kind, Payload, PayloadError, decode, encode
 from fedpai.federation.seeds import derive, generator, torch_seed
 from fedpai.federation.server import mask_from
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class ClientError(RuntimeError):
+    """A client that cannot be reached or cannot do its part. The round goes on without it."""
 
 
 @dataclass
@@ -169,6 +173,11 @@ class Client:
         bound.load(*self.model_vectors())
         return bound
 
+    def model(self) -> nn.Module:
+        """The client's values in a separate dense torch model, for scoring."""
+        floats, ints = self.model_vectors()
+        return self.pool.plain(unpack(floats, self.memory.mask, self.layout), ints)
+
     def keep(self, bound: BoundModel) -> None:
         """Takes the model's values as the client's own."""
         self.floats, self.ints = bound.read()
@@ -216,7 +225,9 @@ class Client:
         """Shuffled batches; a last batch of one image joins its neighbour (batch norm needs two)."""
         size = self.config.batch
         for epoch in range(epochs):
-            order = generator(self.config.seed, "batches", self.round, self.id, epoch).permutation(self.indices)
+            order = generator(self.config.seed, "batches", self.round, self.id, epoch).permutation(
+                self.indices
+            )
             cuts = list(range(size, order.size, size))
             if cuts and order.size - cuts[-1] == 1:
                 cuts.pop()

@@ -144,7 +144,6 @@ PRESETS["demo"] = {
     "criterion": "grasp",
     "mask_mode": "shared",
     "clients": 5,
-    "sample": 5,
     "rounds": 6,
     "batch": 32,
     "max_images": 480,
@@ -159,7 +158,6 @@ PRESETS["smoke"] = {
     "data": "synthetic",
     "sparsity": 0.9,
     "clients": 4,
-    "sample": 4,
     "rounds": 3,
     "batch": 32,
     "max_images": 128,
@@ -186,4 +184,6 @@ def _positive(name: str, value: float) -> None:
 def _between(name: str, value: float, low: float, high: float, *, open_right: bool) -> None:
     fits = isinstance(value, int | float) and low <= value and (value < high if open_right else value <= high)
     if not fits:
-        raise ConfigError(f"{option(name)} must lie in [{low}, {high}{')' if open_right else ']'}, got {value!r}")
+        raise ConfigError(
+            f"{option(name)} must lie in [{low}, {high}{')' if open_right else ']'}, got {value!r}"
+        )

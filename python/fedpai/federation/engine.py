@@ -18,7 +18,7 @@ import numpy as np
 
 from fedpai.data import Dataset
 from fedpai.federation.bound import ModelPool
-from fedpai.federation.client import Client, ClientMemory, TrainingLog
+from fedpai.federation.client import Client, ClientError, ClientMemory, TrainingLog
 from fedpai.federation.config import RunConfig
 from fedpai.federation.evaluate import Evaluator
 from fedpai.federation.layout import Layout
@@ -29,10 +29,6 @@ from fedpai.federation.server import Server, Update
 from fedpai.methods.base import Method
 
 Row = dict[str, Any]
-
-
-class ClientError(RuntimeError):
-    """A client that could not be reached or did not answer. The round goes on without it."""
 
 
 @dataclass
@@ -169,7 +165,7 @@ class Federation:
         return self._row(sampled, turns, start, merge=merging)
 
     def _sample(self) -> list[int]:
-        """The clients of this round, ascending. A client whose proposal was refused has no mask and sits out."""
+        """The clients of this round, ascending. One whose mask was refused sits out."""
         server = self.server
         able = sorted(server.client_masks) if server.client_masks else list(range(self.config.clients))
         count = min(self.config.sample, len(able))

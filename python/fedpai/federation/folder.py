@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from fedpai.federation import checkpoint
+from fedpai.federation.bound import ModelPool
 from fedpai.federation.checkpoint import CheckpointError, Restored
 from fedpai.federation.config import ConfigError, RunConfig, differences
 from fedpai.federation.files import PART, append_line, write_atomic
-from fedpai.federation.layout import Layout
 
 Row = dict[str, Any]
 
@@ -56,7 +56,9 @@ class RunFolder:
     def check_vacant(path: Path) -> None:
         """Raises FolderError unless a new run may start in a folder: it is absent or empty."""
         if (path / "config.json").exists():
-            raise FolderError(f"{path} already holds a run; go on with it by --resume, or choose another --out")
+            raise FolderError(
+                f"{path} already holds a run; go on with it by --resume, or choose another --out"
+            )
         if path.exists() and not path.is_dir():
             raise FolderError(f"{path} is a file; choose another --out")
         if path.is_dir() and any(path.iterdir()):
@@ -144,7 +146,7 @@ class RunFolder:
             present = [row["round"] for row in rows if row["method"] == method]
             if present != list(range(last + 1)):
                 raise FolderError(
-                    f"{self.metrics_file} does not hold rounds 0 to {last} of {method}, which its checkpoint has"
+                    f"{self.metrics_file} lacks rounds of {method}, whose checkpoint is after round {last}"
                 )
         text = "".join(json.dumps(row) + "\n" for row in rows)
         if not self.metrics_file.exists() or self.metrics_file.read_text(encoding="utf-8") != text:
@@ -161,7 +163,7 @@ class RunFolder:
         """Replaces a method's checkpoint."""
         write_atomic(self.checkpoint_file(method), data)
 
-    def restore(self, method: str, layout: Layout) -> Restored | None:
+    def restore(self, method: str, pool: ModelPool) -> Restored | None:
         """A method's state after its last finished round; None before the first.
 
         Raises:
@@ -171,7 +173,7 @@ class RunFolder:
         if not file.exists():
             return None
         try:
-            return checkpoint.load(file.read_bytes(), method, self.config, layout)
+            return checkpoint.load(file.read_bytes(), method, self.config, pool)
         except CheckpointError as error:
             raise FolderError(f"{file}: {error}") from None
 

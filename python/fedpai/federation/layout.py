@@ -83,7 +83,7 @@ class Layout:
         maskable = {
             f"{name}.weight" if name else "weight"
             for name, module in model.named_modules()
-            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+            if isinstance(module, nn.Conv2d | nn.Linear)
         }
         weights, others, ints = [], [], []
         for key, tensor in model.state_dict().items():
@@ -95,9 +95,13 @@ class Layout:
             elif not tensor.is_floating_point() and not tensor.is_complex():
                 ints.append(item)
             else:
-                raise LayoutError(f"{key}: a federation carries float32 and integer tensors, got {tensor.dtype}")
+                raise LayoutError(
+                    f"{key}: a federation carries float32 and integer tensors, got {tensor.dtype}"
+                )
         if not weights:
-            raise LayoutError("the model has no conv or linear layer, so there is nothing to federate sparsely")
+            raise LayoutError(
+                "the model has no conv or linear layer, so there is nothing to federate sparsely"
+            )
         text = repr(("fedpai layout 1", weights, others, ints)).encode()
         return cls(_slots(weights), _slots(others), _slots(ints), hashlib.sha256(text).digest())
 
@@ -120,12 +124,39 @@ class Layout:
         """Length of the float vector under a mask (None: every weight)."""
         return (self.weight_count if mask is None else mask.kept) + self.other_count
 
+    def by_layer(self, vector: Floats) -> dict[str, Tensor]:
+        """A vector over the weight section as `{module name: tensor of the weight's shape}` (copies)."""
+        if vector.shape != (self.weight_count,):
+            raise LayoutError(f"expected {self.weight_count} numbers, one a weight, got shape {vector.shape}")
+        return {
+            module_of(slot): torch.from_numpy(vector[slot.offset : slot.stop].reshape(slot.shape).copy())
+            for slot in self.weights
+        }
+
+    def from_layers(self, tensors: Mapping[str, Tensor]) -> Floats:
+        """The inverse of `by_layer`, as float32.
+
+        Raises:
+            LayoutError: a layer that is missing, unknown, or of another shape.
+        """
+        names = {module_of(slot): slot for slot in self.weights}
+        if set(tensors) != set(names):
+            raise LayoutError(f"expected a tensor for each of {sorted(names)}, got {sorted(tensors)}")
+        vector = np.empty(self.weight_count, np.float32)
+        for name, slot in names.items():
+            if tuple(tensors[name].shape) != slot.shape:
+                raise LayoutError(f"{name}: expected shape {slot.shape}, got {tuple(tensors[name].shape)}")
+            vector[slot.offset : slot.stop] = tensors[name].detach().reshape(-1).numpy()
+        return vector
+
     def gather(self, state: Mapping[str, Tensor]) -> tuple[Floats, Ints]:
         """Dense vectors of a state_dict: float32 (weight_count + other_count), int64 (int_count)."""
         expected = {slot.key for slot in (*self.weights, *self.others, *self.ints)}
         if expected != set(state):
             missing, extra = sorted(expected - set(state)), sorted(set(state) - expected)
-            raise LayoutError(f"state_dict does not fit the layout: missing {missing[:3]}, unexpected {extra[:3]}")
+            raise LayoutError(
+                f"state_dict does not fit the layout: missing {missing[:3]}, unexpected {extra[:3]}"
+            )
         floats = np.empty(self.weight_count + self.other_count, np.float32)
         ints = np.empty(self.int_count, np.int64)
         for slots, base, vector in (
@@ -202,7 +233,7 @@ class MaskSet:
         Raises:
             LayoutError: a mask for a layer that does not exist, of another shape, or not bool.
         """
-        unknown = {name for name in masks} - {module_of(slot) for slot in layout.weights}
+        unknown = set(masks) - {module_of(slot) for slot in layout.weights}
         if unknown:
             raise LayoutError(f"masks for layers the model does not have: {sorted(unknown)[:3]}")
         parts = []
@@ -257,9 +288,7 @@ class MaskSet:
         """For each layer, where its kept values lie in the packed vector."""
         edges = [slot.offset for slot in self.layout.weights] + [self.layout.weight_count]
         cuts = np.searchsorted(self.positions, edges)
-        return [
-            (slot, slice(int(cuts[i]), int(cuts[i + 1]))) for i, slot in enumerate(self.layout.weights)
-        ]
+        return [(slot, slice(int(cuts[i]), int(cuts[i + 1]))) for i, slot in enumerate(self.layout.weights)]
 
     @property
     def kept(self) -> int:

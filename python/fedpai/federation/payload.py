@@ -112,7 +112,9 @@ class Payload:
         _same("number of values", self.count, count)
         _same("number of integers", int(self.ints.size), ints)
         if self.client != SERVER and self.examples < 1:
-            raise PayloadError(f"payload from client {self.client} claims {self.examples} examples, expected >= 1")
+            raise PayloadError(
+                f"payload from client {self.client} claims {self.examples} examples, expected >= 1"
+            )
         return self
 
 
@@ -146,7 +148,18 @@ def encode(
         total = vector.size
     tail = b"" if ints is None else np.ascontiguousarray(ints, "<i8").tobytes()
     head = _HEADER.pack(
-        MAGIC, VERSION, kind, dtype, round, client, examples, model_digest, mask_digest, total, len(tail) // 8, 0
+        MAGIC,
+        VERSION,
+        kind,
+        dtype,
+        round,
+        client,
+        examples,
+        model_digest,
+        mask_digest,
+        total,
+        len(tail) // 8,
+        0,
     )
     buffer = bytearray(head + body + tail)
     struct.pack_into("<I", buffer, _CRC_AT, _checksum(buffer))
@@ -172,17 +185,23 @@ def decode(buffer: bytes | bytearray | memoryview) -> Payload:
     try:
         kind = Kind(kind_code)
     except ValueError:
-        raise PayloadError(f"payload kind {kind_code} is unknown, expected one of {[int(k) for k in Kind]}") from None
+        raise PayloadError(
+            f"payload kind {kind_code} is unknown, expected one of {[int(k) for k in Kind]}"
+        ) from None
     dtype = _DTYPE_OF[kind]
     if dtype_code != dtype:
-        raise PayloadError(f"payload dtype {dtype_code} does not fit a {kind.name} message, expected {int(dtype)}")
+        raise PayloadError(
+            f"payload dtype {dtype_code} does not fit a {kind.name} message, expected {int(dtype)}"
+        )
     body = dtype.size_of(count)
     wanted = HEADER_BYTES + body + 8 * ints
     if len(view) != wanted:
         state = "truncated" if len(view) < wanted else "oversized"
         raise PayloadError(f"payload is {state}: {len(view)} bytes, its header announces {wanted}")
     if crc != _checksum(view):
-        raise PayloadError(f"payload checksum is {_checksum(view):08x}, its header says {crc:08x}: damaged on the way")
+        raise PayloadError(
+            f"payload checksum is {_checksum(view):08x}, its header says {crc:08x}: damaged on the way"
+        )
     integers = np.frombuffer(view, "<i8", ints, HEADER_BYTES + body).astype(np.int64)
     if dtype is DType.BITS:
         bits = bytes(view[HEADER_BYTES : HEADER_BYTES + body])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedpai import data as images
-from fedpai import methods, models
+from fedpai import methods, models, pruning
 from fedpai.data import Dataset
 from fedpai.federation import checkpoint
 from fedpai.federation.bound import ModelPool
@@ -51,6 +51,7 @@ class Run:
         config: the settings.
         folder: where to save; None keeps everything in memory.
         progress: who is told.
+        data: images to use instead of loading `config.data` (for a data set of one's own).
 
     Raises:
         ConfigError: unknown names, or settings that do not go together.
@@ -58,13 +59,20 @@ class Run:
         FolderError: a folder whose checkpoints do not belong to this run.
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder | None = None, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder | None = None,
+        progress: Progress | None = None,
+        *,
+        data: Dataset | None = None,
+    ) -> None:
         check_names(config)
         torch.set_num_threads(config.threads)
         self.config = config
         self.folder = folder
         self.progress = progress or Progress()
-        self.data = load_data(config)
+        self.data = load_data(config) if data is None else data
         self.partition = split(config, self.data)
         self.layout = Layout.of(create_model(config, self.data))
         self.pool = self._pool()
@@ -84,10 +92,10 @@ class Run:
         clients = LocalClients(
             config, method, self.layout, self.data, self.partition, self.pool, self.evaluator, self.progress
         )
-        restored = self.folder.restore(name, self.layout) if self.folder else None
+        restored = self.folder.restore(name, self.pool) if self.folder else None
         if restored is None:
             floats, ints = self.layout.gather(create_model(config, self.data).state_dict())
-            server = Server(config, self.layout, floats, ints)
+            server = Server(config, self.layout, self.pool, floats, ints)
         else:
             server = restored.server
             clients.memories = restored.memories
@@ -132,12 +140,10 @@ class Run:
 
 def check_names(config: RunConfig) -> None:
     """Raises ConfigError for a method, data set or criterion that does not exist."""
-    from fedpai import pruning
-
     for name in config.arms:
         methods.create(name, config)
     one_of("data", config.data, images.names())
-    one_of("criterion", config.criterion, pruning.names())
+    one_of("criterion", config.criterion, pruning.criteria())
 
 
 def load_data(config: RunConfig) -> Dataset:
@@ -199,7 +205,9 @@ def split(config: RunConfig, data: Dataset) -> list[np.ndarray]:
     return chosen
 
 
-def open_run(path: Path, asked: dict[str, object], *, resume: bool, base: RunConfig, progress: Progress) -> Run:
+def open_run(
+    path: Path, asked: dict[str, object], *, resume: bool, base: RunConfig, progress: Progress
+) -> Run:
     """Creates or reopens a run folder and puts its run together.
 
     Args:
@@ -209,7 +217,7 @@ def open_run(path: Path, asked: dict[str, object], *, resume: bool, base: RunCon
         base: the settings of a new run.
 
     Raises:
-        FolderError, ConfigError, DataError: see `RunFolder` and `Run`. A folder that was new is left as it was.
+        FolderError, ConfigError, DataError: see `RunFolder` and `Run`; nothing was written then.
     """
     if resume:
         folder = RunFolder.reopen(path, dict(asked))

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import nn
 
+from fedpai.federation.bound import ModelPool
 from fedpai.federation.config import RunConfig
 from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, pack, places, union, unpack
 from fedpai.federation.payload import NO_MASK, SERVER, Kind, Payload, PayloadError, decode, encode
@@ -38,6 +40,7 @@ class Server:
 
     Attributes:
         config, layout: the run's settings and the architecture.
+        pool: builds models.
         floats, ints: the global model, packed under `mask`.
         mask: what the global model keeps (None: dense). Under personal masks, the union of them: a weight
             that no client keeps is not part of the model.
@@ -49,6 +52,7 @@ class Server:
 
     config: RunConfig
     layout: Layout
+    pool: ModelPool
     floats: Floats
     ints: Ints
     mask: MaskSet | None = None
@@ -61,7 +65,7 @@ class Server:
     # -- masks -------------------------------------------------------------------------------------------
 
     def set_mask(self, mask: MaskSet) -> None:
-        """Gives everybody one mask. Values it does not keep are dropped, weights it brings back start at 0."""
+        """Gives everybody one mask. Values it does not keep are lost; weights it brings back start at 0."""
         self._repack(mask)
         self.client_masks = {}
         self.informed = set()
@@ -103,6 +107,10 @@ class Server:
     def dense(self) -> tuple[Floats, Ints]:
         """The global model as dense vectors, zeros at the pruned weights."""
         return unpack(self.floats, self.mask, self.layout), self.ints.copy()
+
+    def model(self) -> nn.Module:
+        """The global model as a separate dense torch model."""
+        return self.pool.plain(*self.dense())
 
     # -- messages ----------------------------------------------------------------------------------------
 
@@ -158,7 +166,9 @@ class Server:
 
     def read_scores(self, client: int, message: bytes) -> Update:
         """Checks a client's SCORES message. Raises PayloadError as `read_values` does."""
-        payload = self._expect(client, message, Kind.SCORES, count=self.layout.weight_count, mask_digest=NO_MASK)
+        payload = self._expect(
+            client, message, Kind.SCORES, count=self.layout.weight_count, mask_digest=NO_MASK
+        )
         return Update(client, payload.examples, scores=payload.values)
 
     def read_mask(self, client: int, message: bytes) -> Update:
@@ -192,6 +202,7 @@ def mask_from(payload: Payload, layout: Layout) -> MaskSet:
         raise PayloadError(f"payload mask: {error}") from None
     if mask.digest != payload.mask_digest:
         raise PayloadError(
-            f"payload mask has digest {mask.digest.hex()[:16]}, its header says {payload.mask_digest.hex()[:16]}"
+            f"payload mask has digest {mask.digest.hex()[:16]}, "
+            f"its header says {payload.mask_digest.hex()[:16]}"
         )
     return mask

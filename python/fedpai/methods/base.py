@@ -32,6 +32,10 @@ from fedpai.federation.payload import PayloadError
 from fedpai.federation.server import Server, Update
 
 
+class MethodError(RuntimeError):
+    """A run that cannot go on: too little came back from the clients."""
+
+
 class Method:
     """Dense federated averaging, and the base of every other method.
 

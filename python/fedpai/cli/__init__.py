@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `fedpai run`, `fedpai bench`, `fedpai doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import fedpai
+
+ERROR, INTERRUPTED = 2, 130
+"""Exit codes: a user's mistake, and Ctrl-C."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole parser. Sub-commands import their heavy parts when they run."""
+    from fedpai.bench import cli as bench
+    from fedpai.cli import doctor, run
+
+    parser = argparse.ArgumentParser(
+        prog="fedpai",
+        description="Federated learning with networks pruned before training, faster in wall-clock time.",
+    )
+    parser.add_argument("--version", action="version", version=f"fedpai-kernels {fedpai.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run.add_parser(commands)
+    bench.add_parser(commands)
+    doctor.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0 for success, 2 for a mistake of the user (one line on stderr says which), 130 for Ctrl-C.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        code: int | None = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("fedpai: stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code or 0
+
+
+def complain(error: Exception | str) -> int:
+    """Prints one line on stderr and returns the exit code of a user's mistake."""
+    print(f"fedpai: {' '.join(str(error).split())}", file=sys.stderr)
+    return ERROR

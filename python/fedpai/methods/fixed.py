@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One mask for everybody that the server chooses alone, from the initial weights and the seed."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from fedpai import pruning
+from fedpai.federation.config import ConfigError
+from fedpai.federation.layout import MaskSet
+from fedpai.federation.seeds import derive
+from fedpai.federation.server import Server
+from fedpai.methods.base import Method
+
+
+class FixedMask(Method):
+    """Base of methods whose criterion needs no data. The mask travels once; values travel packed."""
+
+    uses = frozenset({"sparsity"})
+    criterion: ClassVar[str]
+
+    def choose_masks(self, server: Server) -> None:
+        """Prunes the initial model at the server."""
+        server.set_mask(prune_at_server(server, self.criterion))
+
+
+def prune_at_server(server: Server, criterion: str) -> MaskSet:
+    """A mask over the server's model, by a criterion that needs no data.
+
+    Raises:
+        ConfigError: a sparsity that the model cannot have.
+    """
+    config = server.config
+    try:
+        masks = pruning.prune(server.model(), config.sparsity, criterion, seed=derive(config.seed, "mask"))
+    except ValueError as error:
+        raise ConfigError(f"--sparsity {config.sparsity}: {error}") from None
+    return MaskSet.from_masks(server.layout, masks)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small SVG charts, drawn by hand so that a report needs no script, no font and no network.
+
+Colours come from the page's style sheet through classes `s0`, `s1` (series) and `axis`, `grid`, `label`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 560, 300
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line: its legend, its points and its colour class."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    style: str
+    dashed: bool = False
+
+
+def line_chart(series: Sequence[Series], *, x_label: str, y_label: str) -> str:
+    """A line chart with markers; hovering over a marker shows its numbers.
+
+    Points that are not finite are left out. Without any point, a sentence says so.
+    """
+    drawn = [
+        Series(
+            s.label, [(x, y) for x, y in s.points if math.isfinite(x) and math.isfinite(y)], s.style, s.dashed
+        )
+        for s in series
+    ]
+    drawn = [s for s in drawn if s.points]
+    if not drawn:
+        return '<p class="empty">nothing measured yet</p>'
+    xs = [x for s in drawn for x, _ in s.points]
+    ys = [y for s in drawn for _, y in s.points]
+    x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs)), ticks(min(ys), max(ys))
+    across = _Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
+    up = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
+    parts = [_open(WIDTH, HEIGHT, f"{y_label} over {x_label}")]
+    for tick in y_ticks:
+        y = up(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_label(LEFT - 8, y + 4, number(tick), "end"))
+    for tick in x_ticks:
+        x = across(tick)
+        parts.append(_label(x, HEIGHT - BOTTOM + 18, number(tick)))
+    base = HEIGHT - BOTTOM
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(_label(middle, HEIGHT - 6, x_label))
+    parts.append(
+        f'<text class="label" transform="translate(13 {(TOP + base) / 2}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y_label)}</text>"
+    )
+    for s in drawn:
+        path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in s.points)
+        dash = ' stroke-dasharray="5 4"' if s.dashed else ""
+        parts.append(f'<polyline class="line {s.style}" points="{path}"{dash}/>')
+        for x, y in s.points:
+            parts.append(
+                f'<circle class="dot {s.style}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="3">'
+                f"<title>{escape(s.label)}: {number(x)}, {number(y)}</title></circle>"
+            )
+    return "".join([*parts, "</svg>"])
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One group of horizontal bars: a label and one value per series, None where there is none."""
+
+    label: str
+    values: Sequence[float | None]
+
+
+def bar_chart(bars: Sequence[Bar], series: Sequence[tuple[str, str]], *, unit: str) -> str:
+    """Grouped horizontal bars.
+
+    Args:
+        bars: groups from top to bottom.
+        series: (legend, colour class) of each value of a group.
+        unit: of the values.
+    """
+    known = [value for bar in bars for value in bar.values if value is not None and math.isfinite(value)]
+    if not known:
+        return '<p class="empty">nothing measured yet</p>'
+    thick, gap, left = 9, 7, 8 + 7 * max(len(bar.label) for bar in bars)
+    step = thick * len(series) + gap
+    height = TOP + step * len(bars) + 34
+    x_ticks = ticks(0.0, max(known))
+    across = _Scale(0.0, x_ticks[-1], left, WIDTH - 52)
+    parts = [_open(WIDTH, height, unit)]
+    floor = TOP + step * len(bars)
+    for tick in x_ticks:
+        x = across(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{floor}"/>')
+        parts.append(_label(x, floor + 15, number(tick)))
+    parts.append(_label((left + WIDTH - 52) / 2, floor + 30, unit))
+    for row, bar in enumerate(bars):
+        y = TOP + row * step
+        middle = y + (step - gap) / 2 + 4
+        parts.append(_label(left - 8, middle, bar.label, "end"))
+        for place, ((legend, style), value) in enumerate(zip(series, bar.values, strict=True)):
+            if value is None or not math.isfinite(value):
+                continue
+            top = y + place * thick
+            width = max(1.0, across(value) - left)
+            parts.append(
+                f'<rect class="{style}" x="{left}" y="{top}" width="{width:.1f}" height="{thick - 1}" rx="2">'
+                f"<title>{escape(bar.label)}, {escape(legend)}: {number(value)} {escape(unit)}</title></rect>"
+                f'<text class="value" x="{left + width + 4:.1f}" y="{top + thick - 2}">{number(value)}</text>'
+            )
+    return "".join([*parts, "</svg>"])
+
+
+def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`, about `wanted` of them."""
+    if high <= low:
+        high = low + (abs(low) or 1.0)
+    raw = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def number(value: float) -> str:
+    """A number for human eyes: three significant digits, no trailing zeros, no exponent up to a million."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:.{min(digits, 6)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Maps [low, high] linearly to [start, end]."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def _open(width: int, height: int, title: str) -> str:
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
+
+
+def _label(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text class="label" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report as one HTML file that needs nothing else: template, style and charts are inside it."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from fedpai.federation.files import write_atomic
+from fedpai.report.charts import Bar, Series, bar_chart, line_chart, number
+from fedpai.report.content import Content, Row
+
+STYLES = ("s0", "s1")
+TEMPLATE = "report.html.j2"
+
+
+def write(content: Content, file: Path) -> Path:
+    """Renders the page and replaces the file."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("fedpai.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["number"] = number
+    environment.filters["size"] = size
+    page = environment.get_template(TEMPLATE).render(
+        content=content,
+        charts=charts(content),
+        legend=[(m.method, STYLES[i]) for i, m in enumerate(content.methods)],
+        personal=any(m.personal_accuracy is not None for m in content.methods),
+    )
+    write_atomic(file, page.encode())
+    return file
+
+
+def charts(content: Content) -> dict[str, str]:
+    """All charts by name, as SVG text."""
+    by_method = [
+        (m.method, STYLES[i], [row for row in content.rows if row["method"] == m.method])
+        for i, m in enumerate(content.methods)
+    ]
+
+    def lines(x: Any, y: Any) -> list[Series]:
+        return [
+            Series(name, list(zip(x(rows), y(rows), strict=True)), style) for name, style, rows in by_method
+        ]
+
+    accuracy = lines(_rounds, _accuracy)
+    seconds = lines(_seconds, _accuracy)
+    for name, style, rows in by_method:
+        known = [row for row in rows if row["personal_accuracy"] is not None]
+        if known:
+            points = [(float(row["round"]), 100 * row["personal_accuracy"]) for row in known]
+            accuracy.append(Series(f"{name}, personalised", points, style, dashed=True))
+    return {
+        "rounds": line_chart(accuracy, x_label="round", y_label="test accuracy, %"),
+        "seconds": line_chart(seconds, x_label="seconds of client compute", y_label="test accuracy, %"),
+        "bytes": _bytes_chart(by_method),
+        "layers": _layer_chart(content),
+    }
+
+
+def _rounds(rows: list[Row]) -> list[float]:
+    return [float(row["round"]) for row in rows]
+
+
+def _accuracy(rows: list[Row]) -> list[float]:
+    return [100 * row["accuracy"] for row in rows]
+
+
+def _seconds(rows: list[Row]) -> list[float]:
+    return list(accumulate(row["time"]["compute"] for row in rows))
+
+
+def _bytes_chart(by_method: list[tuple[str, str, list[Row]]]) -> str:
+    """Cumulative megabytes, up solid and down dashed."""
+    series = []
+    for name, style, rows in by_method:
+        for key, word, dashed in (("bytes_up", "up", False), ("bytes_down", "down", True)):
+            total = accumulate(row[key] / 1e6 for row in rows)
+            series.append(
+                Series(f"{name}, {word}", list(zip(_rounds(rows), total, strict=True)), style, dashed)
+            )
+    return line_chart(series, x_label="round", y_label="MB sent so far, all clients")
+
+
+def _layer_chart(content: Content) -> str:
+    bars = [
+        Bar(layer["name"], [layer["sparse_ms"], layer["dense_ms"]])
+        for layer in content.layers
+        if "dense_ms" in layer
+    ]
+    return bar_chart(bars, [("sparse", "s0"), ("dense", "s1")], unit="ms, forward + backward")
+
+
+def size(count: float) -> str:
+    """Bytes for human eyes, decimal units."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{number(count)} {unit}"
+        count /= 1000
+    return f"{number(count)} GB"

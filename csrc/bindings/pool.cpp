@@ -33,13 +33,13 @@ void bind(py::module_& m, const std::string& dtype) {
   m.def(
       ("max_pool2d_fwd_" + dtype).c_str(),
       [](std::int64_t c, std::int64_t n, const Window& h, const Window& w, Address x, Address y, Address argmax,
-         int t) { max_pool2d_fwd<T>(shape_of(c, n, h, w), at<const T>(x), at<T>(y), at<std::uint8_t>(argmax), t); },
+         int t) { max_pool2d_fwd<T>(shape_of(c, n, h, w), at<const T>(x), at<T>(y), at<typename PoolTap<T>::type>(argmax), t); },
       channels, batch, rows, columns, py::arg("x"), py::arg("y"), py::arg("argmax"), threads, release);
   m.def(
       ("max_pool2d_dx_" + dtype).c_str(),
       [](std::int64_t c, std::int64_t n, const Window& h, const Window& w, Address dy, Address argmax, Address dx,
          int t) {
-        max_pool2d_dx<T>(shape_of(c, n, h, w), at<const T>(dy), at<const std::uint8_t>(argmax), at<T>(dx), t);
+        max_pool2d_dx<T>(shape_of(c, n, h, w), at<const T>(dy), at<const typename PoolTap<T>::type>(argmax), at<T>(dx), t);
       },
       channels, batch, rows, columns, py::arg("dy"), py::arg("argmax"), py::arg("dx"), threads, release);
   m.def(

@@ -8,7 +8,7 @@
 //
 // Layout: a plane is [rows][columns][batch], so each pixel is a contiguous run of the batch and vectors run along it.
 // The gradients gather (each input pixel asks its windows): dx is written once, never zeroed first, never added to by
-// two threads. Sums go in the order of torch's loops. Bound: memory; the argmax is one byte, a quarter of y.
+// two threads. Sums go in the order of torch's loops. Bound: memory.
 //
 // The comparisons need masks, which the Vec interface does not name; the compiler's vector types have them on every
 // target. They are never passed by value: their calling convention differs between instruction sets.
@@ -22,20 +22,11 @@ namespace {
 constexpr int kPoolUnroll = 4;  // vectors of one pixel that share the walk over the taps
 
 template <class T>
-struct PoolVec;
-template <>
-struct PoolVec<float> {
-  static constexpr int lanes = Vec<float>::lanes;
-  typedef float reg __attribute__((vector_size(lanes * 4)));
-  typedef std::int32_t mask __attribute__((vector_size(lanes * 4)));
-  typedef std::uint8_t bytes __attribute__((vector_size(lanes)));
-};
-template <>
-struct PoolVec<double> {
-  static constexpr int lanes = Vec<double>::lanes;
-  typedef double reg __attribute__((vector_size(lanes * 8)));
-  typedef std::int64_t mask __attribute__((vector_size(lanes * 8)));
-  typedef std::uint8_t bytes __attribute__((vector_size(lanes)));
+struct PoolVec {
+  using Tap = typename PoolTap<T>::type;
+  static constexpr int lanes = Vec<T>::lanes;
+  typedef T reg __attribute__((vector_size(lanes * sizeof(T))));
+  typedef Tap mask __attribute__((vector_size(lanes * sizeof(T))));
 };
 
 // Reads or writes `count` elements of a register's worth; Whole: all of them, in one move.
@@ -76,7 +67,7 @@ template <class T>
 struct PoolMaxForward {
   const T* x;  // at the window's first tap inside the image
   T* y;
-  std::uint8_t* argmax;
+  typename PoolTap<T>::type* argmax;
   std::int64_t row_stride, column_stride;  // elements between taps
   int taps_rows, taps_columns, first_tap, kernel_columns;
 
@@ -85,14 +76,16 @@ struct PoolMaxForward {
     using V = PoolVec<T>;
     typename V::reg best[U];
     typename V::mask at[U];
+    FEDPAI_UNROLL
     for (int u = 0; u < U; ++u) {
       best[u] = typename V::reg{} - static_cast<T>(__builtin_inff());
-      at[u] = typename V::mask{} + first_tap;
+      at[u] = typename V::mask{} + static_cast<typename V::Tap>(first_tap);
     }
     for (int r = 0; r < taps_rows; ++r) {
       for (int c = 0; c < taps_columns; ++c) {
         const T* p = x + r * row_stride + c * column_stride + n;
-        const typename V::mask tap = typename V::mask{} + (first_tap + r * kernel_columns + c);
+        const typename V::mask tap = typename V::mask{} + static_cast<typename V::Tap>(first_tap + r * kernel_columns + c);
+        FEDPAI_UNROLL
         for (int u = 0; u < U; ++u) {
           typename V::reg v;
           pool_load<Whole>(v, p + u * V::lanes, count);
@@ -102,16 +95,16 @@ struct PoolMaxForward {
         }
       }
     }
+    FEDPAI_UNROLL
     for (int u = 0; u < U; ++u) {
-      const typename V::bytes tap = __builtin_convertvector(at[u], typename V::bytes);
       pool_store<Whole>(y + n + u * V::lanes, best[u], count);
-      pool_store<Whole>(argmax + n + u * V::lanes, tap, count);
+      pool_store<Whole>(argmax + n + u * V::lanes, at[u], count);
     }
   }
 };
 
 template <class T>
-void pool_max_fwd(const T* x, T* y_row, std::uint8_t* argmax_row, const PoolAxis& rows, const PoolAxis& columns,
+void pool_max_fwd(const T* x, T* y_row, typename PoolTap<T>::type* argmax_row, const PoolAxis& rows, const PoolAxis& columns,
                   std::int64_t batch, std::int64_t row) {
   PoolMaxForward<T> body{};
   body.row_stride = rows.step * columns.in * batch;
@@ -131,7 +124,7 @@ void pool_max_fwd(const T* x, T* y_row, std::uint8_t* argmax_row, const PoolAxis
 template <class T>
 struct PoolMaxGradient {
   const T* dy;
-  const std::uint8_t* argmax;
+  const typename PoolTap<T>::type* argmax;
   T* dx;
   const PoolAxis& rows;
   const PoolAxis& columns;
@@ -141,28 +134,31 @@ struct PoolMaxGradient {
   FEDPAI_INLINE void run(std::int64_t n, int count) const {
     using V = PoolVec<T>;
     typename V::reg sum[U];
+    FEDPAI_UNROLL
     for (int u = 0; u < U; ++u) sum[u] = typename V::reg{};
     for (std::int32_t i = rows.first_entry[row]; i < rows.first_entry[row + 1]; ++i) {
       for (std::int32_t j = columns.first_entry[column]; j < columns.first_entry[column + 1]; ++j) {
         const std::int64_t at = (rows.window[i] * columns.out + columns.window[j]) * batch + n;
         const typename V::mask tap =
-            typename V::mask{} + (rows.tap[i] * static_cast<int>(columns.kernel) + columns.tap[j]);
+            typename V::mask{} + static_cast<typename V::Tap>(rows.tap[i] * columns.kernel + columns.tap[j]);
+        FEDPAI_UNROLL
         for (int u = 0; u < U; ++u) {
           typename V::reg g;
-          typename V::bytes won;
+          typename V::mask won;
           pool_load<Whole>(g, dy + at + u * V::lanes, count);
           pool_load<Whole>(won, argmax + at + u * V::lanes, count);
-          const typename V::mask mine = __builtin_convertvector(won, typename V::mask) == tap;
+          const typename V::mask mine = won == tap;
           sum[u] += mine ? g : typename V::reg{};
         }
       }
     }
+    FEDPAI_UNROLL
     for (int u = 0; u < U; ++u) pool_store<Whole>(dx + n + u * V::lanes, sum[u], count);
   }
 };
 
 template <class T>
-void pool_max_dx(const T* dy, const std::uint8_t* argmax, T* dx_row, const PoolAxis& rows, const PoolAxis& columns,
+void pool_max_dx(const T* dy, const typename PoolTap<T>::type* argmax, T* dx_row, const PoolAxis& rows, const PoolAxis& columns,
                  std::int64_t batch, std::int64_t row) {
   for (std::int64_t i = 0; i < columns.in; ++i) {
     pool_walk_batch<T>(batch, PoolMaxGradient<T>{dy, argmax, dx_row + i * batch, rows, columns, batch, row, i});
@@ -181,10 +177,12 @@ struct PoolAvgForward {
   FEDPAI_INLINE void run(std::int64_t n, int count) const {
     using V = PoolVec<T>;
     typename V::reg sum[U];
+    FEDPAI_UNROLL
     for (int u = 0; u < U; ++u) sum[u] = typename V::reg{};
     for (int r = 0; r < taps_rows; ++r) {
       for (int c = 0; c < taps_columns; ++c) {
         const T* p = x + r * row_stride + c * column_stride + n;
+        FEDPAI_UNROLL
         for (int u = 0; u < U; ++u) {
           typename V::reg v;
           pool_load<Whole>(v, p + u * V::lanes, count);
@@ -192,6 +190,7 @@ struct PoolAvgForward {
         }
       }
     }
+    FEDPAI_UNROLL
     for (int u = 0; u < U; ++u) {
       const typename V::reg mean = sum[u] / divisor;
       pool_store<Whole>(y + n + u * V::lanes, mean, count);
@@ -227,12 +226,14 @@ struct PoolAvgGradient {
   FEDPAI_INLINE void run(std::int64_t n, int count) const {
     using V = PoolVec<T>;
     typename V::reg sum[U];
+    FEDPAI_UNROLL
     for (int u = 0; u < U; ++u) sum[u] = typename V::reg{};
     for (std::int32_t i = rows.first_entry[row]; i < rows.first_entry[row + 1]; ++i) {
       for (std::int32_t j = columns.first_entry[column]; j < columns.first_entry[column + 1]; ++j) {
         const std::int32_t r = rows.window[i], c = columns.window[j];
         const T* p = dy + (r * columns.out + c) * batch + n;
         const T divisor = static_cast<T>(static_cast<std::int64_t>(rows.extent[r]) * columns.extent[c]);
+        FEDPAI_UNROLL
         for (int u = 0; u < U; ++u) {
           typename V::reg g;
           pool_load<Whole>(g, p + u * V::lanes, count);
@@ -240,6 +241,7 @@ struct PoolAvgGradient {
         }
       }
     }
+    FEDPAI_UNROLL
     for (int u = 0; u < U; ++u) pool_store<Whole>(dx + n + u * V::lanes, sum[u], count);
   }
 };

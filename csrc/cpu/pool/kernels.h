@@ -26,13 +26,26 @@ struct PoolAxis {
   const std::int32_t* tap;
 };
 
+// A max is remembered as its tap's number within the window, row * kernel columns + column, in an integer as wide as
+// the element: comparing it costs one instruction, widening it from bytes costs more than the bytes save.
+template <class T>
+struct PoolTap;
+template <>
+struct PoolTap<float> {
+  using type = std::int32_t;
+};
+template <>
+struct PoolTap<double> {
+  using type = std::int64_t;
+};
+
 // Planes are [rows][columns][batch], contiguous. One call computes one row of the plane it writes, which it overwrites.
-// A max is remembered as its tap's number within the window, row * kernel columns + column: at most 256 taps.
 template <class T>
 struct PoolKernels {
-  void (*max_fwd)(const T* x, T* y_row, std::uint8_t* argmax_row, const PoolAxis& rows, const PoolAxis& columns,
+  using Tap = typename PoolTap<T>::type;
+  void (*max_fwd)(const T* x, T* y_row, Tap* argmax_row, const PoolAxis& rows, const PoolAxis& columns,
                   std::int64_t batch, std::int64_t row);
-  void (*max_dx)(const T* dy, const std::uint8_t* argmax, T* dx_row, const PoolAxis& rows, const PoolAxis& columns,
+  void (*max_dx)(const T* dy, const Tap* argmax, T* dx_row, const PoolAxis& rows, const PoolAxis& columns,
                  std::int64_t batch, std::int64_t row);
   // The divisor of a window is rows.extent * columns.extent.
   void (*avg_fwd)(const T* x, T* y_row, const PoolAxis& rows, const PoolAxis& columns, std::int64_t batch,

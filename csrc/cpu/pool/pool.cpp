@@ -146,7 +146,7 @@ void avg_dx(const PoolShape& shape, const Axes& axes, const T* dy, T* dx, int th
 }  // namespace
 
 template <class T>
-void max_pool2d_fwd(const PoolShape& shape, const T* x, T* y, std::uint8_t* argmax, int threads) {
+void max_pool2d_fwd(const PoolShape& shape, const T* x, T* y, typename PoolTap<T>::type* argmax, int threads) {
   const auto kernel = pool_kernels<T>().max_fwd;
   const Axes axes = Axes::windows(shape, {false, 0});
   const PoolAxis rows = axes.rows.view(), columns = axes.columns.view();
@@ -158,7 +158,7 @@ void max_pool2d_fwd(const PoolShape& shape, const T* x, T* y, std::uint8_t* argm
 }
 
 template <class T>
-void max_pool2d_dx(const PoolShape& shape, const T* dy, const std::uint8_t* argmax, T* dx, int threads) {
+void max_pool2d_dx(const PoolShape& shape, const T* dy, const typename PoolTap<T>::type* argmax, T* dx, int threads) {
   const auto kernel = pool_kernels<T>().max_dx;
   const Axes axes = Axes::windows(shape, {false, 0});
   const PoolAxis rows = axes.rows.view(), columns = axes.columns.view();
@@ -190,8 +190,8 @@ void adaptive_avg_pool2d_dx(const PoolShape& shape, const T* dy, T* dx, int thre
 }
 
 #define FEDPAI_INSTANTIATE(T)                                                                       \
-  template void max_pool2d_fwd<T>(const PoolShape&, const T*, T*, std::uint8_t*, int);              \
-  template void max_pool2d_dx<T>(const PoolShape&, const T*, const std::uint8_t*, T*, int);         \
+  template void max_pool2d_fwd<T>(const PoolShape&, const T*, T*, PoolTap<T>::type*, int);          \
+  template void max_pool2d_dx<T>(const PoolShape&, const T*, const PoolTap<T>::type*, T*, int);     \
   template void avg_pool2d_fwd<T>(const PoolShape&, PoolDivisor, const T*, T*, int);                \
   template void avg_pool2d_dx<T>(const PoolShape&, PoolDivisor, const T*, T*, int);                 \
   template void adaptive_avg_pool2d_fwd<T>(const PoolShape&, const T*, T*, int);                    \

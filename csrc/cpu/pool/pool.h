@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu/pool/kernels.h"
+
 namespace fedpai {
 
 // One direction of a pooling. `out` is the caller's: it decides the rounding (ceil_mode).
@@ -29,11 +31,11 @@ struct PoolDivisor {
   std::int64_t fixed;      // instead of a count; 0: none
 };
 
-// argmax: the tap that won, one byte per element of y. Needs rows.kernel * columns.kernel <= 256.
+// argmax: the tap that won, for each element of y.
 template <class T>
-void max_pool2d_fwd(const PoolShape& shape, const T* x, T* y, std::uint8_t* argmax, int threads);
+void max_pool2d_fwd(const PoolShape& shape, const T* x, T* y, typename PoolTap<T>::type* argmax, int threads);
 template <class T>
-void max_pool2d_dx(const PoolShape& shape, const T* dy, const std::uint8_t* argmax, T* dx, int threads);
+void max_pool2d_dx(const PoolShape& shape, const T* dy, const typename PoolTap<T>::type* argmax, T* dx, int threads);
 
 template <class T>
 void avg_pool2d_fwd(const PoolShape& shape, PoolDivisor divisor, const T* x, T* y, int threads);

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batch-last layout: a tensor keeps its shape (N, C, H, W) but is stored C, H, W, N.
+
+It is to the batch what torch's ``channels_last`` is to the channels: a choice of strides, invisible to the arithmetic,
+kept by torch's elementwise operations. One channel is one contiguous row and one pixel is a contiguous run of the
+batch, so that a kernel moves by whole batches at any stride, padding or dilation. A 2-D tensor (N, F) is stored F, N:
+the flattening of a batch-last (N, C, H, W) is such a tensor, and costs nothing.
+
+A dimension of size 1 leaves its stride without meaning, so a tensor can be in both layouts: at N = 1 every contiguous
+tensor is batch-last too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["empty_batch_last", "is_batch_last", "to_batch_last", "to_contiguous"]
+
+
+def _storage_order(rank: int) -> tuple[int, ...]:
+    """Dimensions from the outermost in storage to the innermost."""
+    return (1, 2, 3, 0) if rank == 4 else (1, 0)
+
+
+def _check_rank(x: Tensor, function: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function}: x: expected a tensor, got {type(x).__name__}")
+    if x.dim() not in (2, 4):
+        raise ValueError(
+            f"{function}: x: expected a shape (N, C, H, W) or (N, F), got {x.dim()} dimensions: {tuple(x.shape)}"
+        )
+
+
+def is_batch_last(x: Tensor) -> bool:
+    """Whether `x`, (N, C, H, W) or (N, F), is stored C, H, W, N or F, N without gaps. False for other ranks."""
+    if x.dim() not in (2, 4) or x.layout is not torch.strided:
+        return False
+    if x.numel() == 0:
+        return True
+    shape, strides = x.shape, x.stride()
+    expected = 1
+    for d in reversed(_storage_order(x.dim())):
+        size = shape[d]
+        if size != 1:
+            if strides[d] != expected:
+                return False
+            expected *= size
+    return True
+
+
+def empty_batch_last(
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Uninitialised tensor of `shape`, (N, C, H, W) or (N, F), in batch-last storage."""
+    if len(shape) == 4:
+        n, c, h, w = shape
+        strides: tuple[int, ...] = (1, h * w * n, w * n, n)
+    elif len(shape) == 2:
+        strides = (1, shape[0])
+    else:
+        raise ValueError(f"empty_batch_last: shape: expected (N, C, H, W) or (N, F), got {tuple(shape)}")
+    return torch.empty_strided(tuple(shape), strides, dtype=dtype, device=device)
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """Batch-last copy of `x`."""
+    if x.is_contiguous():
+        # As a matrix: torch's transposing copy goes in blocks for two dimensions only, several times faster.
+        flat = x.view(x.shape[0], -1).t().contiguous()
+    else:
+        flat = x.permute(_storage_order(x.dim())).contiguous()
+    if x.dim() == 2:
+        return flat.t()
+    _, c, h, w = x.shape
+    return flat.view(c, h, w, -1).permute(3, 0, 1, 2)
+
+
+def _untransposed(x: Tensor) -> Tensor:
+    """Contiguous copy of `x`."""
+    if is_batch_last(x):
+        return x.reshape(x.shape[0], -1).contiguous().view(x.shape)
+    return x.contiguous()
+
+
+class _ToBatchLast(torch.autograd.Function):
+    """The gradient comes back contiguous: what produced `x` was no batch-last operation."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return _transposed(x)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:  # type: ignore[override]
+        return to_contiguous(dy)
+
+
+class _ToContiguous(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return _untransposed(x)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:  # type: ignore[override]
+        return to_batch_last(dy)
+
+
+def to_batch_last(x: Tensor) -> Tensor:
+    """`x`, (N, C, H, W) or (N, F) of any dtype and strides, in batch-last storage: `x` itself where it is so already.
+
+    Differentiable, any number of times.
+
+    Raises:
+        TypeError: `x` is no tensor.
+        ValueError: `x` has neither 2 nor 4 dimensions.
+    """
+    _check_rank(x, "to_batch_last")
+    if is_batch_last(x):
+        return x
+    return _ToBatchLast.apply(x)
+
+
+def to_contiguous(x: Tensor) -> Tensor:
+    """`x`, (N, C, H, W) or (N, F), in torch's default storage; faster than ``x.contiguous()`` from batch-last.
+
+    Differentiable, any number of times; the gradient of a batch-last `x` comes back batch-last.
+
+    Raises:
+        TypeError: `x` is no tensor.
+        ValueError: `x` has neither 2 nor 4 dimensions.
+    """
+    _check_rank(x, "to_contiguous")
+    if x.is_contiguous():
+        return x
+    return _ToContiguous.apply(x)

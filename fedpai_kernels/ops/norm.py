@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batch norm of batch-last activations, with an optional ReLU in the same pass.
+
+Forward reads the activation twice (the second time from cache) and writes once; backward reads gradient and activation
+twice and writes once. The mean is subtracted before anything is squared. A result has the same bits on every run and at
+every thread count.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .. import _C
+from ..layout import empty_batch_last, to_batch_last
+from .registry import LIBRARY
+
+__all__ = ["batch_norm"]
+
+_TRAIN = {torch.float32: _C.batch_norm_train_f32, torch.float64: _C.batch_norm_train_f64}
+_EVAL = {torch.float32: _C.batch_norm_eval_f32, torch.float64: _C.batch_norm_eval_f64}
+_BACKWARD = {torch.float32: _C.batch_norm_backward_f32, torch.float64: _C.batch_norm_backward_f64}
+
+# ---- the ops: batch-last in and out -----------------------------------------------------------------------------
+
+# stats: (3, C) mean, 1 / sqrt(var + eps), unbiased variance; for given statistics (2, C) without the last row.
+LIBRARY.define("batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, float eps, bool relu) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "batch_norm_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, bool relu)"
+    " -> (Tensor, Tensor)"
+)
+# (dx, (2, C) gradients of weight and bias); what is not needed comes back with no elements.
+LIBRARY.define(
+    "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, bool through_statistics,"
+    " bool relu, bool need_x, bool need_affine) -> (Tensor, Tensor)"
+)
+
+
+def _row(x: Tensor) -> int:
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _train(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> tuple[Tensor, Tensor]:
+    x, weight, bias = to_batch_last(x), _contiguous(weight), _contiguous(bias)
+    y = empty_batch_last(x.shape, dtype=x.dtype, device=x.device)
+    stats = x.new_empty(3, x.shape[1])
+    mean, row_bytes = stats.data_ptr(), stats.shape[1] * stats.element_size()
+    _TRAIN[x.dtype](
+        x.shape[1], _row(x), x.data_ptr(), _address(weight), _address(bias), eps, relu, y.data_ptr(), mean,
+        mean + row_bytes, mean + 2 * row_bytes, torch.get_num_threads(),
+    )  # fmt: skip
+    return y, stats
+
+
+def _eval(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, relu: bool
+) -> tuple[Tensor, Tensor]:
+    x, weight, bias, var = to_batch_last(x), _contiguous(weight), _contiguous(bias), var.contiguous()
+    y = empty_batch_last(x.shape, dtype=x.dtype, device=x.device)
+    stats = x.new_empty(2, x.shape[1])
+    stats[0] = mean
+    _EVAL[x.dtype](
+        x.shape[1], _row(x), x.data_ptr(), _address(weight), _address(bias), stats.data_ptr(), var.data_ptr(), eps,
+        relu, y.data_ptr(), stats.data_ptr() + stats.shape[1] * stats.element_size(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, stats
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    through_statistics: bool,
+    relu: bool,
+    need_x: bool,
+    need_affine: bool,
+) -> tuple[Tensor, Tensor]:
+    dy, x, weight, bias = to_batch_last(dy), to_batch_last(x), _contiguous(weight), _contiguous(bias)
+    channels, row_bytes = x.shape[1], x.shape[1] * x.element_size()
+    dx = empty_batch_last(x.shape if need_x else (0, 0, 0, 0), dtype=x.dtype, device=x.device)
+    affine = x.new_empty(2 if need_affine else 0, channels)
+    dweight = affine.data_ptr() if need_affine else 0
+    _BACKWARD[x.dtype](
+        channels, _row(x), dy.data_ptr(), x.data_ptr(), _address(weight), _address(bias), stats.data_ptr(),
+        stats.data_ptr() + row_bytes, through_statistics, relu, dx.data_ptr() if need_x else 0, dweight,
+        dweight + row_bytes if need_affine else 0, torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, affine
+
+
+LIBRARY.impl("batch_norm_train", _train, "CPU")
+LIBRARY.impl("batch_norm_eval", _eval, "CPU")
+LIBRARY.impl("batch_norm_backward", _backward, "CPU")
+
+
+@torch.library.register_fake("fedpai::batch_norm_train", lib=LIBRARY)
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> tuple[Tensor, Tensor]:
+    return empty_batch_last(x.shape, dtype=x.dtype, device=x.device), x.new_empty(3, x.shape[1])
+
+
+@torch.library.register_fake("fedpai::batch_norm_eval", lib=LIBRARY)
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, relu: bool
+) -> tuple[Tensor, Tensor]:
+    return empty_batch_last(x.shape, dtype=x.dtype, device=x.device), x.new_empty(2, x.shape[1])
+
+
+@torch.library.register_fake("fedpai::batch_norm_backward", lib=LIBRARY)
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    through_statistics: bool,
+    relu: bool,
+    need_x: bool,
+    need_affine: bool,
+) -> tuple[Tensor, Tensor]:
+    dx = empty_batch_last(x.shape if need_x else (0, 0, 0, 0), dtype=x.dtype, device=x.device)
+    return dx, x.new_empty(2 if need_affine else 0, x.shape[1])
+
+
+# ---- autograd ---------------------------------------------------------------------------------------------------
+
+
+class _BatchNorm(torch.autograd.Function):
+    """(x, weight, bias, mean | None, var | None, eps, relu) -> (y, stats); given mean and var are constants."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        eps: float,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if mean is None or var is None:
+            result: tuple[Tensor, Tensor] = torch.ops.fedpai.batch_norm_train(x, weight, bias, eps, relu)
+        else:
+            result = torch.ops.fedpai.batch_norm_eval(x, weight, bias, mean, var, eps, relu)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, mean, _, _, relu = inputs
+        ctx.save_for_backward(x, weight, bias, output[1])  # type: ignore[arg-type]
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.through_statistics = mean is None  # type: ignore[attr-defined]
+        ctx.relu = relu  # type: ignore[attr-defined]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx, dy, _):  # type: ignore[no-untyped-def]  # noqa: ANN205
+        if dy is None:
+            return (None,) * 7
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        x, weight, bias, stats = ctx.saved_tensors
+        dx, affine = torch.ops.fedpai.batch_norm_backward(
+            dy, x, weight, bias, stats, ctx.through_statistics, ctx.relu, need_x, need_weight or need_bias
+        )
+        return (
+            dx if need_x else None,
+            affine[0] if need_weight else None,
+            affine[1] if need_bias else None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+# ---- checks -----------------------------------------------------------------------------------------------------
+
+
+def _check(x: Tensor, parameters: dict[str, Tensor | None]) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x: expected a shape (N, C, H, W), got {tuple(x.shape)}")
+    if x.dtype not in _TRAIN:
+        raise TypeError(f"x: expected dtype float32 or float64, got {x.dtype}")
+    if x.device.type != "cpu":
+        raise ValueError(f"x: expected a tensor on the CPU, got one on {x.device}")
+    for name, p in parameters.items():
+        if p is None:
+            continue
+        if p.shape != (x.shape[1],):
+            raise ValueError(f"{name}: expected shape ({x.shape[1]},), one value per channel of x, got {tuple(p.shape)}")
+        if p.dtype != x.dtype:
+            raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {p.dtype}")
+        if p.device != x.device:
+            raise ValueError(f"{name}: expected a tensor on the device of x, {x.device}, got one on {p.device}")
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    relu: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` of a 4-D tensor, returned batch-last; with `relu`, followed by a ReLU.
+
+    Args:
+        x: (N, C, H, W), float32 or float64, on the CPU; batch-last is read as it is, other strides are converted.
+        running_mean, running_var: (C,). Normalised with when not `training`; updated in place when `training`.
+        weight, bias: (C,).
+        training: whether to normalise with the statistics of `x`.
+        momentum: share of the new statistics in the update of the running ones (the variance enters unbiased).
+        eps: added to the variance.
+        relu: y = max(y, 0) in the same pass.
+
+    Differentiable once in `x`, `weight` and `bias`. An empty `x` changes no statistics.
+
+    Raises:
+        TypeError: a dtype other than the above, or parameters of another dtype than `x`.
+        ValueError: another device or shape; one value per channel in training; no statistics to evaluate with.
+    """
+    _check(x, {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias})
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError("running_mean, running_var: both are needed when training is False")
+    if x.numel() == 0:
+        y = torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        return to_batch_last(torch.relu(y) if relu else y)
+    if not training:
+        out: Tensor = _BatchNorm.apply(x, weight, bias, running_mean, running_var, eps, relu)[0]
+        return out
+    if _row(x) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    y, stats = _BatchNorm.apply(x, weight, bias, None, None, eps, relu)
+    with torch.no_grad():
+        if running_mean is not None:
+            running_mean.lerp_(stats[0], momentum)
+        if running_var is not None:
+            running_var.lerp_(stats[2], momentum)
+    return y

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Max, average and adaptive average pooling of batch-last activations, forward and backward.
+
+Results, ties and NaN are those of torch: the first of equal maxima gets the gradient, a NaN in a window wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .. import _C
+from ..layout import empty_batch_last, to_batch_last
+from .registry import LIBRARY
+
+__all__ = ["adaptive_avg_pool2d", "avg_pool2d", "max_pool2d"]
+
+_MAX_FWD = {torch.float32: _C.max_pool2d_fwd_f32, torch.float64: _C.max_pool2d_fwd_f64}
+_MAX_DX = {torch.float32: _C.max_pool2d_dx_f32, torch.float64: _C.max_pool2d_dx_f64}
+_TAP = {torch.float32: torch.int32, torch.float64: torch.int64}
+_AVG_FWD = {torch.float32: _C.avg_pool2d_fwd_f32, torch.float64: _C.avg_pool2d_fwd_f64}
+_AVG_DX = {torch.float32: _C.avg_pool2d_dx_f32, torch.float64: _C.avg_pool2d_dx_f64}
+_ADAPTIVE_FWD = {torch.float32: _C.adaptive_avg_pool2d_fwd_f32, torch.float64: _C.adaptive_avg_pool2d_fwd_f64}
+_ADAPTIVE_DX = {torch.float32: _C.adaptive_avg_pool2d_dx_f32, torch.float64: _C.adaptive_avg_pool2d_dx_f64}
+
+# One direction of a pooling: in, out, kernel, stride, padding, dilation.
+Window = list[int]
+
+# ---- the ops: batch-last in and out; `rows` and `columns` are Windows --------------------------------------------
+
+LIBRARY.define("max_pool2d(Tensor x, SymInt[] rows, SymInt[] columns) -> (Tensor, Tensor)")  # y, position of the max in its window
+LIBRARY.define("max_pool2d_dx(Tensor dy, Tensor argmax, SymInt[] rows, SymInt[] columns) -> Tensor")
+LIBRARY.define(
+    "avg_pool2d(Tensor x, SymInt[] rows, SymInt[] columns, bool count_include_pad, int divisor) -> Tensor"
+)
+LIBRARY.define(
+    "avg_pool2d_dx(Tensor dy, SymInt[] rows, SymInt[] columns, bool count_include_pad, int divisor) -> Tensor"
+)
+LIBRARY.define("adaptive_avg_pool2d(Tensor x, SymInt[] rows, SymInt[] columns) -> Tensor")
+LIBRARY.define("adaptive_avg_pool2d_dx(Tensor dy, SymInt[] rows, SymInt[] columns) -> Tensor")
+
+
+def _empty(like: Tensor, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    shape = (like.shape[0], like.shape[1], height, width)
+    return empty_batch_last(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def _max_fwd(x: Tensor, rows: Window, columns: Window) -> tuple[Tensor, Tensor]:
+    x = to_batch_last(x)
+    y = _empty(x, rows[1], columns[1])
+    argmax = _empty(x, rows[1], columns[1], _TAP[x.dtype])
+    _MAX_FWD[x.dtype](
+        x.shape[1], x.shape[0], rows, columns, x.data_ptr(), y.data_ptr(), argmax.data_ptr(), torch.get_num_threads()
+    )
+    return y, argmax
+
+
+def _max_dx(dy: Tensor, argmax: Tensor, rows: Window, columns: Window) -> Tensor:
+    dy, argmax = to_batch_last(dy), to_batch_last(argmax)
+    dx = _empty(dy, rows[0], columns[0])
+    _MAX_DX[dy.dtype](
+        dy.shape[1], dy.shape[0], rows, columns, dy.data_ptr(), argmax.data_ptr(), dx.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dx
+
+
+def _avg_fwd(x: Tensor, rows: Window, columns: Window, count_include_pad: bool, divisor: int) -> Tensor:
+    x = to_batch_last(x)
+    y = _empty(x, rows[1], columns[1])
+    _AVG_FWD[x.dtype](
+        x.shape[1], x.shape[0], rows, columns, count_include_pad, divisor, x.data_ptr(), y.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _avg_dx(dy: Tensor, rows: Window, columns: Window, count_include_pad: bool, divisor: int) -> Tensor:
+    dy = to_batch_last(dy)
+    dx = _empty(dy, rows[0], columns[0])
+    _AVG_DX[dy.dtype](
+        dy.shape[1], dy.shape[0], rows, columns, count_include_pad, divisor, dy.data_ptr(), dx.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dx
+
+
+def _adaptive_fwd(x: Tensor, rows: Window, columns: Window) -> Tensor:
+    x = to_batch_last(x)
+    y = _empty(x, rows[1], columns[1])
+    _ADAPTIVE_FWD[x.dtype](
+        x.shape[1], x.shape[0], rows, columns, x.data_ptr(), y.data_ptr(), torch.get_num_threads()
+    )
+    return y
+
+
+def _adaptive_dx(dy: Tensor, rows: Window, columns: Window) -> Tensor:
+    dy = to_batch_last(dy)
+    dx = _empty(dy, rows[0], columns[0])
+    _ADAPTIVE_DX[dy.dtype](
+        dy.shape[1], dy.shape[0], rows, columns, dy.data_ptr(), dx.data_ptr(), torch.get_num_threads()
+    )
+    return dx
+
+
+LIBRARY.impl("max_pool2d", _max_fwd, "CPU")
+LIBRARY.impl("max_pool2d_dx", _max_dx, "CPU")
+LIBRARY.impl("avg_pool2d", _avg_fwd, "CPU")
+LIBRARY.impl("avg_pool2d_dx", _avg_dx, "CPU")
+LIBRARY.impl("adaptive_avg_pool2d", _adaptive_fwd, "CPU")
+LIBRARY.impl("adaptive_avg_pool2d_dx", _adaptive_dx, "CPU")
+
+
+@torch.library.register_fake("fedpai::max_pool2d", lib=LIBRARY)
+def _(x: Tensor, rows: Window, columns: Window) -> tuple[Tensor, Tensor]:
+    return _empty(x, rows[1], columns[1]), _empty(x, rows[1], columns[1], _TAP[x.dtype])
+
+
+@torch.library.register_fake("fedpai::max_pool2d_dx", lib=LIBRARY)
+def _(dy: Tensor, argmax: Tensor, rows: Window, columns: Window) -> Tensor:
+    return _empty(dy, rows[0], columns[0])
+
+
+@torch.library.register_fake("fedpai::avg_pool2d", lib=LIBRARY)
+def _(x: Tensor, rows: Window, columns: Window, count_include_pad: bool, divisor: int) -> Tensor:
+    return _empty(x, rows[1], columns[1])
+
+
+@torch.library.register_fake("fedpai::avg_pool2d_dx", lib=LIBRARY)
+def _(dy: Tensor, rows: Window, columns: Window, count_include_pad: bool, divisor: int) -> Tensor:
+    return _empty(dy, rows[0], columns[0])
+
+
+@torch.library.register_fake("fedpai::adaptive_avg_pool2d", lib=LIBRARY)
+def _(x: Tensor, rows: Window, columns: Window) -> Tensor:
+    return _empty(x, rows[1], columns[1])
+
+
+@torch.library.register_fake("fedpai::adaptive_avg_pool2d_dx", lib=LIBRARY)
+def _(dy: Tensor, rows: Window, columns: Window) -> Tensor:
+    return _empty(dy, rows[0], columns[0])
+
+
+# ---- autograd ---------------------------------------------------------------------------------------------------
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, rows: Window, columns: Window) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = torch.ops.fedpai.max_pool2d(x, rows, columns)
+        return result
+
+    @staticmethod
+    def setup_context(
+        ctx: FunctionCtx, inputs: tuple[Tensor, Window, Window], output: tuple[Tensor, Tensor]
+    ) -> None:
+        _, ctx.rows, ctx.columns = inputs  # type: ignore[attr-defined]
+        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx, dy, _):  # type: ignore[no-untyped-def]  # noqa: ANN205
+        if dy is None:
+            return None, None, None
+        (argmax,) = ctx.saved_tensors
+        return torch.ops.fedpai.max_pool2d_dx(dy, argmax, ctx.rows, ctx.columns), None, None
+
+
+class _AvgPool(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, rows: Window, columns: Window, count_include_pad: bool, divisor: int) -> Tensor:
+        y: Tensor = torch.ops.fedpai.avg_pool2d(x, rows, columns, count_include_pad, divisor)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Window, Window, bool, int], output: Tensor) -> None:
+        _, ctx.rows, ctx.columns, ctx.count_include_pad, ctx.divisor = inputs  # type: ignore[attr-defined]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]  # noqa: ANN205
+        dx = torch.ops.fedpai.avg_pool2d_dx(dy, ctx.rows, ctx.columns, ctx.count_include_pad, ctx.divisor)
+        return dx, None, None, None, None
+
+
+class _AdaptiveAvgPool(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, rows: Window, columns: Window) -> Tensor:
+        y: Tensor = torch.ops.fedpai.adaptive_avg_pool2d(x, rows, columns)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Window, Window], output: Tensor) -> None:
+        _, ctx.rows, ctx.columns = inputs  # type: ignore[attr-defined]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]  # noqa: ANN205
+        return torch.ops.fedpai.adaptive_avg_pool2d_dx(dy, ctx.rows, ctx.columns), None, None
+
+
+# ---- checks -----------------------------------------------------------------------------------------------------
+
+
+def _check(x: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x: expected a shape (N, C, H, W), got {tuple(x.shape)}")
+    if x.dtype not in _MAX_FWD:
+        raise TypeError(f"x: expected dtype float32 or float64, got {x.dtype}")
+    if x.device.type != "cpu":
+        raise ValueError(f"x: expected a tensor on the CPU, got one on {x.device}")
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"x: expected images of at least one pixel, got shape {tuple(x.shape)}")
+
+
+def _pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) == 1:
+        pair = (pair[0], pair[0])
+    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
+        raise ValueError(f"{name}: expected one int or two, got {value!r}")
+    if min(pair) < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value!r}")
+    return pair[0], pair[1]
+
+
+def _window(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> Window:
+    """One direction, with torch's rounding: with `ceil_mode` no window starts in the padding behind the image."""
+    reach = dilation * (kernel - 1) + 1
+    if 2 * padding > reach:
+        raise ValueError(
+            f"padding: expected at most half of the window, got {padding} with kernel_size {kernel}, "
+            f"dilation {dilation}"
+        )
+    room = size + 2 * padding - reach
+    out = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if ceil_mode and (out - 1) * stride >= size + padding:
+        out -= 1
+    if out < 1:
+        raise ValueError(
+            f"x: an image of size {size} is smaller than one window: kernel_size {kernel}, padding {padding}, "
+            f"dilation {dilation}"
+        )
+    return [size, out, kernel, stride, padding, dilation]
+
+
+def _windows(
+    x: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    ceil_mode: bool,
+) -> tuple[Window, Window]:
+    _check(x)
+    kernel = _pair(kernel_size, "kernel_size", 1)
+    steps = kernel if stride is None or stride == () or stride == [] else _pair(stride, "stride", 1)
+    pads, dilations = _pair(padding, "padding", 0), _pair(dilation, "dilation", 1)
+    rows, columns = (
+        _window(x.shape[2 + d], kernel[d], steps[d], pads[d], dilations[d], ceil_mode) for d in range(2)
+    )
+    return rows, columns
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.max_pool2d` of a 4-D tensor, returned batch-last. Differentiable once.
+
+    Args:
+        x: (N, C, H, W), float32 or float64, on the CPU; batch-last is read as it is, other strides are converted.
+        kernel_size, stride, padding, dilation, ceil_mode: as in torch.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another device or rank; a window that is too large for the image, or padding for the window.
+    """
+    rows, columns = _windows(x, kernel_size, stride, padding, dilation, ceil_mode)
+    y: Tensor = _MaxPool.apply(x, rows, columns)[0]
+    return y
+
+
+def avg_pool2d(
+    x: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """`torch.nn.functional.avg_pool2d` of a 4-D tensor, returned batch-last. Differentiable once.
+
+    Arguments and errors: as :func:`max_pool2d`, with `count_include_pad` and `divisor_override` as in torch.
+    """
+    rows, columns = _windows(x, kernel_size, stride, padding, 1, ceil_mode)
+    if divisor_override == 0:
+        raise ValueError("divisor_override: expected a divisor other than zero, got 0")
+    return _AvgPool.apply(x, rows, columns, count_include_pad, divisor_override or 0)
+
+
+def adaptive_avg_pool2d(x: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
+    """`torch.nn.functional.adaptive_avg_pool2d` of a 4-D tensor, returned batch-last. Differentiable once.
+
+    Args:
+        x: as in :func:`max_pool2d`.
+        output_size: height and width, or one number for both; None keeps the input's.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another device or rank; an output size below 1.
+    """
+    _check(x)
+    wanted = (output_size, output_size) if output_size is None or isinstance(output_size, int) else tuple(output_size)
+    if len(wanted) != 2:
+        raise ValueError(f"output_size: expected one size or two, got {output_size!r}")
+    height, width = (x.shape[2 + d] if size is None else size for d, size in enumerate(wanted))
+    if height < 1 or width < 1:
+        raise ValueError(f"output_size: expected at least 1, got {output_size!r}")
+    rows, columns = [x.shape[2], height, 0, 1, 0, 1], [x.shape[3], width, 0, 1, 0, 1]
+    return _AdaptiveAvgPool.apply(x, rows, columns)

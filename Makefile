@@ -16,6 +16,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 STAMPS := build/stamps
 BUILD := build/cmake
+DEBIAN_DATA := /usr/share/datasets/fashion-mnist
 # CMake and Ninja come from the environment, so that none has to be installed.
 TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 FEDPAI_CMAKE_ARGS ?=
@@ -64,13 +65,18 @@ build: $(STAMPS)/tools ## compile the module into fedpai_kernels/ (incremental)
 	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
 	  -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" -DFEDPAI_MODULE_DIR=$(CURDIR)/fedpai_kernels \
 	  -DFEDPAI_BUILD_TESTS=ON $(FEDPAI_CMAKE_ARGS) --log-level=WARNING
-	@$(TOOLS) cmake --build $(BUILD)
+	@$(TOOLS) cmake --build $(BUILD) --target place_module
 
 # ---- run ------------------------------------------------------------------------------------------------------------
 
 .PHONY: run
+# An interrupted run goes on; a finished one stays, and the next takes a folder of its own.
 run: develop data ## the demonstration: dense FedAvg against the sparse network, report included
-	$(BIN)/fedpai run --preset demo --out $(RUN_DIR)
+	@options="--preset demo"; \
+	if [ ! -e $(RUN_DIR)/config.json ]; then options="$$options --out $(RUN_DIR)"; \
+	elif [ ! -e $(RUN_DIR)/report.html ]; then options="$$options --out $(RUN_DIR) --resume"; fi; \
+	if [ ! -d $(DEBIAN_DATA) ] && [ -d data/fashion-mnist ]; then options="$$options --data-root data"; fi; \
+	set -x; exec $(BIN)/fedpai run $$options
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
@@ -81,6 +87,7 @@ lint: $(STAMPS)/package ## ruff and mypy
 
 .PHONY: ctest
 ctest: build ## the C++ kernel tests, as optimised for use
+	@$(TOOLS) cmake --build $(BUILD)
 	@$(TOOLS) ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
 
 .PHONY: sanitize

@@ -101,7 +101,7 @@ void check_pool(const std::string& name, const PoolShape& shape, Kind kind, int 
   const std::int64_t in_size = shape.channels * shape.rows.in * shape.columns.in * shape.batch;
   const std::int64_t out_size = shape.channels * shape.rows.out * shape.columns.out * shape.batch;
   Buffer<T> x(in_size), dy(out_size), y(out_size), dx(in_size);
-  Buffer<std::uint8_t> winners(out_size);
+  Buffer<typename PoolTap<T>::type> winners(out_size);
   std::vector<double> x_values, dy_values;
   for (T& value : x) x_values.push_back(static_cast<double>(value = static_cast<T>(random.integer(4))));
   for (T& value : dy) dy_values.push_back(static_cast<double>(value = static_cast<T>(random.integer(4))));

@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Examine, print, and write JSON where asked; 1 if something essential is broken, else 0."""
+    """Examine, print, write JSON where asked. 1: something essential is broken; 2: FILE cannot be written."""
     findings = examine()
     width = max(len(finding.topic) for finding in findings)
     for finding in findings:
@@ -70,7 +71,11 @@ def run(args: argparse.Namespace) -> int:
         if finding.remedy:
             print(f"{'':<{width}}          -> {finding.remedy}")
     if args.json is not None:
-        args.json.write_text(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
+        try:
+            args.json.write_text(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
+        except OSError as error:
+            print(f"fedpai: --json: cannot write {args.json} ({error.strerror})", file=sys.stderr)
+            return 2
     return 1 if any(finding.state == "broken" for finding in findings) else 0
 
 

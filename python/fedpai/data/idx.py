@@ -80,7 +80,7 @@ def _parse(stream: BinaryIO, path: Path, dimensions: int) -> torch.Tensor:
 
 
 def _read_up_to(stream: BinaryIO, size: int) -> bytearray:
-    """At most ``size`` bytes, piece by piece: a damaged header must not decide how much memory is asked for."""
+    """At most ``size`` bytes, piece by piece: a damaged header must not decide the memory asked for."""
     content = bytearray()
     while len(content) < size:
         piece = stream.read(min(size - len(content), 1 << 20))

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two calls: scores of a model, and masks of a model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TypeGuard
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fedpai.pruning import criteria as criterion_scores
+from fedpai.pruning.allocation import Allocation, allocate, budget
+from fedpai.pruning.criteria import Batch, Layers, Loss, normalised
+from fedpai.pruning.layers import Exclude, Shape, Tensors, input_shape_of, prunable_layers, scoring_copy
+from fedpai.pruning.masks import check_finite, masks_from_counts, masks_from_scores, resolve_allocation
+from fedpai.pruning.synflow import ITERATIONS, SynFlow, synflow_masks
+
+Data = Batch | Iterable[Batch]
+_NEEDS_DATA = ("grasp", "snip")
+_SCORED = ("grasp", "magnitude", "random", "snip", "synflow")
+# Random weights under an allocation, known by the allocation's name.
+_RANDOM_UNDER = ("erk", "uniform")
+
+
+def criteria() -> list[str]:
+    """The names that :func:`prune` knows."""
+    return sorted([*_SCORED, *_RANDOM_UNDER])
+
+
+def scores(
+    model: nn.Module,
+    criterion: str,
+    *,
+    data: Data | None = None,
+    seed: int = 0,
+    exclude: Exclude | None = None,
+    input_shape: Shape | None = None,
+    loss: Loss = functional.cross_entropy,
+) -> Tensors:
+    """One score a weight; higher = keep.
+
+    SNIP, GraSP and SynFlow scores are divided by the sum of their absolute values, so that clients' scores
+    can be averaged. SynFlow gives its first iteration; its masks need :func:`prune`, which iterates.
+
+    Args:
+        model: scored on a copy; left as it is.
+        criterion: ``"random"``, ``"magnitude"``, ``"snip"``, ``"grasp"`` or ``"synflow"``.
+        data: for SNIP and GraSP: (images, labels), or an iterable of such batches. Any classes may be
+            missing.
+        seed: for the random scores, and for modules that draw random numbers while a batch passes.
+        exclude: layers to leave out: names, or a function of (name, module).
+        input_shape: for SynFlow: one input's shape; by default that of the data, else of
+            ``model.input_shape``.
+        loss: of (outputs, labels); a mean over images.
+
+    Returns:
+        ``{module name: tensor of the weight's shape}`` in module order.
+
+    Raises:
+        ValueError: an unknown criterion, missing or malformed data, no prunable layer, scores that are not
+            finite (naming the layer) or all zero.
+    """
+    if criterion not in _SCORED:
+        raise ValueError(f"criterion: got {criterion!r}, expected one of {', '.join(_SCORED)}")
+    batches = _batches(data, criterion)
+    layers = prunable_layers(model, exclude)
+    if criterion == "random":
+        return criterion_scores.random(layers, seed)
+    if criterion == "magnitude":
+        return _finite(criterion_scores.magnitude(layers), batches)
+    if criterion == "synflow":
+        shape = _checked_input_shape(model, layers, input_shape, batches)
+        with _gradients_on():
+            return SynFlow(*scoring_copy(model, exclude), shape).scores()
+    compute = criterion_scores.snip if criterion == "snip" else criterion_scores.grasp
+    # Modules in train mode may draw from the global generator: from our seed, and without a trace.
+    with _gradients_on(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        found = compute(*scoring_copy(model, exclude), batches, loss)
+    return normalised(_finite(found, batches), criterion)
+
+
+def prune(
+    model: nn.Module,
+    sparsity: float,
+    criterion: str = "grasp",
+    *,
+    scope: str | None = None,
+    allocation: Allocation | None = None,
+    data: Data | None = None,
+    seed: int = 0,
+    exclude: Exclude | None = None,
+    keep_layers_alive: bool = True,
+    input_shape: Shape | None = None,
+    iterations: int | None = None,
+    loss: Loss = functional.cross_entropy,
+) -> Tensors:
+    """Masks that keep exactly ``round((1 - sparsity) * weights)`` weights.
+
+    Args:
+        model: scored on a copy; left as it is.
+        sparsity: share of the prunable weights that goes, in [0, 1).
+        criterion: ``"random"``, ``"magnitude"``, ``"snip"``, ``"grasp"``, ``"synflow"``; ``"erk"`` and
+            ``"uniform"`` are random weights under that allocation.
+        scope: ``"global"`` (default) or ``"layer"``; see :func:`masks_from_scores`.
+        allocation: ``"global"``, ``"uniform"``, ``"erk"`` or ``{layer name: count}``.
+        data: for SNIP and GraSP: (images, labels), or an iterable of such batches.
+        seed: of everything random.
+        exclude: layers to leave dense: names, or a function of (name, module); they get no mask.
+        keep_layers_alive: every layer keeps at least its best weight.
+        input_shape: for SynFlow; see :func:`scores`.
+        iterations: of SynFlow, 100 by default; the other criteria have no such choice.
+        loss: of (outputs, labels); a mean over images.
+
+    Returns:
+        ``{module name: bool tensor of the weight's shape}`` in module order; true = kept.
+
+    Raises:
+        ValueError: as :func:`scores` and :func:`masks_from_scores`.
+    """
+    if criterion in _RANDOM_UNDER:
+        if allocation not in (None, criterion) or scope == "global":
+            raise ValueError(
+                f"allocation: criterion {criterion!r} is an allocation itself, expected none besides"
+            )
+        criterion, allocation = "random", criterion
+    if iterations is not None and (criterion != "synflow" or iterations < 1):
+        raise ValueError(f"iterations: got {iterations}, expected at least 1 and criterion 'synflow' only")
+    chosen = resolve_allocation(scope, allocation)
+    layers = prunable_layers(model, exclude)
+    shapes = {name: tuple(module.weight.shape) for name, module in layers.items()}
+    # Impossible requests fail here, before the long part.
+    budget(shapes, sparsity, keep_layers_alive)
+    counts = None
+    if chosen != "global":
+        counts = allocate(shapes, sparsity, chosen, keep_layers_alive=keep_layers_alive)
+    if criterion == "synflow":
+        shape = _checked_input_shape(model, layers, input_shape, _batches(data, criterion))
+        with _gradients_on():
+            return synflow_masks(
+                *scoring_copy(model, exclude),
+                shape,
+                sparsity,
+                counts,
+                iterations=iterations or ITERATIONS,
+                keep_layers_alive=keep_layers_alive,
+            )
+    ranked = scores(model, criterion, data=data, seed=seed, exclude=exclude, loss=loss)
+    if counts is None:
+        return masks_from_scores(ranked, sparsity, keep_layers_alive=keep_layers_alive)
+    return masks_from_counts(ranked, counts)
+
+
+@contextlib.contextmanager
+def _gradients_on() -> Iterator[None]:
+    """Gradients, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _batches(data: Data | None, criterion: str) -> list[Batch]:
+    """The data as a checked list of batches; empty only for a criterion that needs none."""
+    if data is None:
+        if criterion in _NEEDS_DATA:
+            raise ValueError(f"data: criterion {criterion!r} needs (images, labels), got None")
+        return []
+    batches: list[Batch] = [(data[0], data[1])] if _is_batch(data) else list(data)
+    for position, batch in enumerate(batches):
+        if not _is_batch(batch):
+            raise ValueError(f"data: batch {position} is a {type(batch).__name__}, expected (images, labels)")
+        x, y = batch
+        if x.dim() < 2 or len(x) == 0 or y.shape[:1] != x.shape[:1]:
+            raise ValueError(
+                f"data: batch {position} has images {tuple(x.shape)} and labels {tuple(y.shape)}, expected "
+                "as many labels as images, at least one"
+            )
+    if not batches:
+        raise ValueError("data: got no batches")
+    return batches
+
+
+def _is_batch(data: object) -> TypeGuard[Batch]:
+    """A pair of tensors."""
+    return (
+        isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, torch.Tensor) for t in data)
+    )
+
+
+def _checked_input_shape(
+    model: nn.Module, layers: Layers, given: Shape | None, batches: list[Batch]
+) -> Shape:
+    """One SynFlow input's shape, given, the data's or the model's, once the weights are known to be
+    finite."""
+    _finite(criterion_scores.magnitude(layers), [])
+    return input_shape_of(model, tuple(batches[0][0].shape[1:]) if given is None and batches else given)
+
+
+def _finite(scores: Tensors, batches: list[Batch]) -> Tensors:
+    """The scores, or an error that names the layer, and the batch if that is to blame."""
+    try:
+        for name, score in scores.items():
+            check_finite(name, score)
+    except ValueError as error:
+        for position, (x, _) in enumerate(batches):
+            if not torch.isfinite(x).all():
+                raise ValueError(f"{error}; images of batch {position} hold NaN or infinity") from error
+        raise
+    return scores

@@ -9,6 +9,8 @@ Environment:
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import shlex
 import shutil
@@ -20,6 +22,18 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+
+def find_tool(name: str) -> str:
+    """Path of cmake or ninja: that of this environment's package, whether or not it is on PATH, else PATH's."""
+    folders = []
+    with contextlib.suppress(ImportError):
+        package = importlib.import_module(name)
+        folders = [getattr(package, "CMAKE_BIN_DIR", None) or package.BIN_DIR]
+    path = shutil.which(name, path=os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)]))
+    if path is None:
+        raise RuntimeError(f"{name} was not found; `pip install {name}`, or let pip isolate the build")
+    return path
 
 
 class CMakeExtension(Extension):
@@ -39,9 +53,7 @@ class CMakeBuild(build_ext):
         target = (ROOT / self.get_ext_fullpath(ext.name)).resolve()
         kept = os.environ.get("FEDPAI_BUILD_DIR")
         build_dir = Path(kept).resolve() if kept else (ROOT / self.build_temp).resolve()
-        cmake = shutil.which("cmake")
-        if cmake is None:
-            raise RuntimeError("cmake was not found; `pip install cmake ninja` or use pip's build isolation")
+        cmake, ninja = find_tool("cmake"), find_tool("ninja")
 
         configure = [cmake]
         if not kept:
@@ -50,6 +62,7 @@ class CMakeBuild(build_ext):
         configure += [
             *("-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"),
             "-DCMAKE_BUILD_TYPE=" + ("Debug" if self.debug else "Release"),
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DFEDPAI_MODULE_DIR={target.parent}",

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def find_tool(name: str) -> str:
-    """Path of cmake or ninja: that of this environment's package, whether or not it is on PATH, else PATH's."""
+    """Path of cmake or ninja: that of this environment's package, on PATH or not, else the one on PATH."""
     folders = []
     with contextlib.suppress(ImportError):
         package = importlib.import_module(name)

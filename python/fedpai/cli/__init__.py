@@ -7,6 +7,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NoReturn
 
 import fedpai
 
@@ -14,19 +17,27 @@ ERROR, INTERRUPTED = 2, 130
 """Exit codes: a user's mistake, and Ctrl-C."""
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaints are one line; the usage is a `--help` away."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the complaint and exits."""
+        self.exit(ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole parser. Sub-commands import their heavy parts when they run."""
-    from fedpai.bench import cli as bench
     from fedpai.cli import doctor, run
 
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="fedpai",
         description="Federated learning with networks pruned before training, faster in wall-clock time.",
     )
     parser.add_argument("--version", action="version", version=f"fedpai-kernels {fedpai.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run.add_parser(commands)
-    bench.add_parser(commands)
+    if find_spec("fedpai.bench"):
+        import_module("fedpai.bench.cli").add_parser(commands)
     doctor.add_parser(commands)
     return parser
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -63,7 +64,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     data = parser.add_argument_group("data and clients")
     data.add_argument("--data", metavar="NAME", help="data set (fashion-mnist)")
-    data.add_argument("--data-root", metavar="DIR", help="folder with the data set's files")
+    data.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="folder with the data set's files (default: where it is installed, else ./data)",
+    )
     data.add_argument("--clients", type=int, metavar="K", help="number of clients (10)")
     data.add_argument(
         "--sample", type=_sample, metavar="M", help="clients per round: a number, or a share like 0.1 (all)"
@@ -227,11 +232,10 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _check_writable(file: Path) -> None:
     """A result file that cannot be written is better known before hours of training."""
-    try:
-        with file.open("a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--json {file}: {error.strerror}") from None
+    if file.is_dir():
+        raise ConfigError(f"--json {file} is a folder")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"--json {file}: {file.parent} is no folder that can be written")
 
 
 def _next_free(parent: Path) -> Path:

@@ -24,6 +24,9 @@ from fedpai.federation.progress import Progress
 from fedpai.federation.seeds import derive, generator
 from fedpai.federation.server import Server
 
+LOCAL_DATA = Path("data")
+"""Where `make data` unpacks files on a machine that it may not install packages on."""
+
 
 @dataclass
 class Arm:
@@ -147,16 +150,18 @@ def check_names(config: RunConfig) -> None:
 
 
 def load_data(config: RunConfig) -> Dataset:
-    """The data set of a run.
+    """The data set of a run: from `data_root`, else from where the loader looks, else from ./data.
 
     Raises:
-        ConfigError: more clients than images, or a folder given for generated images.
+        ConfigError: settings that do not go together, such as a folder for generated images.
         DataError: from the loader.
     """
     try:
         return images.load(config.data, config.data_root)
     except images.DataError:
-        raise
+        if config.data_root is not None or not LOCAL_DATA.is_dir():
+            raise
+        return images.load(config.data, LOCAL_DATA)
     except ValueError as error:
         raise ConfigError(f"--data {config.data}: {error}") from None
 

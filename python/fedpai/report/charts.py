@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 560, 300
+BAR_WIDTH = 1120
+MARKERS = 60
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
 
 
@@ -41,7 +43,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str) -> str:
         return '<p class="empty">nothing measured yet</p>'
     xs = [x for s in drawn for x, _ in s.points]
     ys = [y for s in drawn for _, y in s.points]
-    x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs)), ticks(min(ys), max(ys))
+    x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs)), ticks(min(0.0, *ys), max(ys))
     across = _Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
     up = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     parts = [_open(WIDTH, HEIGHT, f"{y_label} over {x_label}")]
@@ -64,7 +66,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str) -> str:
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in s.points)
         dash = ' stroke-dasharray="5 4"' if s.dashed else ""
         parts.append(f'<polyline class="line {s.style}" points="{path}"{dash}/>')
-        for x, y in s.points:
+        for x, y in s.points if len(s.points) <= MARKERS else ():
             parts.append(
                 f'<circle class="dot {s.style}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="3">'
                 f"<title>{escape(s.label)}: {number(x)}, {number(y)}</title></circle>"
@@ -95,14 +97,14 @@ def bar_chart(bars: Sequence[Bar], series: Sequence[tuple[str, str]], *, unit: s
     step = thick * len(series) + gap
     height = TOP + step * len(bars) + 34
     x_ticks = ticks(0.0, max(known))
-    across = _Scale(0.0, x_ticks[-1], left, WIDTH - 52)
-    parts = [_open(WIDTH, height, unit)]
+    across = _Scale(0.0, x_ticks[-1], left, BAR_WIDTH - 52)
+    parts = [_open(BAR_WIDTH, height, unit)]
     floor = TOP + step * len(bars)
     for tick in x_ticks:
         x = across(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{floor}"/>')
         parts.append(_label(x, floor + 15, number(tick)))
-    parts.append(_label((left + WIDTH - 52) / 2, floor + 30, unit))
+    parts.append(_label((left + BAR_WIDTH - 52) / 2, floor + 30, unit))
     for row, bar in enumerate(bars):
         y = TOP + row * step
         middle = y + (step - gap) / 2 + 4

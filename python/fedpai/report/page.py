@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from fedpai.federation.files import write_atomic
@@ -13,6 +14,7 @@ from fedpai.report.content import Content, Row
 
 STYLES = ("s0", "s1")
 TEMPLATE = "report.html.j2"
+STEP_POINTS = 150
 
 
 def write(content: Content, file: Path) -> Path:
@@ -60,6 +62,11 @@ def charts(content: Content) -> dict[str, str]:
         "rounds": line_chart(accuracy, x_label="round", y_label="test accuracy, %"),
         "seconds": line_chart(seconds, x_label="seconds of client compute", y_label="test accuracy, %"),
         "bytes": _bytes_chart(by_method),
+        "steps": line_chart(
+            [Series(name, _steps(rows), style) for name, style, rows in by_method],
+            x_label="full-batch training step",
+            y_label="ms",
+        ),
         "layers": _layer_chart(content),
     }
 
@@ -74,6 +81,13 @@ def _accuracy(rows: list[Row]) -> list[float]:
 
 def _seconds(rows: list[Row]) -> list[float]:
     return list(accumulate(row["time"]["compute"] for row in rows))
+
+
+def _steps(rows: list[Row]) -> list[tuple[float, float]]:
+    """Step times in the order they ran, thinned by medians to what a chart can show."""
+    times = [ms for row in rows for ms in row["time"]["step_ms"]]
+    group = -(-len(times) // STEP_POINTS) if times else 1
+    return [(at + (group + 1) / 2, median(times[at : at + group])) for at in range(0, len(times), group)]
 
 
 def _bytes_chart(by_method: list[tuple[str, str, list[Row]]]) -> str:

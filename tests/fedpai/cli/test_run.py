@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fedpai run` as a user meets it: results, mistakes, interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpai import cli
+from fedpai.cli import run as run_command
+from fedpai.federation.config import PRESETS, RunConfig
+
+ROOT = Path(__file__).parents[3]
+Read = Callable[[Path], list[dict[str, Any]]]
+
+TINY = [
+    *("--model", "conv4", "--width", "0.125", "--data", "synthetic-gray", "--clients", "3", "--rounds", "2"),
+    *("--batch", "16", "--max-images", "32", "--eval-images", "40", "--threads", "1", "--no-profile"),
+]
+
+
+def test_method_against_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, rows_file = tmp_path / "run", tmp_path / "rows.jsonl"
+    arguments = ["run", "--method", "fedpai-u", "--baseline", "fedavg", "--sparsity", "0.9", *TINY]
+    arguments.remove("--no-profile")
+    assert cli.main([*arguments, "--out", str(out), "--json", str(rows_file)]) == 0
+    printed, progress = capsys.readouterr()
+    assert "fedpai-u against fedavg, 2 rounds each:" in printed
+    for words in ("accuracy", "compute per training step", "bytes up, per round", "report.html"):
+        assert words in printed
+    assert progress.count("round   2") == 2
+    names = {file.name for file in out.iterdir()}
+    assert names == {
+        *("config.json", "metrics.jsonl", "profile.json", "report.html"),
+        *(
+            f"{kind}-{name}.safetensors"
+            for kind in ("model", "checkpoint")
+            for name in ("fedpai-u", "fedavg")
+        ),
+    }
+    lines = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    rounds = [line for line in lines if "kind" not in line]
+    assert [(row["method"], row["round"]) for row in rounds] == [
+        (name, number) for number in range(3) for name in ("fedpai-u", "fedavg")
+    ]
+    (ratios,) = [line for line in lines if line.get("kind") == "ratios"]
+    sent = {
+        name: sum(row["bytes_up"] for row in rounds[2:] if row["method"] == name)
+        for name in ("fedpai-u", "fedavg")
+    }
+    assert ratios["uplink"] == pytest.approx(sent["fedpai-u"] / sent["fedavg"])
+    assert ratios["compute_per_step"] > 0
+    layers = [line for line in lines if line.get("kind") == "layer"]
+    assert len(layers) == 6
+    assert all(layer["dense_ms"] > 0 and layer["sparse_ms"] > 0 and layer["reason"] for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--method", "fedprox"],
+            "unknown --method 'fedprox', expected one of: fedavg, fedpai-u, magnitude, random",
+        ),
+        (["--baseline", "nope"], "unknown --method 'nope', expected one of: fedavg"),
+        (["--model", "resnet19"], "--model resnet19: unknown model 'resnet19', expected one of conv4"),
+        (
+            ["--data", "imagenet"],
+            "unknown --data 'imagenet', expected one of: cifar10, cifar100, fashion-mnist",
+        ),
+        (["--criterion", "best"], "unknown --criterion 'best', expected one of: erk, grasp"),
+        (["--mask-mode", "both"], "unknown --mask-mode 'both', expected one of: shared, personal"),
+        (["--preset", "huge"], "unknown --preset 'huge', expected one of: demo, smoke"),
+        (
+            ["--dense-format", "nchw"],
+            "unknown --dense-format 'nchw', expected one of: channels_last, contiguous",
+        ),
+        (["--method", "fedavg", "--criterion", "snip"], "--criterion means nothing to fedavg"),
+        (["--method", "random", "--mask-mode", "personal"], "--mask-mode means nothing to random"),
+        (["--baseline", "fedpai-u"], "--baseline fedpai-u is the method itself"),
+        (["--sparsity", "1.0"], "--sparsity must lie in [0.0, 1.0), got 1.0"),
+        (["--sparsity", "nan"], "--sparsity must lie in [0.0, 1.0), got nan"),
+        (["--lr", "-1"], "--lr must be a positive number, got -1.0"),
+        (["--lr", "inf"], "--lr must be a positive number, got inf"),
+        (["--rounds", "0"], "--rounds must be a whole number of at least 1, got 0"),
+        (["--batch", "1"], "--batch must be a whole number of at least 2, got 1"),
+        (["--sample", "4"], "--sample 4 is more than the 3 clients there are"),
+        (["--clients", "100000"], "--clients 100000: num_partitions"),
+        (["--alpha", "0"], "--alpha must be a positive number, got 0.0"),
+        (["--data", "cifar10"], "cifar10: needs a data folder"),
+        (["--data", "cifar10", "--data-root", "/nowhere"], "cifar10: /nowhere"),
+        (["--data-root", "/nowhere"], "--data synthetic-gray: root"),
+        (["--resume"], "--resume needs --out DIR"),
+        (["--resume", "--out", "/nowhere/run"], "/nowhere/run holds no run to resume"),
+        (
+            ["--json", "/nowhere/rows.jsonl"],
+            "--json /nowhere/rows.jsonl: /nowhere is no folder that can be written",
+        ),
+        (["--sample", "1.5"], "a share of clients must lie in (0, 1], got 1.5"),
+        (["--rounds", "many"], "argument --rounds: invalid int value: 'many'"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_mistakes_give_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = cli.main(["run", *TINY, *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("fedpai")
+    assert message in lines[0]
+    assert list(tmp_path.iterdir()) == [], "a mistake leaves no run folder"
+
+
+def test_existing_folder_without_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", "--method", "fedavg", *TINY, "--rounds", "1", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert cli.main([*arguments, "--rounds", "2"]) == 2
+    assert "already holds a run; go on with it by --resume" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume", "--lr", "0.1", "--seed", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "lr: 0.05 in the folder, 0.1 asked for" in error
+    assert "seed: 0 in the folder, 3 asked for" in error
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_resume_of_a_finished_run_reports_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "--method", "fedavg", *TINY, "--rounds", "1", "--out", str(tmp_path)]) == 0
+    (tmp_path / "report.html").unlink()
+    assert cli.main(["run", "--resume", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").exists()
+    assert "fedavg" in capsys.readouterr().out
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from fedpai.cli import main; sys.exit(main())",
+            "run",
+            *arguments,
+        ],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_a_round(number: signal.Signals, tmp_path: Path, untimed: Read) -> None:
+    """Stops with exit code 130, says how to go on, and then ends bit for bit as an uninterrupted run."""
+    settings = ["--method", "fedpai-u", "--sparsity", "0.9", *TINY, "--max-images", "160", "--rounds", "4"]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    process = start([*settings, "--out", str(cut)])
+    metrics = cut / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert f"go on with: fedpai run --resume --out {cut}" in errors
+    assert 2 <= len(untimed(cut)) < 5
+    assert cli.main(["run", "--resume", "--out", str(cut), "--no-profile"]) == 0
+    assert cli.main(["run", *settings, "--out", str(whole)]) == 0
+    assert untimed(cut) == untimed(whole)
+    for file in ("model-fedpai-u.safetensors", "checkpoint-fedpai-u.safetensors"):
+        assert (cut / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_sample_as_a_share_and_by_default() -> None:
+    parse = cli.build_parser().parse_args
+    for words, expected in (
+        ([], 7),
+        (["--sample", "3"], 3),
+        (["--sample", "0.3"], 2),
+        (["--sample", "1.0"], 7),
+    ):
+        given = vars(parse(["run", "--clients", "7", *words]))
+        asked = run_command.settings(run_command.explicit_settings(given), None)
+        assert RunConfig(**asked).sample == expected
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_can_be_overridden(name: str) -> None:
+    given = vars(
+        cli.build_parser().parse_args(["run", "--preset", name, "--rounds", "99", "--eval-images", "0"])
+    )
+    explicit = run_command.explicit_settings(given)
+    config = run_command.configure(run_command.settings(explicit, name), explicit)
+    assert (config.rounds, config.eval_images) == (99, None)
+    assert (config.method, config.baseline) == ("fedpai-u", "fedavg")
+
+
+def test_default_folders_are_numbered(tmp_path: Path) -> None:
+    assert run_command._next_free(tmp_path) == tmp_path / "001"
+    (tmp_path / "001").mkdir()
+    assert run_command._next_free(tmp_path) == tmp_path / "002"

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report: right numbers, nothing from outside the file, charts that are well-formed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedpai import report
+from fedpai.data import Dataset
+from fedpai.federation.config import RunConfig
+from fedpai.federation.runner import Run
+from fedpai.report.charts import Bar, Series, bar_chart, line_chart, number, ticks
+from fedpai.report.page import size
+from fedpai.report.profile import profile_layers
+from fedpai.report.summary import compare, summarise
+
+
+def row(method: str, round: int, **changes: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "method": method,
+        "round": round,
+        "accuracy": 0.5,
+        "personal_accuracy": None,
+        "sampled": [0, 1],
+        "refused": [],
+        "images": 64,
+        "steps": 2,
+        "bytes_up": 100,
+        "bytes_down": 120,
+        "density": 1.0,
+        "global_density": 1.0,
+        "time": {"compute": 0.2, "step_ms": [90.0, 110.0], "evaluate": 0.1, "round": 0.5, "masks": 0.3},
+    }
+    return {**base, **changes}
+
+
+ROWS = [
+    row("ours", 0, bytes_up=1000, images=0, steps=0, time={"compute": 0.0, "step_ms": [], "masks": 2.5}),
+    row("ours", 1, bytes_up=2, density=0.02, accuracy=0.7, time={"compute": 0.04, "step_ms": [19.0, 21.0]}),
+    row("ours", 2, bytes_up=2, density=0.02, accuracy=0.6, time={"compute": 0.04, "step_ms": [20.0, 20.0]}),
+    row("base", 0, bytes_up=0, bytes_down=0, time={"compute": 0.0, "step_ms": [], "masks": 0.0}),
+    row("base", 1),
+    row("base", 2, accuracy=0.65, refused=[{"client": 1, "reason": "late"}]),
+]
+
+
+def test_totals_and_ratios() -> None:
+    ours, base = summarise("ours", ROWS), summarise("base", ROWS)
+    assert (ours.accuracy, ours.best_accuracy, ours.rounds) == (0.6, 0.7, 2)
+    assert (ours.total_up, ours.setup_up, ours.uplink) == (4, 1000, 1.0)
+    assert (ours.step_ms, base.step_ms) == (20.0, 100.0)
+    assert ours.mask_seconds == 2.5
+    assert ours.density == pytest.approx(0.02)
+    assert (base.refused, ours.refused) == (1, 0)
+    ratios = compare(ours, base)
+    assert ratios.compute_per_step == pytest.approx(5.0)
+    assert ratios.compute_total == pytest.approx(5.0)
+    assert ratios.uplink == pytest.approx(0.02)
+    assert ratios.uplink_with_setup == pytest.approx(1004 / 200)
+    assert ratios.accuracy_gap == pytest.approx(-5.0)
+
+
+def test_no_full_batch_means_no_step_time() -> None:
+    rows = [row("ours", 0), row("ours", 1, time={"compute": 0.1, "step_ms": []})]
+    summary = summarise("ours", [{**rows[0], "time": {"step_ms": [], "masks": 0, "compute": 0}}, rows[1]])
+    assert summary.step_ms is None
+    assert compare(summary, summary).compute_per_step is None
+
+
+@pytest.fixture
+def finished(images: Dataset, tiny: Callable[..., RunConfig]) -> Run:
+    run = Run(tiny(method="fedpai-u", baseline="fedavg", rounds=2), data=images)
+    run.finish()
+    return run
+
+
+def test_page_is_one_file_with_everything(finished: Run, tmp_path: Path) -> None:
+    layers = report.layer_profile(finished, tmp_path / "profile.json")
+    content = report.collect(finished, layers)
+    text = report.write(content, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"(?:https?:)?//[a-z]|<script|<link|url\(|@import|<img", text) == []
+    for method in content.methods:
+        assert f"{100 * method.accuracy:.2f} %" in text
+    for layer in layers:
+        assert layer["name"] in text
+        assert layer["kernel"] in text
+    for key in ("cpu", "threads", "isa", "torch"):
+        assert str(content.machine[key]) in text
+    svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(svgs) == 5
+    for svg in svgs:
+        assert not re.search(r"nan|inf", re.sub(r"<(text|title).*?</\1>", "", svg))
+        ElementTree.fromstring(svg)
+
+
+def test_profile_is_kept_and_not_measured_again(finished: Run, tmp_path: Path) -> None:
+    first = report.layer_profile(finished, tmp_path / "profile.json")
+    assert report.layer_profile(finished, tmp_path / "profile.json") == first
+    assert {"name", "density", "kernel", "reason", "dense_ms", "sparse_ms"} <= first[0].keys()
+
+
+def test_dense_run_has_no_layer_table(
+    images: Dataset, tiny: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    run = Run(tiny(rounds=1), data=images)
+    run.finish()
+    layers = report.layer_profile(run, tmp_path / "profile.json")
+    assert layers == []
+    text = report.write(report.collect(run, layers), tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Time per layer" not in text
+    assert "not measured" not in text
+
+
+def test_personal_column_only_where_it_has_a_meaning(
+    images: Dataset, tiny: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    run = Run(tiny(method="fedpai-u", mask_mode="personal", rounds=1), data=images)
+    run.finish()
+    content = report.collect(run)
+    text = report.write(content, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Personalised accuracy" in text
+    assert f"{100 * (content.methods[0].personal_accuracy or 0):.2f} %" in report.text(content)
+
+
+def test_json_rows_are_json(finished: Run) -> None:
+    rows = report.json_rows(report.collect(finished))
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert [row["kind"] for row in rows if row["kind"] != "layer"] == ["run", "method", "method", "ratios"]
+
+
+def test_profile_times_every_layer_and_leaves_hooks_behind_nowhere(finished: Run) -> None:
+    dense, sparse = finished.pool.get(None), finished.pool.get(finished.arms[0].federation.server.mask)
+    x, _ = finished.data.batch(torch.arange(8))
+    times = profile_layers(dense.model, sparse.model, x, repeats=1)
+    assert [time.name + ".weight" for time in times] == [slot.key for slot in finished.layout.weights]
+    assert times[0].input == (8, 1, 32, 32)
+    assert all(not module._forward_pre_hooks for module in dense.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0, 1), (0, 0), (3, 3), (-5, 7), (0.1, 0.97), (0, 1e-6), (12, 1e9), (0, 6), (99.9, 100.0)],
+)
+def test_ticks_cover_the_range_in_round_steps(low: float, high: float) -> None:
+    marks = ticks(low, high)
+    assert marks[0] <= low + 1e-9 * abs(low)
+    assert marks[-1] >= high - 1e-9 * abs(high)
+    assert 2 <= len(marks) <= 9
+    steps = {f"{b - a:.6g}" for a, b in pairwise(marks)}
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (2, "2"),
+        (0.5, "0.5"),
+        (98.04, "98"),
+        (3.217, "3.22"),
+        (1234.5, "1,234"),
+        (0.00123, "0.00123"),
+    ],
+)
+def test_numbers_for_people(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1536, "1.54 kB"), (44.7e6, "44.7 MB")]
+)
+def test_sizes_for_people(count: float, text: str) -> None:
+    assert size(count) == text
+
+
+def test_charts_survive_odd_input() -> None:
+    assert "nothing measured" in line_chart([], x_label="x", y_label="y")
+    assert "nothing measured" in line_chart([Series("a", [(1, math.nan)], "s0")], x_label="x", y_label="y")
+    assert "nothing measured" in bar_chart([Bar("a", [None])], [("s", "s0")], unit="ms")
+    single = line_chart([Series("<&>", [(0, 5)], "s0")], x_label="<x>", y_label="&")
+    ElementTree.fromstring(single)
+    partial = bar_chart(
+        [Bar("a", [1.0, None]), Bar("b", [math.nan, 2.0])], [("s", "s0"), ("d", "s1")], unit="ms"
+    )
+    assert ElementTree.fromstring(partial).findall("rect").__len__() == 2

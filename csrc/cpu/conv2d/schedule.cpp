@@ -124,7 +124,7 @@ void lay_out_entries(Pass& pass, const EntryList& list, const AxisTaps& taps_y, 
 }
 
 Pass build_pass(const EntryList& list, PassAxis y, PassAxis x, AxisTaps taps_y, AxisTaps taps_x, std::int64_t batch,
-                const VectorShape& vector, bool weight_grad) {
+                const VectorShape& vector, bool weight_grad, const Tiling* tiling) {
   // Only taps and channels that occur are packed.
   const std::size_t kernel_w = taps_x.shift.size();
   std::vector<char> used_y(taps_y.shift.size(), 0), used_x(kernel_w, 0);
@@ -162,7 +162,7 @@ Pass build_pass(const EntryList& list, PassAxis y, PassAxis x, AxisTaps taps_y, 
                               vector.lanes,
                               vector.accumulators,
                               weight_grad};
-  pass.tiling = choose_tiling(problem);
+  pass.tiling = tiling != nullptr ? *tiling : choose_tiling(problem);
   place_slots(y, taps_y, pass.tiling.tile_rows, pass.tiling.patch_rows);
   place_slots(x, taps_x, pass.tiling.tile_columns, pass.tiling.patch_columns);
   pass.y = std::move(y);
@@ -192,11 +192,12 @@ AxisTaps forward_taps(std::int64_t kernel, std::int64_t dilation, std::int64_t p
   return taps;
 }
 
-Pass forward_like(const Plan& plan, const Conv2dGeometry& g, const VectorShape& vector, bool weight_grad) {
+Pass forward_like(const Plan& plan, const Conv2dGeometry& g, const VectorShape& vector, bool weight_grad,
+                  const Tiling* tiling) {
   const WeightShape& shape = plan.shape();
   return build_pass(plan.by_output(), forward_axis(g.out_h, g.in_h, g.stride_h),
                     forward_axis(g.out_w, g.in_w, g.stride_w), forward_taps(shape.kernel_h, g.dilation_h, g.pad_top),
-                    forward_taps(shape.kernel_w, g.dilation_w, g.pad_left), g.batch, vector, weight_grad);
+                    forward_taps(shape.kernel_w, g.dilation_w, g.pad_left), g.batch, vector, weight_grad, tiling);
 }
 
 // Input pixels i = q * stride + residue; out pixel o reaches i through tap k when o * stride + k * dilation - pad == i,
@@ -222,12 +223,14 @@ AxisTaps input_grad_taps(std::int64_t kernel, std::int64_t dilation, std::int64_
 
 }  // namespace
 
-Pass forward_pass(const Plan& plan, const Conv2dGeometry& geometry, const VectorShape& vector) {
-  return forward_like(plan, geometry, vector, false);
+Pass forward_pass(const Plan& plan, const Conv2dGeometry& geometry, const VectorShape& vector,
+                  const Tiling* tiling) {
+  return forward_like(plan, geometry, vector, false, tiling);
 }
 
-Pass weight_grad_pass(const Plan& plan, const Conv2dGeometry& geometry, const VectorShape& vector) {
-  return forward_like(plan, geometry, vector, true);
+Pass weight_grad_pass(const Plan& plan, const Conv2dGeometry& geometry, const VectorShape& vector,
+                  const Tiling* tiling) {
+  return forward_like(plan, geometry, vector, true, tiling);
 }
 
 std::vector<Pass> input_grad_passes(const Plan& plan, const Conv2dGeometry& g, const VectorShape& vector) {
@@ -239,7 +242,7 @@ std::vector<Pass> input_grad_passes(const Plan& plan, const Conv2dGeometry& g, c
                                   input_grad_axis(g.in_w, g.out_w, g.stride_w, rx),
                                   input_grad_taps(shape.kernel_h, g.dilation_h, g.pad_top, g.stride_h, ry),
                                   input_grad_taps(shape.kernel_w, g.dilation_w, g.pad_left, g.stride_w, rx), g.batch,
-                                  vector, false));
+                                  vector, false, nullptr));
     }
   }
   return passes;

@@ -87,8 +87,11 @@ struct VectorShape {
   std::int64_t element_size;
 };
 
-Pass forward_pass(const Plan& plan, const Conv2dGeometry& geometry, const VectorShape& vector);
-Pass weight_grad_pass(const Plan& plan, const Conv2dGeometry& geometry, const VectorShape& vector);
+// `tiling` overrides the cost model's choice: for experiments.
+Pass forward_pass(const Plan& plan, const Conv2dGeometry& geometry, const VectorShape& vector,
+                  const Tiling* tiling = nullptr);
+Pass weight_grad_pass(const Plan& plan, const Conv2dGeometry& geometry, const VectorShape& vector,
+                      const Tiling* tiling = nullptr);
 std::vector<Pass> input_grad_passes(const Plan& plan, const Conv2dGeometry& geometry, const VectorShape& vector);
 
 }  // namespace fedpai

@@ -10,23 +10,29 @@ namespace fedpai {
 
 namespace {
 
-// Cycles, on a core with two loads, one store and two FMAs per cycle. The L2 and L3 figures are for streams that the
-// hardware prefetchers do not cover completely, because packed patches are walked in the mask's order.
-constexpr double kFma = 0.5;           // per vector, operand in L1
-constexpr double kFmaFromL2 = 1.1;     // per vector, operand in L2
-constexpr double kFmaFromL3 = 2.5;     // per vector, operand further away
-constexpr double kEntry = 1.2;         // index load, broadcast, loop
-constexpr double kTask = 16.0;         // the loop exit is mispredicted once per row
-constexpr double kStore = 1.0;         // per dest vector and task
-constexpr double kReload = 0.7;        // per dest vector and task after the first channel block
-constexpr double kSum = 2.0;           // per entry and tile: read and write its running sum in L1
-constexpr double kSumFromL2 = 4.0;     // the same in L2 or beyond
-constexpr double kPack = 1.6;          // per packed vector
-constexpr double kPatch = 300.0;       // per patch: segments, calls
-constexpr double kTile = 40.0;         // per register tile: one call
+// Cycles, on a core with two loads, one store and two FMAs per cycle; fitted to timings of random tilings.
+constexpr double kFma = 0.62;         // per vector, operand in L1
+constexpr double kFetchL2 = 0.35;     // more, when a packed vector has to come from L2 again
+constexpr double kFetchL3 = 0.8;      // the same from further away
+constexpr double kEntry = 0.6;        // index load, broadcast, loop
+constexpr double kTask = 8.0;         // the loop exit is mispredicted once per row
+constexpr double kStore = 1.5;        // per dest vector and task
+constexpr double kReload = 1.0;       // per dest vector and task after the first channel block
+constexpr double kDestMiss = 1.0;     // more, when a patch's dest leaves L2 between channel blocks
+constexpr double kSum = 3.0;          // per entry and tile: read and write its running sum in L1
+constexpr double kSumFromL2 = 4.5;    // the same in L2 or beyond
+constexpr double kPack = 3.0;         // per packed vector
+constexpr double kSourceLine = 4.0;   // per cache line of the source that a patch reads
+constexpr double kDestLine = 4.0;     // per cache line of the dest that a patch writes (or reads, for its gradient)
+constexpr double kPage = 22.0;        // per page that a patch touches in a tensor beyond the TLB's reach
+constexpr double kPatch = 300.0;      // per patch: segments, calls
+constexpr double kTile = 200.0;       // per register tile: one call, cold predictors
 
+constexpr double kPageBytes = 4096;
+constexpr double kTlbBytes = 8e6;     // 2048 pages
 constexpr double kL1Bytes = 26 * 1024;
 constexpr double kL2Bytes = 320 * 1024;
+constexpr double kLineBytes = 64;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -51,15 +57,42 @@ double estimate(const TilingProblem& p, const Tiling& t) {
   const double tile_bytes =
       tile_pixels * static_cast<double>(p.phases_h * p.phases_w * t.channel_block) * t.blocks * vector_bytes;
   const double patch_bytes = patch_pixels * static_cast<double>(t.channel_block) * t.blocks * vector_bytes;
-  double fma = tile_bytes <= kL1Bytes ? kFma : (patch_bytes <= kL2Bytes ? kFmaFromL2 : kFmaFromL3);
-  // A patch that is walked once per tile comes from where packing left it, at least once.
   const double entries = static_cast<double>(p.entries);
   const double tasks_per_block =
       std::min(static_cast<double>(p.dest_channels), entries / static_cast<double>(channel_blocks) + 1.0);
   const double tasks = channel_blocks == 1 ? static_cast<double>(p.dest_channels)
                                            : tasks_per_block * static_cast<double>(channel_blocks);
 
-  double cycles = entries * dest_vectors * fma + entries * static_cast<double>(tiles) * kEntry +
+  // A packed vector that left L1 is fetched once for all the taps of a channel pair that are next to each other.
+  const double taps_per_pair =
+      std::max(1.0, 0.7 * entries / static_cast<double>(p.dest_channels * std::max<std::int64_t>(1, p.source_channels)));
+  double fma = kFma;
+  if (tile_bytes > kL1Bytes) fma += (patch_bytes <= kL2Bytes ? kFetchL2 : kFetchL3) / taps_per_pair;
+
+  const double group_bytes = vector_bytes * t.blocks;
+  const double lines_per_pixel = std::max(1.0, group_bytes / kLineBytes);
+  const double source_lines = packed_vectors / t.blocks * lines_per_pixel;
+  // The weight gradient passes by all patches once per channel block.
+  const double dest_rounds = p.weight_grad ? static_cast<double>(channel_blocks) : 1.0;
+  const double dest_lines =
+      static_cast<double>(p.grid_h * p.grid_w * groups * p.dest_channels) * lines_per_pixel * dest_rounds;
+  const double dest_bytes = patch_h * patch_w * static_cast<double>(p.dest_channels) * lines_per_pixel * kLineBytes;
+
+  // In batch-last storage a row of a patch is one run of the image row; runs shorter than a page waste most of it.
+  const double pixel_bytes = static_cast<double>(p.batch * p.element_size);
+  const double source_pages = static_cast<double>(p.source_channels * patches) * static_cast<double>(p.phases_h) *
+                              (patch_h + static_cast<double>(p.halo_h)) *
+                              (1.0 + (patch_w + static_cast<double>(p.halo_w)) *
+                                         static_cast<double>(p.phases_w) * pixel_bytes / kPageBytes);
+  const double dest_pages = static_cast<double>(p.dest_channels * patches) * dest_rounds * patch_h *
+                            (1.0 + patch_w * pixel_bytes / kPageBytes);
+  const double dest_tensor = static_cast<double>(p.dest_channels * p.grid_h * p.grid_w) * pixel_bytes;
+  const double source_tensor =
+      static_cast<double>(p.source_channels * p.grid_h * p.phases_h * p.grid_w * p.phases_w) * pixel_bytes;
+  const double pages =
+      (source_tensor > kTlbBytes ? source_pages : 0.0) + (dest_tensor > kTlbBytes ? dest_pages : 0.0);
+
+  double cycles = pages * kPage + source_lines * kSourceLine + dest_lines * kDestLine + entries * dest_vectors * fma + entries * static_cast<double>(tiles) * kEntry +
                   packed_vectors * kPack + static_cast<double>(patches * channel_blocks) * kPatch +
                   static_cast<double>(tiles * channel_blocks) * kTile + tasks * static_cast<double>(tiles) * kTask;
   const double tile_vectors = dest_vectors / static_cast<double>(tiles);
@@ -69,7 +102,8 @@ double estimate(const TilingProblem& p, const Tiling& t) {
     cycles += tasks * static_cast<double>(tiles) * tile_vectors * kReload;
   } else {
     cycles += tasks * static_cast<double>(tiles) * tile_vectors * kStore;
-    cycles += (tasks - static_cast<double>(p.dest_channels)) * static_cast<double>(tiles) * tile_vectors * kReload;
+    cycles += (tasks - static_cast<double>(p.dest_channels)) * static_cast<double>(tiles) * tile_vectors *
+              (kReload + (dest_bytes > kL2Bytes ? kDestMiss : 0.0));
   }
   return cycles;
 }
@@ -112,7 +146,10 @@ Tiling choose_tiling(const TilingProblem& problem) {
     }
   };
   const std::int64_t most_blocks = std::min<std::int64_t>(batch_vectors, accumulators);
-  for (std::int64_t blocks = 1; blocks <= most_blocks; ++blocks) {
+  // A lane group narrower than a cache line would fetch and dirty every line twice.
+  const std::int64_t line_blocks = std::max<std::int64_t>(
+      1, static_cast<std::int64_t>(kLineBytes) / (problem.element_size * problem.lanes));
+  for (std::int64_t blocks = std::min(line_blocks, most_blocks); blocks <= most_blocks; ++blocks) {
     // More blocks than four pay only where there are few pixels to share a register tile.
     if (blocks > 4 && problem.grid_h * problem.grid_w > 4) break;
     for (std::int64_t rows = 1; rows <= std::min<std::int64_t>(problem.grid_h, kMaxTileRows); ++rows) {

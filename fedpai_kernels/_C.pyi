@@ -36,3 +36,50 @@ def conv2d_weight_grad_f32(
 conv2d_forward_f64 = conv2d_forward_f32
 conv2d_input_grad_f64 = conv2d_input_grad_f32
 conv2d_weight_grad_f64 = conv2d_weight_grad_f32
+
+# Batch-last activations; a tensor that is absent is 0. mean, invstd, var, weight, bias: one value per channel.
+def batch_norm_train_f32(
+    channels: int, row: int, x: int, weight: int, bias: int, eps: float, relu: bool, y: int, mean: int, invstd: int,
+    var: int, threads: int,
+) -> None: ...
+def batch_norm_eval_f32(
+    channels: int, row: int, x: int, weight: int, bias: int, mean: int, var: int, eps: float, relu: bool, y: int,
+    invstd: int, threads: int,
+) -> None: ...
+def batch_norm_backward_f32(
+    channels: int, row: int, dy: int, x: int, weight: int, bias: int, mean: int, invstd: int,
+    through_statistics: bool, relu: bool, dx: int, dweight: int, dbias: int, threads: int,
+) -> None: ...
+
+batch_norm_train_f64 = batch_norm_train_f32
+batch_norm_eval_f64 = batch_norm_eval_f32
+batch_norm_backward_f64 = batch_norm_backward_f32
+
+# rows, columns: in, out, kernel, stride, padding, dilation
+def max_pool2d_fwd_f32(
+    channels: int, batch: int, rows: Sequence[int], columns: Sequence[int], x: int, y: int, argmax: int, threads: int
+) -> None: ...
+def max_pool2d_dx_f32(
+    channels: int, batch: int, rows: Sequence[int], columns: Sequence[int], dy: int, argmax: int, dx: int, threads: int
+) -> None: ...
+def avg_pool2d_fwd_f32(
+    channels: int, batch: int, rows: Sequence[int], columns: Sequence[int], count_include_pad: bool, divisor: int,
+    x: int, y: int, threads: int,
+) -> None: ...
+def avg_pool2d_dx_f32(
+    channels: int, batch: int, rows: Sequence[int], columns: Sequence[int], count_include_pad: bool, divisor: int,
+    dy: int, dx: int, threads: int,
+) -> None: ...
+def adaptive_avg_pool2d_fwd_f32(
+    channels: int, batch: int, rows: Sequence[int], columns: Sequence[int], x: int, y: int, threads: int
+) -> None: ...
+def adaptive_avg_pool2d_dx_f32(
+    channels: int, batch: int, rows: Sequence[int], columns: Sequence[int], dy: int, dx: int, threads: int
+) -> None: ...
+
+max_pool2d_fwd_f64 = max_pool2d_fwd_f32
+max_pool2d_dx_f64 = max_pool2d_dx_f32
+avg_pool2d_fwd_f64 = avg_pool2d_fwd_f32
+avg_pool2d_dx_f64 = avg_pool2d_dx_f32
+adaptive_avg_pool2d_fwd_f64 = adaptive_avg_pool2d_fwd_f32
+adaptive_avg_pool2d_dx_f64 = adaptive_avg_pool2d_dx_f32

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The batch-last layout: a tensor keeps its shape (N, C, H, W) but is stored C, H, W, N.
 
-It is to the batch what torch's ``channels_last`` is to the channels: a choice of strides, invisible to the arithmetic,
-kept by torch's elementwise operations. One channel is one contiguous row and one pixel is a contiguous run of the
-batch, so that a kernel moves by whole batches at any stride, padding or dilation. A 2-D tensor (N, F) is stored F, N:
-the flattening of a batch-last (N, C, H, W) is such a tensor, and costs nothing.
+It is to the batch what torch's ``channels_last`` is to the channels: a choice of strides, invisible to the
+arithmetic, kept by torch's elementwise operations. One channel is one contiguous row and one pixel is a
+contiguous run of the batch, so that a kernel moves by whole batches at any stride, padding or dilation. A 2-D
+tensor (N, F) is stored F, N: the flattening of a batch-last (N, C, H, W) is such a tensor, and costs nothing.
 
-A dimension of size 1 leaves its stride without meaning, so a tensor can be in both layouts: at N = 1 every contiguous
-tensor is batch-last too.
+A dimension of size 1 leaves its stride without meaning, so a tensor can be in both layouts: at N = 1 every
+contiguous tensor is batch-last too.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def _check_rank(x: Tensor, function: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{function}: x: expected a tensor, got {type(x).__name__}")
     if x.dim() not in (2, 4):
-        raise ValueError(
-            f"{function}: x: expected a shape (N, C, H, W) or (N, F), got {x.dim()} dimensions: {tuple(x.shape)}"
-        )
+        raise ValueError(f"{function}: x: expected a shape (N, C, H, W) or (N, F), got {tuple(x.shape)}")
 
 
 def is_batch_last(x: Tensor) -> bool:
-    """Whether `x`, (N, C, H, W) or (N, F), is stored C, H, W, N or F, N without gaps. False for other ranks."""
+    """Whether `x`, (N, C, H, W) or (N, F), is stored C, H, W, N or F, N without gaps. False for other
+    ranks.
+    """
     if x.dim() not in (2, 4) or x.layout is not torch.strided:
         return False
     if x.numel() == 0:
@@ -59,7 +59,7 @@ def empty_batch_last(
 ) -> Tensor:
     """Uninitialised tensor of `shape`, (N, C, H, W) or (N, F), in batch-last storage."""
     if len(shape) == 4:
-        n, c, h, w = shape
+        n, _, h, w = shape
         strides: tuple[int, ...] = (1, h * w * n, w * n, n)
     elif len(shape) == 2:
         strides = (1, shape[0])
@@ -96,11 +96,13 @@ class _ToBatchLast(torch.autograd.Function):
         return _transposed(x)
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(
+        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor
+    ) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:
         return to_contiguous(dy)
 
 
@@ -110,16 +112,19 @@ class _ToContiguous(torch.autograd.Function):
         return _untransposed(x)
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(
+        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor
+    ) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:
         return to_batch_last(dy)
 
 
 def to_batch_last(x: Tensor) -> Tensor:
-    """`x`, (N, C, H, W) or (N, F) of any dtype and strides, in batch-last storage: `x` itself where it is so already.
+    """`x`, (N, C, H, W) or (N, F) of any dtype and strides, in batch-last storage: `x` itself where it is so
+    already.
 
     Differentiable, any number of times.
 
@@ -134,7 +139,8 @@ def to_batch_last(x: Tensor) -> Tensor:
 
 
 def to_contiguous(x: Tensor) -> Tensor:
-    """`x`, (N, C, H, W) or (N, F), in torch's default storage; faster than ``x.contiguous()`` from batch-last.
+    """`x`, (N, C, H, W) or (N, F), in torch's default storage; faster than ``x.contiguous()`` from
+    batch-last.
 
     Differentiable, any number of times; the gradient of a batch-last `x` comes back batch-last.
 

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batch norm of batch-last activations, with an optional ReLU in the same pass.
 
-Forward reads the activation twice (the second time from cache) and writes once; backward reads gradient and activation
-twice and writes once. The mean is subtracted before anything is squared. A result has the same bits on every run and at
-every thread count.
+Forward reads the activation twice (the second time from cache) and writes once; backward reads gradient and
+activation twice and writes once. The mean is subtracted before anything is squared. A result has the same
+bits on every run and at every thread count.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .. import _C
 from ..layout import empty_batch_last, to_batch_last
@@ -22,18 +23,21 @@ _TRAIN = {torch.float32: _C.batch_norm_train_f32, torch.float64: _C.batch_norm_t
 _EVAL = {torch.float32: _C.batch_norm_eval_f32, torch.float64: _C.batch_norm_eval_f64}
 _BACKWARD = {torch.float32: _C.batch_norm_backward_f32, torch.float64: _C.batch_norm_backward_f64}
 
-# ---- the ops: batch-last in and out -----------------------------------------------------------------------------
+# ---- the ops: batch-last in and out
+# -----------------------------------------------------------------------------
 
-# stats: (3, C) mean, 1 / sqrt(var + eps), unbiased variance; for given statistics (2, C) without the last row.
-LIBRARY.define("batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, float eps, bool relu) -> (Tensor, Tensor)")
+# stats: (3, C) mean, 1 / sqrt(var + eps), unbiased variance; of given statistics (2, C), without the last.
+LIBRARY.define(
+    "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, float eps, bool relu) -> (Tensor, Tensor)"
+)
 LIBRARY.define(
     "batch_norm_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, bool relu)"
     " -> (Tensor, Tensor)"
 )
 # (dx, (2, C) gradients of weight and bias); what is not needed comes back with no elements.
 LIBRARY.define(
-    "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, bool through_statistics,"
-    " bool relu, bool need_x, bool need_affine) -> (Tensor, Tensor)"
+    "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats,"
+    " bool through_statistics, bool relu, bool need_x, bool need_affine) -> (Tensor, Tensor)"
 )
 
 
@@ -49,7 +53,9 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _train(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> tuple[Tensor, Tensor]:
+def _train(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+) -> tuple[Tensor, Tensor]:
     x, weight, bias = to_batch_last(x), _contiguous(weight), _contiguous(bias)
     y = empty_batch_last(x.shape, dtype=x.dtype, device=x.device)
     stats = x.new_empty(3, x.shape[1])
@@ -69,8 +75,9 @@ def _eval(
     stats = x.new_empty(2, x.shape[1])
     stats[0] = mean
     _EVAL[x.dtype](
-        x.shape[1], _row(x), x.data_ptr(), _address(weight), _address(bias), stats.data_ptr(), var.data_ptr(), eps,
-        relu, y.data_ptr(), stats.data_ptr() + stats.shape[1] * stats.element_size(), torch.get_num_threads(),
+        x.shape[1], _row(x), x.data_ptr(), _address(weight), _address(bias), stats.data_ptr(), var.data_ptr(),
+        eps, relu, y.data_ptr(), stats.data_ptr() + stats.shape[1] * stats.element_size(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return y, stats
 
@@ -132,11 +139,14 @@ def _(
     return dx, x.new_empty(2 if need_affine else 0, x.shape[1])
 
 
-# ---- autograd ---------------------------------------------------------------------------------------------------
+# ---- autograd
+# ---------------------------------------------------------------------------------------------------
 
 
 class _BatchNorm(torch.autograd.Function):
-    """(x, weight, bias, mean | None, var | None, eps, relu) -> (y, stats); given mean and var are constants."""
+    """(x, weight, bias, mean | None, var | None, eps, relu) -> (y, stats); given mean and var are
+    constants.
+    """
 
     @staticmethod
     def forward(
@@ -155,36 +165,55 @@ class _BatchNorm(torch.autograd.Function):
         return result
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, mean, _, _, relu = inputs
-        ctx.save_for_backward(x, weight, bias, output[1])  # type: ignore[arg-type]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, mean, _, ctx.eps, ctx.relu = inputs
+        ctx.save_for_backward(x, weight, bias, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.through_statistics = mean is None  # type: ignore[attr-defined]
-        ctx.relu = relu  # type: ignore[attr-defined]
+        ctx.through_statistics = mean is None
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx, dy, _):  # type: ignore[no-untyped-def]  # noqa: ANN205
+    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None] * 7
         if dy is None:
-            return (None,) * 7
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+            return tuple(grads)
         x, weight, bias, stats = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            y = _twin(x, weight, bias, None if ctx.through_statistics else stats, ctx.eps, ctx.relu)
+            wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
+            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+            return tuple(next(found) if need else None for need in needs) + (None,) * 4
         dx, affine = torch.ops.fedpai.batch_norm_backward(
-            dy, x, weight, bias, stats, ctx.through_statistics, ctx.relu, need_x, need_weight or need_bias
+            dy, x, weight, bias, stats, ctx.through_statistics, ctx.relu, needs[0], needs[1] or needs[2]
         )
-        return (
-            dx if need_x else None,
-            affine[0] if need_weight else None,
-            affine[1] if need_bias else None,
-            None,
-            None,
-            None,
-            None,
-        )
+        if needs[0]:
+            grads[0] = dx
+        if needs[1]:
+            grads[1] = affine[0]
+        if needs[2]:
+            grads[2] = affine[1]
+        return tuple(grads)
 
 
-# ---- checks -----------------------------------------------------------------------------------------------------
+def _twin(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor | None, eps: float, relu: bool
+) -> Tensor:
+    """The same function in plain torch, for gradients of gradients."""
+    if stats is None:
+        y = torch.nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    else:
+        mean, invstd = stats[:, None, :, None, None]
+        y = (x - mean) * invstd
+        if weight is not None:
+            y = y * weight[:, None, None]
+        if bias is not None:
+            y = y + bias[:, None, None]
+    return torch.relu(y) if relu else y
+
+
+# ---- checks
+# -----------------------------------------------------------------------------------------------------
 
 
 def _check(x: Tensor, parameters: dict[str, Tensor | None]) -> None:
@@ -198,11 +227,15 @@ def _check(x: Tensor, parameters: dict[str, Tensor | None]) -> None:
         if p is None:
             continue
         if p.shape != (x.shape[1],):
-            raise ValueError(f"{name}: expected shape ({x.shape[1]},), one value per channel of x, got {tuple(p.shape)}")
+            raise ValueError(
+                f"{name}: expected shape ({x.shape[1]},), one value per channel of x, got {tuple(p.shape)}"
+            )
         if p.dtype != x.dtype:
             raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {p.dtype}")
         if p.device != x.device:
-            raise ValueError(f"{name}: expected a tensor on the device of x, {x.device}, got one on {p.device}")
+            raise ValueError(
+                f"{name}: expected a tensor on the device of x, {x.device}, got one on {p.device}"
+            )
 
 
 def batch_norm(
@@ -220,25 +253,32 @@ def batch_norm(
     """`torch.nn.functional.batch_norm` of a 4-D tensor, returned batch-last; with `relu`, followed by a ReLU.
 
     Args:
-        x: (N, C, H, W), float32 or float64, on the CPU; batch-last is read as it is, other strides are converted.
-        running_mean, running_var: (C,). Normalised with when not `training`; updated in place when `training`.
+        x: (N, C, H, W), float32 or float64, on the CPU; batch-last is read as it is, other strides are
+        converted.
+        running_mean, running_var: (C,). Normalised with when not `training`; updated in place when
+        `training`.
         weight, bias: (C,).
         training: whether to normalise with the statistics of `x`.
-        momentum: share of the new statistics in the update of the running ones (the variance enters unbiased).
+        momentum: share of the new statistics in the update of the running ones (the variance enters
+        unbiased).
         eps: added to the variance.
         relu: y = max(y, 0) in the same pass.
 
-    Differentiable once in `x`, `weight` and `bias`. An empty `x` changes no statistics.
+    Differentiable in `x`, `weight` and `bias`; gradients of gradients are left to torch. An empty `x` changes
+    no statistics.
 
     Raises:
         TypeError: a dtype other than the above, or parameters of another dtype than `x`.
-        ValueError: another device or shape; one value per channel in training; no statistics to evaluate with.
+        ValueError: another device or shape; one value per channel in training; no statistics to evaluate
+        with.
     """
     _check(x, {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias})
     if not training and (running_mean is None or running_var is None):
         raise ValueError("running_mean, running_var: both are needed when training is False")
     if x.numel() == 0:
-        y = torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        y = torch.nn.functional.batch_norm(
+            x, running_mean, running_var, weight, bias, training, momentum, eps
+        )
         return to_batch_last(torch.relu(y) if relu else y)
     if not training:
         out: Tensor = _BatchNorm.apply(x, weight, bias, running_mean, running_var, eps, relu)[0]

@@ -7,10 +7,10 @@ Results, ties and NaN are those of torch: the first of equal maxima gets the gra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .. import _C
 from ..layout import empty_batch_last, to_batch_last
@@ -29,9 +29,12 @@ _ADAPTIVE_DX = {torch.float32: _C.adaptive_avg_pool2d_dx_f32, torch.float64: _C.
 # One direction of a pooling: in, out, kernel, stride, padding, dilation.
 Window = list[int]
 
-# ---- the ops: batch-last in and out; `rows` and `columns` are Windows --------------------------------------------
+# ---- the ops: batch-last in and out; `rows` and `columns` are Windows
+# --------------------------------------------
 
-LIBRARY.define("max_pool2d(Tensor x, SymInt[] rows, SymInt[] columns) -> (Tensor, Tensor)")  # y, position of the max in its window
+LIBRARY.define(
+    "max_pool2d(Tensor x, SymInt[] rows, SymInt[] columns) -> (Tensor, Tensor)"
+)  # y, position of the max in its window
 LIBRARY.define("max_pool2d_dx(Tensor dy, Tensor argmax, SymInt[] rows, SymInt[] columns) -> Tensor")
 LIBRARY.define(
     "avg_pool2d(Tensor x, SymInt[] rows, SymInt[] columns, bool count_include_pad, int divisor) -> Tensor"
@@ -53,7 +56,14 @@ def _max_fwd(x: Tensor, rows: Window, columns: Window) -> tuple[Tensor, Tensor]:
     y = _empty(x, rows[1], columns[1])
     argmax = _empty(x, rows[1], columns[1], _TAP[x.dtype])
     _MAX_FWD[x.dtype](
-        x.shape[1], x.shape[0], rows, columns, x.data_ptr(), y.data_ptr(), argmax.data_ptr(), torch.get_num_threads()
+        x.shape[1],
+        x.shape[0],
+        rows,
+        columns,
+        x.data_ptr(),
+        y.data_ptr(),
+        argmax.data_ptr(),
+        torch.get_num_threads(),
     )
     return y, argmax
 
@@ -144,7 +154,8 @@ def _(dy: Tensor, rows: Window, columns: Window) -> Tensor:
     return _empty(dy, rows[0], columns[0])
 
 
-# ---- autograd ---------------------------------------------------------------------------------------------------
+# ---- autograd
+# ---------------------------------------------------------------------------------------------------
 
 
 class _MaxPool(torch.autograd.Function):
@@ -154,57 +165,57 @@ class _MaxPool(torch.autograd.Function):
         return result
 
     @staticmethod
-    def setup_context(
-        ctx: FunctionCtx, inputs: tuple[Tensor, Window, Window], output: tuple[Tensor, Tensor]
-    ) -> None:
-        _, ctx.rows, ctx.columns = inputs  # type: ignore[attr-defined]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, ctx.rows, ctx.columns = inputs
         ctx.save_for_backward(output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx, dy, _):  # type: ignore[no-untyped-def]  # noqa: ANN205
+    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None
         (argmax,) = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            return _scatter(dy, argmax, ctx.rows, ctx.columns), None, None
         return torch.ops.fedpai.max_pool2d_dx(dy, argmax, ctx.rows, ctx.columns), None, None
 
 
-class _AvgPool(torch.autograd.Function):
+def _scatter(dy: Tensor, argmax: Tensor, rows: Window, columns: Window) -> Tensor:
+    """The gradient of max pooling in plain torch, differentiable again."""
+    row, column = (
+        torch.arange(size[1]) * size[3] - size[4] + tap * size[5]
+        for size, tap in ((rows, (argmax.long() // columns[2]).mT), (columns, argmax.long() % columns[2]))
+    )
+    at = (row.mT * columns[0] + column).flatten(2)
+    dx = dy.new_zeros(dy.shape[0], dy.shape[1], rows[0] * columns[0])
+    return dx.scatter_add(2, at, dy.flatten(2)).view(dy.shape[0], dy.shape[1], rows[0], columns[0])
+
+
+# An average: the ops' names, and their arguments after the tensor.
+Average = tuple[str, str, tuple[Any, ...]]
+
+
+class _Average(torch.autograd.Function):
+    """Average pooling; linear, so its gradient and that gradient's gradient are the two ops in turn."""
+
     @staticmethod
-    def forward(x: Tensor, rows: Window, columns: Window, count_include_pad: bool, divisor: int) -> Tensor:
-        y: Tensor = torch.ops.fedpai.avg_pool2d(x, rows, columns, count_include_pad, divisor)
+    def forward(x: Tensor, average: Average) -> Tensor:
+        y: Tensor = getattr(torch.ops.fedpai, average[0])(x, *average[2])
         return y
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Window, Window, bool, int], output: Tensor) -> None:
-        _, ctx.rows, ctx.columns, ctx.count_include_pad, ctx.divisor = inputs  # type: ignore[attr-defined]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Average], output: Tensor) -> None:
+        ctx.average = inputs[1]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]  # noqa: ANN205
-        dx = torch.ops.fedpai.avg_pool2d_dx(dy, ctx.rows, ctx.columns, ctx.count_include_pad, ctx.divisor)
-        return dx, None, None, None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        forward, gradient, arguments = ctx.average
+        return _Average.apply(dy, (gradient, forward, arguments)), None
 
 
-class _AdaptiveAvgPool(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, rows: Window, columns: Window) -> Tensor:
-        y: Tensor = torch.ops.fedpai.adaptive_avg_pool2d(x, rows, columns)
-        return y
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Window, Window], output: Tensor) -> None:
-        _, ctx.rows, ctx.columns = inputs  # type: ignore[attr-defined]
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]  # noqa: ANN205
-        return torch.ops.fedpai.adaptive_avg_pool2d_dx(dy, ctx.rows, ctx.columns), None, None
-
-
-# ---- checks -----------------------------------------------------------------------------------------------------
+# ---- checks
+# -----------------------------------------------------------------------------------------------------
 
 
 def _check(x: Tensor) -> None:
@@ -230,7 +241,9 @@ def _pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
 
 
 def _window(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> Window:
-    """One direction, with torch's rounding: with `ceil_mode` no window starts in the padding behind the image."""
+    """One direction, with torch's rounding: with `ceil_mode` no window starts in the padding behind the
+    image.
+    """
     reach = dilation * (kernel - 1) + 1
     if 2 * padding > reach:
         raise ValueError(
@@ -243,7 +256,7 @@ def _window(size: int, kernel: int, stride: int, padding: int, dilation: int, ce
         out -= 1
     if out < 1:
         raise ValueError(
-            f"x: an image of size {size} is smaller than one window: kernel_size {kernel}, padding {padding}, "
+            f"x: an image of size {size} is smaller than a window: kernel_size {kernel}, padding {padding}, "
             f"dilation {dilation}"
         )
     return [size, out, kernel, stride, padding, dilation]
@@ -275,15 +288,17 @@ def max_pool2d(
     dilation: int | Sequence[int] = 1,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.max_pool2d` of a 4-D tensor, returned batch-last. Differentiable once.
+    """`torch.nn.functional.max_pool2d` of a 4-D tensor, returned batch-last. Differentiable.
 
     Args:
-        x: (N, C, H, W), float32 or float64, on the CPU; batch-last is read as it is, other strides are converted.
+        x: (N, C, H, W), float32 or float64, on the CPU; batch-last is read as it is, other strides are
+        converted.
         kernel_size, stride, padding, dilation, ceil_mode: as in torch.
 
     Raises:
         TypeError: another dtype.
-        ValueError: another device or rank; a window that is too large for the image, or padding for the window.
+        ValueError: another device or rank; a window that is too large for the image, or padding for the
+        window.
     """
     rows, columns = _windows(x, kernel_size, stride, padding, dilation, ceil_mode)
     y: Tensor = _MaxPool.apply(x, rows, columns)[0]
@@ -299,18 +314,19 @@ def avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.avg_pool2d` of a 4-D tensor, returned batch-last. Differentiable once.
+    """`torch.nn.functional.avg_pool2d` of a 4-D tensor, returned batch-last. Differentiable.
 
     Arguments and errors: as :func:`max_pool2d`, with `count_include_pad` and `divisor_override` as in torch.
     """
     rows, columns = _windows(x, kernel_size, stride, padding, 1, ceil_mode)
     if divisor_override == 0:
         raise ValueError("divisor_override: expected a divisor other than zero, got 0")
-    return _AvgPool.apply(x, rows, columns, count_include_pad, divisor_override or 0)
+    arguments = (rows, columns, count_include_pad, divisor_override or 0)
+    return _Average.apply(x, ("avg_pool2d", "avg_pool2d_dx", arguments))
 
 
 def adaptive_avg_pool2d(x: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
-    """`torch.nn.functional.adaptive_avg_pool2d` of a 4-D tensor, returned batch-last. Differentiable once.
+    """`torch.nn.functional.adaptive_avg_pool2d` of a 4-D tensor, returned batch-last. Differentiable.
 
     Args:
         x: as in :func:`max_pool2d`.
@@ -321,11 +337,15 @@ def adaptive_avg_pool2d(x: Tensor, output_size: int | Sequence[int | None] | Non
         ValueError: another device or rank; an output size below 1.
     """
     _check(x)
-    wanted = (output_size, output_size) if output_size is None or isinstance(output_size, int) else tuple(output_size)
+    wanted = (
+        (output_size, output_size)
+        if output_size is None or isinstance(output_size, int)
+        else tuple(output_size)
+    )
     if len(wanted) != 2:
         raise ValueError(f"output_size: expected one size or two, got {output_size!r}")
     height, width = (x.shape[2 + d] if size is None else size for d, size in enumerate(wanted))
     if height < 1 or width < 1:
         raise ValueError(f"output_size: expected at least 1, got {output_size!r}")
     rows, columns = [x.shape[2], height, 0, 1, 0, 1], [x.shape[3], width, 0, 1, 0, 1]
-    return _AdaptiveAvgPool.apply(x, rows, columns)
+    return _Average.apply(x, ("adaptive_avg_pool2d", "adaptive_avg_pool2d_dx", (rows, columns)))

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels that touch only the weights a fixed mask keeps, and the torch modules built on them.
+
+    import fedpai_kernels as fk
+
+    report = fk.sparsify_(model, masks)      # masks: {module name: bool tensor}; in place
+    print(report)                            # per layer: density, kernel, and why
+    ...                                      # train, save and share `model` as before
+    fk.densify_(model)                       # back to plain torch modules
+
+A mask is compiled once into a :class:`Plan`; values live apart from it, packed, one number per surviving
+weight.
+"""
+
+# torch first: the compiled module then binds to torch's OpenMP runtime, so that both share one pool of
+# threads.
+import torch as _torch
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"fedpai_kernels: the compiled module cannot be loaded with torch {_torch.__version__} ({error}). "
+        "Build it with `pip install .` in the repository, and do not import from a source tree that is not "
+        "built."
+    ) from error
+
+from . import nn, ops
+from ._C import available_isas, compiled_isas, isa, set_isa
+from .layout import empty_batch_last, is_batch_last, to_batch_last, to_contiguous
+from .nn.convert import densify_, sparsify, sparsify_
+from .nn.report import Report
+from .plan import Plan
+
+__version__ = _C.__version__
+
+__all__ = [
+    "Plan",
+    "Report",
+    "__version__",
+    "available_isas",
+    "compiled_isas",
+    "densify_",
+    "empty_batch_last",
+    "is_batch_last",
+    "isa",
+    "nn",
+    "ops",
+    "set_isa",
+    "sparsify",
+    "sparsify_",
+    "to_batch_last",
+    "to_contiguous",
+]

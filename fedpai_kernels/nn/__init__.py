@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drop-in modules over the ops, and the conversion of whole models (:mod:`fedpai_kernels.nn.convert`)."""
+
+from .choice import KernelChoice, LayerInfo, choose_kernel
+from .conv2d import BatchLastConv2d, MaskedConv2d, SparseConv2d
+from .linear import MaskedLinear, SparseLinear
+from .norm import AbsorbedReLU, BatchLastBatchNorm2d, BatchLastBatchNormReLU2d
+from .packed import PackedWeight
+from .pool import BatchLastAdaptiveAvgPool2d, BatchLastAvgPool2d, BatchLastMaxPool2d
+
+__all__ = [
+    "AbsorbedReLU",
+    "BatchLastAdaptiveAvgPool2d",
+    "BatchLastAvgPool2d",
+    "BatchLastBatchNorm2d",
+    "BatchLastBatchNormReLU2d",
+    "BatchLastConv2d",
+    "BatchLastMaxPool2d",
+    "KernelChoice",
+    "LayerInfo",
+    "MaskedConv2d",
+    "MaskedLinear",
+    "PackedWeight",
+    "SparseConv2d",
+    "SparseLinear",
+    "choose_kernel",
+]

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolutions: with a sparse kernel, with a dense kernel and a masked weight, and plain ones between
+them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..layout import is_batch_last, to_batch_last, to_contiguous
+from ..ops.conv2d import sparse_conv2d
+from ..plan import Plan
+from .masks import plan_for
+from .packed import PackedWeight, match_autocast
+
+__all__ = ["BatchLastConv2d", "MaskedConv2d", "SparseConv2d"]
+
+Pair = tuple[int, int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+class _PackedConv2d(PackedWeight):
+    dense_type = nn.Conv2d
+
+    in_channels: int
+    out_channels: int
+    kernel_size: Pair
+    stride: Pair
+    padding: str | Pair
+    dilation: Pair
+    transposed: bool
+    output_padding: Pair
+    groups: int
+    padding_mode: PaddingMode
+    _reversed_padding_repeated_twice: list[int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair,
+        stride: int | Pair = 1,
+        padding: str | int | Pair = 0,
+        dilation: int | Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        mask: Tensor | Plan,
+    ) -> None:
+        """As `torch.nn.Conv2d`, with a mask of the weight's shape or a plan."""
+        dense = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        plan = plan_for(dense, mask)
+        super().__init__()
+        self.__dict__.update(dense.__dict__)
+        self.retype(self, plan)
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, str | Pair]:
+        """`x` with the padding that is not of zeros, and the padding that is left to the convolution."""
+        if self.padding_mode == "zeros":
+            return x, self.padding
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
+
+    def extra_repr(self) -> str:
+        text = nn.Conv2d.extra_repr(self)  # type: ignore[arg-type]
+        return f"{text}, nnz={self.plan.nnz}, density={self.plan.density:.4g}"
+
+
+class SparseConv2d(_PackedConv2d):
+    """`torch.nn.Conv2d` that computes with the surviving weights only.
+
+    Any input layout; hands on batch-last (:mod:`fedpai_kernels.layout`). float32 and float64 on the CPU.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, padding = self._padded(match_autocast(input, self.values))
+        return sparse_conv2d(
+            x, self.values, self.plan, self.bias, self.stride, padding, self.dilation, self.groups
+        )
+
+
+class MaskedConv2d(_PackedConv2d):
+    """`torch.nn.Conv2d` by the dense kernel, for layers that would lose by the sparse one.
+
+    The parameter is packed as in :class:`SparseConv2d`; weights outside of the mask are zero and stay so.
+
+    Attributes:
+        batch_last: whether to hand on batch-last, as the layers of a sparse model do. Default False.
+    """
+
+    batch_last = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, padding = self._padded(_for_dense(input))
+        y = F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return _handed_on(y) if self.batch_last else y
+
+
+class BatchLastConv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` without a mask, among batch-last layers: takes any layout, hands on batch-last."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _handed_on(super().forward(_for_dense(input)))
+
+
+def _for_dense(x: Tensor) -> Tensor:
+    """Dense kernels copy batch-last inputs themselves, but slower."""
+    return to_contiguous(x) if x.dim() == 4 and is_batch_last(x) else x
+
+
+def _handed_on(y: Tensor) -> Tensor:
+    return to_batch_last(y) if y.dim() == 4 and y.device.type == "cpu" else y

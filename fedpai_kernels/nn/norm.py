@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BatchNorm2d that keeps the batch-last layout, alone and with the ReLU that follows it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..layout import is_batch_last
+from ..ops.norm import batch_norm
+
+__all__ = ["AbsorbedReLU", "BatchLastBatchNorm2d", "BatchLastBatchNormReLU2d"]
+
+
+class BatchLastBatchNorm2d(nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d`; a batch-last input on the CPU is normalised in place of layout.
+
+    Parameters, buffers, state dict and every setting (momentum None, no affine, no running statistics) are
+    the base class's. Any other input (layout, device, half precision) takes the base class's path.
+    """
+
+    _relu = False
+
+    def forward(self, input: Tensor) -> Tensor:  # the base class's name
+        self._check_input_dim(input)
+        if not self._is_ours(input):
+            y = super().forward(input)
+            return torch.relu(y) if self._relu else y
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # cumulative average
+                momentum = 1.0 / float(self.num_batches_tracked)
+        from_batch = self.training or (self.running_mean is None and self.running_var is None)
+        keep = not self.training or self.track_running_stats
+        return batch_norm(
+            input,
+            self.running_mean if keep else None,
+            self.running_var if keep else None,
+            self.weight,
+            self.bias,
+            from_batch,
+            momentum,
+            self.eps,
+            relu=self._relu,
+        )
+
+    def _is_ours(self, x: Tensor) -> bool:
+        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.numel() == 0:
+            return False
+        tensors = (self.weight, self.bias, self.running_mean, self.running_var)
+        return is_batch_last(x) and all(t is None or t.dtype == x.dtype for t in tensors)
+
+
+class BatchLastBatchNormReLU2d(BatchLastBatchNorm2d):
+    """Batch norm and the ReLU after it in one pass. The state dict is that of the batch norm."""
+
+    _relu = True
+
+
+class AbsorbedReLU(nn.ReLU):
+    """Stands where a ReLU was that the batch norm before it now computes; passes its input on."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input

@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole parser. Sub-commands import their heavy parts when they run."""
     from fedpai.cli import doctor, run
 
-    parser = OneLineParser(
+    parser: argparse.ArgumentParser = OneLineParser(
         prog="fedpai",
         description="Federated learning with networks pruned before training, faster in wall-clock time.",
     )

@@ -206,8 +206,8 @@ def _results(run_: Run, folder: Path, json_file: Path | None, profile: bool) -> 
     content = report.collect(run_, layers)
     page = report.write(content, folder / "report.html")
     if json_file is not None:
-        lines = [*run_.rows, *report.json_rows(content)]
-        json_file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        lines = [json.dumps(row) + "\n" for row in report.json_rows(content)]
+        json_file.write_text("".join(lines), encoding="utf-8")
     print(report.text(content))
     print(f"report: {page}")
     return 0

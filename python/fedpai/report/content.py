@@ -107,15 +107,16 @@ def _typical_mask(server: Server) -> Any:
 
 
 def json_rows(content: Content) -> list[Row]:
-    """Machine-readable results beside the rounds' rows: settings, machine, layers, totals, ratios."""
-    rows: list[Row] = [{"kind": "run", "config": content.config, "machine": content.machine}]
-    rows += [{"kind": "layer", **layer} for layer in content.layers]
-    rows += [{"kind": "method", **method.to_json()} for method in content.methods]
+    """Everything machine-readable; the field `row` says what each is: run, round, layer, method or ratios."""
+    rows: list[Row] = [{"row": "run", "config": content.config, "machine": content.machine}]
+    rows += [{"row": "round", **row} for row in content.rows]
+    rows += [{"row": "layer", **layer} for layer in content.layers]
+    rows += [{"row": "method", **method.to_json()} for method in content.methods]
     if content.ratios is not None:
         method, baseline = content.methods
         rows.append(
             {
-                "kind": "ratios",
+                "row": "ratios",
                 "method": method.method,
                 "baseline": baseline.method,
                 **content.ratios.to_json(),

@@ -48,19 +48,19 @@ def test_method_against_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ),
     }
     lines = [json.loads(line) for line in rows_file.read_text().splitlines()]
-    rounds = [line for line in lines if "kind" not in line]
+    rounds = [line for line in lines if line["row"] == "round"]
     assert [(row["method"], row["round"]) for row in rounds] == [
         (name, number) for number in range(3) for name in ("fedpai-u", "fedavg")
     ]
-    (ratios,) = [line for line in lines if line.get("kind") == "ratios"]
+    (ratios,) = [line for line in lines if line["row"] == "ratios"]
     sent = {
         name: sum(row["bytes_up"] for row in rounds[2:] if row["method"] == name)
         for name in ("fedpai-u", "fedavg")
     }
     assert ratios["uplink"] == pytest.approx(sent["fedpai-u"] / sent["fedavg"])
     assert ratios["compute_per_step"] > 0
-    layers = [line for line in lines if line.get("kind") == "layer"]
-    assert len(layers) == 6
+    layers = [line for line in lines if line["row"] == "layer"]
+    assert len(layers) == 7
     assert all(layer["dense_ms"] > 0 and layer["sparse_ms"] > 0 and layer["reason"] for layer in layers)
 
 
@@ -168,13 +168,10 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_middle_of_a_round(number: signal.Signals, tmp_path: Path, untimed: Read) -> None:
-    """Stops with exit code 130, says how to go on, and then ends bit for bit as an uninterrupted run."""
-    settings = ["--method", "fedpai-u", "--sparsity", "0.9", *TINY, "--max-images", "160", "--rounds", "4"]
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
-    process = start([*settings, "--out", str(cut)])
-    metrics = cut / "metrics.jsonl"
+def interrupted(settings: list[str], out: Path, number: signal.Signals) -> None:
+    """Starts a run, sends it a signal once a round is done, and checks how it stops."""
+    process = start([*settings, "--out", str(out)])
+    metrics = out / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 2):
         time.sleep(0.01)
@@ -182,13 +179,24 @@ def test_a_signal_in_the_middle_of_a_round(number: signal.Signals, tmp_path: Pat
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert f"go on with: fedpai run --resume --out {cut}" in errors
+    assert f"go on with: fedpai run --resume --out {out}" in errors
+
+
+def test_ctrl_c_in_the_middle_of_a_round(tmp_path: Path, untimed: Read) -> None:
+    """Stops cleanly, says how to go on, and then ends bit for bit as an uninterrupted run."""
+    settings = ["--method", "fedpai-u", "--sparsity", "0.9", *TINY, "--max-images", "128", "--rounds", "4"]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    interrupted(settings, cut, signal.SIGINT)
     assert 2 <= len(untimed(cut)) < 5
     assert cli.main(["run", "--resume", "--out", str(cut), "--no-profile"]) == 0
     assert cli.main(["run", *settings, "--out", str(whole)]) == 0
     assert untimed(cut) == untimed(whole)
     for file in ("model-fedpai-u.safetensors", "checkpoint-fedpai-u.safetensors"):
         assert (cut / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_being_terminated_is_like_ctrl_c(tmp_path: Path) -> None:
+    interrupted(["--method", "fedavg", *TINY, "--rounds", "500"], tmp_path / "run", signal.SIGTERM)
 
 
 def test_sample_as_a_share_and_by_default() -> None:

@@ -135,7 +135,8 @@ def test_personal_column_only_where_it_has_a_meaning(
 def test_json_rows_are_json(finished: Run) -> None:
     rows = report.json_rows(report.collect(finished))
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
-    assert [row["kind"] for row in rows if row["kind"] != "layer"] == ["run", "method", "method", "ratios"]
+    kinds = [row["row"] for row in rows]
+    assert kinds == ["run", *["round"] * 6, *["layer"] * 7, "method", "method", "ratios"]
 
 
 def test_profile_times_every_layer_and_leaves_hooks_behind_nowhere(finished: Run) -> None:

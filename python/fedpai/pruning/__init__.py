@@ -10,8 +10,8 @@ are ``{module name: bool tensor of the weight's shape}``; only weights of convol
 pruned.
 
 A federation that shares one mask averages its clients' :func:`scores` with :func:`average_scores` and calls
-:func:`masks_from_scores` at the server. Random, magnitude and SynFlow need no data, so equal seeds give equal
-masks everywhere without any traffic.
+:func:`masks_from_scores` at the server. Random, magnitude and SynFlow need no data, so the server alone
+can make that mask.
 """
 
 from fedpai.data.sampling import balanced_batch

@@ -96,10 +96,15 @@ def normalised(scores: Tensors, what: str) -> Tensors:
     Raises:
         ValueError: the sum is zero, so that nothing can be ranked.
     """
-    total = sum(score.abs().sum(dtype=torch.float64).item() for score in scores.values())
+    total = absolute_sum(scores)
     if total == 0:
         raise ValueError(f"scores: {what} gives 0 for every weight, nothing can be ranked")
-    return {name: (score.double() / total).to(score.dtype) for name, score in scores.items()}
+    return {name: score / total for name, score in scores.items()}
+
+
+def absolute_sum(scores: Tensors) -> float:
+    """Sum of absolute values over all layers, in float64; not finite if any score is not."""
+    return sum(score.abs().sum(dtype=torch.float64).item() for score in scores.values())
 
 
 def _halves(batches: Sequence[Batch]) -> Iterator[Batch]:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -68,74 +70,85 @@ def masks_from_scores(
     if not scores:
         raise ValueError("scores: got none")
     shapes = {name: tuple(score.shape) for name, score in scores.items()}
-    flat = {name: _values(name, score, within) for name, score in scores.items()}
     chosen = resolve_allocation(scope, allocation)
-    if chosen == "global":
-        kept = budget(shapes, sparsity, keep_layers_alive)
-        if keep_layers_alive:
-            for values in flat.values():
-                values[values.argmax()] = np.inf
-        everything = _keep_highest(np.concatenate(list(flat.values())), kept, "all layers together")
-        bounds = np.cumsum([len(values) for values in flat.values()])[:-1]
-        parts = dict(zip(flat, np.split(everything, bounds), strict=True))
-    else:
+    if chosen != "global":
         counts = allocate(shapes, sparsity, chosen, keep_layers_alive=keep_layers_alive)
-        parts = {name: _keep_highest(values, counts[name], name) for name, values in flat.items()}
-    return _as_masks(parts, scores)
+        return masks_from_counts(scores, counts, within)
+    candidates = {name: _Candidates.of(name, score, within) for name, score in scores.items()}
+    kept = budget(shapes, sparsity, keep_layers_alive)
+    if keep_layers_alive:
+        for name, layer in candidates.items():
+            if len(layer.values) == 0:
+                raise ValueError(f"within: {name} has no weights left")
+            layer.values[layer.values.argmax()] = np.inf
+    together = np.concatenate([layer.values for layer in candidates.values()])
+    bounds = np.cumsum([len(layer.values) for layer in candidates.values()])[:-1]
+    parts = np.split(_highest(together, kept, "all layers together"), bounds)
+    return {name: candidates[name].mask(part) for name, part in zip(candidates, parts, strict=True)}
 
 
 def masks_from_counts(scores: Scores, counts: Mapping[str, int], within: Scores | None = None) -> Tensors:
     """Keep the ``counts[name]`` highest scores of each layer; otherwise as :func:`masks_from_scores`."""
-    return _as_masks(
-        {name: _keep_highest(_values(name, s, within), counts[name], name) for name, s in scores.items()},
-        scores,
-    )
+    masks = {}
+    for name, score in scores.items():
+        layer = _Candidates.of(name, score, within)
+        masks[name] = layer.mask(_highest(layer.values, counts[name], name))
+    return masks
 
 
-def _as_masks(parts: Mapping[str, npt.NDArray[np.bool_]], scores: Scores) -> Tensors:
-    """Flat arrays as tensors of the scores' shapes and devices."""
-    return {
-        name: torch.from_numpy(part.copy()).view(scores[name].shape).to(scores[name].device)
-        for name, part in parts.items()
-    }
+@dataclass(frozen=True)
+class _Candidates:
+    """The weights of one layer that may be kept: their scores, and where they are (``None``: all of them)."""
 
+    score: torch.Tensor
+    values: _Values
+    positions: npt.NDArray[np.int64] | None
 
-def _values(name: str, score: torch.Tensor, within: Scores | None) -> _Values:
-    """A checked flat copy of one layer's scores; minus infinity where the weight may not be kept."""
-    if not score.is_floating_point() or score.numel() == 0:
-        raise ValueError(
-            f"scores: {name} is {score.dtype} {tuple(score.shape)}, expected floating-point scores"
-        )
-    check_finite(name, score)
-    dtype = torch.float64 if score.dtype == torch.float64 else torch.float32
-    values: _Values = score.detach().to("cpu", dtype, copy=True).contiguous().numpy().ravel()
-    if within is not None:
+    @classmethod
+    def of(cls, name: str, score: torch.Tensor, within: Scores | None) -> _Candidates:
+        """Checked, and copied: the values may be written to."""
+        if not score.is_floating_point() or score.numel() == 0:
+            found = f"{score.dtype} {tuple(score.shape)}"
+            raise ValueError(f"scores: {name} is {found}, expected floating-point scores")
+        check_finite(name, score)
+        dtype = torch.float64 if score.dtype == torch.float64 else torch.float32
+        values: _Values = score.detach().to("cpu", dtype, copy=True).contiguous().numpy().ravel()
+        if within is None:
+            return cls(score, values, None)
         mask = within.get(name)
         if mask is None or mask.dtype != torch.bool or mask.shape != score.shape:
             found = "nothing" if mask is None else f"{mask.dtype} {tuple(mask.shape)}"
             raise ValueError(f"within: {name} is {found}, expected torch.bool {tuple(score.shape)}")
-        values[~mask.detach().cpu().contiguous().numpy().ravel()] = -np.inf
-    return values
+        positions = np.flatnonzero(mask.detach().cpu().numpy())
+        return cls(score, values[positions], positions)
+
+    def mask(self, keep: npt.NDArray[np.bool_]) -> torch.Tensor:
+        """A mask of the layer's shape from one flag a candidate."""
+        full = np.zeros(self.score.numel(), np.bool_)
+        full[slice(None) if self.positions is None else self.positions] = keep
+        return torch.from_numpy(full).view(self.score.shape).to(self.score.device)
 
 
-def check_finite(name: str, score: torch.Tensor) -> None:
-    """Raise a ValueError that names the layer unless all its scores are finite."""
-    bad = int((~torch.isfinite(score)).sum())
-    if bad:
-        raise ValueError(f"scores: {name} has {bad} of {score.numel()} scores that are NaN or infinite")
-
-
-def _keep_highest(values: _Values, count: int, what: str) -> npt.NDArray[np.bool_]:
+def _highest(values: _Values, count: int, what: str) -> npt.NDArray[np.bool_]:
     """True at the ``count`` highest values, lower indices first among equals."""
-    available = int(np.count_nonzero(values > -np.inf))
-    if count > available:
-        raise ValueError(f"within: {what} has {available} weights left, {count} were asked for")
+    if count > len(values):
+        raise ValueError(f"within: {what} has {len(values)} weights left, {count} were asked for")
     if count == 0:
         return np.zeros(len(values), np.bool_)
     threshold = np.partition(values, len(values) - count)[len(values) - count]
     keep = values > threshold
     keep[np.flatnonzero(values == threshold)[: count - int(np.count_nonzero(keep))]] = True
     return keep
+
+
+def check_finite(name: str, score: torch.Tensor) -> None:
+    """Raise a ValueError that names the layer unless all its scores are finite."""
+    # One cheap pass in the usual case: a NaN or an infinity survives the sum.
+    if math.isfinite(score.sum(dtype=torch.float64).item()):
+        return
+    bad = int((~torch.isfinite(score)).sum())
+    if bad:
+        raise ValueError(f"scores: {name} has {bad} of {score.numel()} scores that are NaN or infinite")
 
 
 def average_scores(clients: Sequence[Scores], weights: Sequence[float] | None = None) -> Tensors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import torch
 from torch import nn
@@ -167,7 +167,7 @@ def _batches(data: Data | None, criterion: str) -> list[Batch]:
         if criterion in _NEEDS_DATA:
             raise ValueError(f"data: criterion {criterion!r} needs (images, labels), got None")
         return []
-    batches: list[Batch] = [(data[0], data[1])] if _is_batch(data) else list(data)
+    batches: list[Batch] = [data] if _is_batch(data) else list(cast(Iterable[Batch], data))
     for position, batch in enumerate(batches):
         if not _is_batch(batch):
             raise ValueError(f"data: batch {position} is a {type(batch).__name__}, expected (images, labels)")

@@ -16,13 +16,14 @@ instead would change the ranking where a shortcut runs beside the rescaled branc
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedpai.pruning.criteria import Layers, normalised
+from fedpai.pruning.criteria import Layers, absolute_sum
 from fedpai.pruning.layers import Shape, Tensors
 from fedpai.pruning.masks import masks_from_counts, masks_from_scores
 
@@ -54,19 +55,22 @@ class SynFlow:
             ValueError: no path from input to output is left, or R is not finite even in float64.
         """
         flow, raw = self._pass(self._dtype, masks)
-        fits = SMALLEST_FLOW < flow < LARGEST_FLOW and all(bool(s.isfinite().all()) for s in raw.values())
-        if self._dtype == torch.float32 and not fits:
+        total = absolute_sum(raw)
+        if self._dtype == torch.float32 and not (_fits_float32(flow) and math.isfinite(total)):
             flow, raw = self._pass(torch.float64, masks)
+            total = absolute_sum(raw)
         if flow == 0:
             kept = sum(int(mask.sum()) for mask in masks.values()) if masks else "all"
             raise ValueError(
                 f"synflow: with {kept} weights kept no path from input to output is left; lower the sparsity"
             )
-        if not 0 < flow < float("inf"):
-            raise ValueError(f"synflow: the sum of outputs is {flow}, expected a finite positive number")
+        if not (0 < flow < math.inf and 0 < total < math.inf):
+            raise ValueError(
+                f"synflow: outputs add up to {flow}, scores to {total}; expected finite positive sums"
+            )
         # R shrinks as weights go: a network that begins in float64 may go on in float32.
-        self._dtype = torch.float32 if SMALLEST_FLOW < flow < LARGEST_FLOW else torch.float64
-        return {name: score.float() for name, score in normalised(raw, "synflow").items()}
+        self._dtype = torch.float32 if _fits_float32(flow) else torch.float64
+        return {name: (score / total).float() for name, score in raw.items()}
 
     def _pass(self, dtype: torch.dtype, masks: Tensors | None) -> tuple[float, Tensors]:
         """R and ``|w dR/dw|`` in one precision."""
@@ -125,6 +129,10 @@ def synflow_masks(
 def _towards(final: int, size: int, part: float) -> int:
     """The count on the geometric way from ``size`` to ``final``; never rises as ``part`` does."""
     return final if part == 1 else max(final, round(size ** (1 - part) * final**part))
+
+
+def _fits_float32(flow: float) -> bool:
+    return SMALLEST_FLOW < flow < LARGEST_FLOW
 
 
 def _linearise(model: nn.Module) -> None:

@@ -68,7 +68,7 @@ class CMakeBuild(build_ext):
             f"-DFEDPAI_MODULE_DIR={target.parent}",
             *shlex.split(os.environ.get("FEDPAI_CMAKE_ARGS", "")),
         ]
-        build = [cmake, "--build", str(build_dir)]
+        build = [cmake, "--build", str(build_dir), "--target", "place_module"]
         jobs = self.parallel or int(os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", 0)) or os.cpu_count() or 1
         build += ["--parallel", str(jobs)]
 

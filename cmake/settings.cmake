@@ -37,6 +37,6 @@ endif()
 
 if(FEDPAI_SANITIZE)
   target_compile_options(fedpai_settings INTERFACE
-    -fsanitize=${FEDPAI_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g)
+    -fsanitize=${FEDPAI_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g1)
   target_link_options(fedpai_settings INTERFACE -fsanitize=${FEDPAI_SANITIZE})
 endif()

@@ -135,7 +135,8 @@ def to_batch_last(x: Tensor) -> Tensor:
     _check_rank(x, "to_batch_last")
     if is_batch_last(x):
         return x
-    return _ToBatchLast.apply(x)
+    # A compiled backward pass may not ask for strides; torch's own gradient of the copy needs none.
+    return _transposed(x) if torch.compiler.is_compiling() else _ToBatchLast.apply(x)
 
 
 def to_contiguous(x: Tensor) -> Tensor:
@@ -151,4 +152,4 @@ def to_contiguous(x: Tensor) -> Tensor:
     _check_rank(x, "to_contiguous")
     if x.is_contiguous():
         return x
-    return _ToContiguous.apply(x)
+    return _untransposed(x) if torch.compiler.is_compiling() else _ToContiguous.apply(x)

@@ -300,8 +300,8 @@ def _surround(
         if isinstance(module, MaskedConv2d):
             module.batch_last = True
         elif type(module) in _BATCH_LAST and wanted(module, name):
-            module.__class__ = _BATCH_LAST[type(module)]
             counts[type(module).__name__] = counts.get(type(module).__name__, 0) + 1
+            module.__class__ = _BATCH_LAST[type(module)]
     fused = 0
     for norm, relu in pairs:
         if all(wanted(module, name_of[id(module)]) for module in (norm, relu)):

@@ -47,7 +47,8 @@ class Plan:
     """
 
     __slots__ = (
-        "__weakref__", "_compiled", "_digest", "_indices", "_packed_mask", "groups", "handle", "kind", "mask_shape", "nnz",
+        "__weakref__", "_compiled", "_digest", "_indices", "_packed_mask", "groups", "handle", "kind", "mask_shape",
+        "nnz",
     )  # fmt: skip
 
     kind: Kind
@@ -56,6 +57,10 @@ class Plan:
     nnz: int
     handle: int
     structure: str = "unstructured"
+    _compiled: _C.CompiledPlan
+    _digest: str
+    _indices: Tensor
+    _packed_mask: np.ndarray[tuple[int], np.dtype[np.uint8]]
 
     def __init__(self) -> None:
         raise TypeError("Plan: use Plan.from_mask(mask)")
@@ -72,13 +77,13 @@ class Plan:
 
         Raises:
             TypeError: ``mask`` is not a bool tensor.
-            ValueError: wrong number of dimensions, an empty dimension, no surviving weight, or groups that do not
-                divide the output channels.
+            ValueError: wrong number of dimensions, an empty dimension, no data, no surviving weight, or groups that
+                do not divide the output channels.
         """
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask: expected a torch.Tensor of dtype bool, got {type(mask).__name__}")
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask: expected dtype torch.bool, got {mask.dtype}; use `mask != 0` if that is what it means")
+            raise TypeError(f"mask: expected dtype torch.bool, got {mask.dtype}; `mask != 0` makes one")
         found: Kind | None = {4: "conv2d", 2: "linear"}.get(mask.dim())  # type: ignore[assignment]
         if found is None:
             raise ValueError(
@@ -91,7 +96,11 @@ class Plan:
             raise ValueError(f"groups: a linear layer has 1 group, got {groups}")
         if 0 in mask.shape:
             raise ValueError(f"mask: every dimension must be positive, got shape {tuple(mask.shape)}")
-        dense = mask.detach().to("cpu").contiguous()
+        if not isinstance(groups, int) or groups < 1:
+            raise ValueError(f"groups: expected an int of at least 1, got {groups!r}")
+        if mask.is_meta:
+            raise ValueError("mask: expected a tensor with data, got one on the meta device")
+        dense = mask.detach().to("cpu").to_dense().contiguous()
         plan = cls.__new__(cls)
         plan._build(found, tuple(mask.shape), groups, dense)
         return plan
@@ -133,8 +142,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of kind, shape, groups and mask bits, as hex."""
-        digest: str = self._digest
-        return digest
+        return self._digest
 
     @property
     def compiled(self) -> _C.CompiledPlan:
@@ -144,8 +152,7 @@ class Plan:
     @property
     def indices(self) -> Tensor:
         """int64 tensor (nnz,): row-major positions of the surviving weights, ascending. Do not write to it."""
-        indices: Tensor = self._indices
-        return indices
+        return self._indices
 
     def mask(self) -> Tensor:
         """A fresh bool tensor of ``mask_shape``, True where a weight survives."""
@@ -211,7 +218,8 @@ def plan_of(handle: int) -> Plan:
 def _restore(kind: Kind, shape: tuple[int, ...], groups: int, packed: bytes, digest: str) -> Plan:
     numel = int(np.prod(shape))
     if len(packed) != (numel + 7) // 8:
-        raise ValueError(f"Plan: damaged pickle, {len(packed)} mask bytes for shape {shape}, expected {(numel + 7) // 8}")
+        expected = (numel + 7) // 8
+        raise ValueError(f"Plan: damaged pickle, {len(packed)} mask bytes for shape {shape}, expected {expected}")
     bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=numel)
     plan = Plan.from_mask(torch.from_numpy(bits.astype(np.bool_)).reshape(shape), kind=kind, groups=groups)
     if plan.digest != digest:

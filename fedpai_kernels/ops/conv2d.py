@@ -2,8 +2,9 @@
 """Sparse-weight 2-D convolution: checks, registered ops, autograd.
 
 Three ops, closed under differentiation (the gradient of each is made of the other two): ``conv2d_forward``
-(x, values -> y), ``conv2d_input_grad`` (dy, values -> dx) and ``conv2d_weight_grad`` (x, dy -> dvalues, dbias). Images are logically (N, C, H, W) with any strides; outputs are
-batch-last (stored C, H, W, N), in which layout inputs are read fastest.
+(x, values -> y), ``conv2d_input_grad`` (dy, values -> dx) and ``conv2d_weight_grad`` (x, dy -> dvalues, dbias). Images
+are logically (N, C, H, W) with any strides; outputs are batch-last (stored C, H, W, N), in which layout inputs are read
+fastest.
 """
 
 from __future__ import annotations
@@ -37,16 +38,21 @@ class Geometry(NamedTuple):
     def output_size(self, image: Pair, kernel: Pair) -> Pair:
         """Height and width of the output. May be non-positive when the image is too small."""
         h, w = (
-            (image[i] + self.pad_front[i] + self.pad_back[i] - self.dilation[i] * (kernel[i] - 1) - 1) // self.stride[i] + 1
+            (image[i] + self.pad_front[i] + self.pad_back[i] - self.dilation[i] * (kernel[i] - 1) - 1)
+            // self.stride[i] + 1
             for i in (0, 1)
         )
         return h, w
 
 
+# Products of such numbers fit the kernels' 64 bits.
+_LARGEST = 2**31 - 1
+
+
 def _pair(name: str, value: int | tuple[int, int], least: int) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
-        raise ValueError(f"{name}: expected an int or two ints, each >= {least}, got {value!r}")
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(v, int) and least <= v <= _LARGEST for v in pair):
+        raise ValueError(f"{name}: expected an int or two ints, each from {least} to {_LARGEST}, got {value!r}")
     return pair
 
 
@@ -80,7 +86,8 @@ def resolve_geometry(
 _GEOMETRY_ARGUMENTS = "int[] geometry"
 LIBRARY.define(f"conv2d_forward(Tensor x, Tensor values, Tensor? bias, int plan, {_GEOMETRY_ARGUMENTS}) -> Tensor")
 LIBRARY.define(
-    f"conv2d_input_grad(Tensor dy, Tensor values, int plan, SymInt height, SymInt width, {_GEOMETRY_ARGUMENTS}) -> Tensor"
+    "conv2d_input_grad(Tensor dy, Tensor values, int plan, SymInt height, SymInt width, "
+    f"{_GEOMETRY_ARGUMENTS}) -> Tensor"
 )
 LIBRARY.define(
     f"conv2d_weight_grad(Tensor x, Tensor dy, int plan, bool with_bias, {_GEOMETRY_ARGUMENTS}) -> (Tensor, Tensor)"
@@ -203,7 +210,7 @@ _ops: Any = torch.ops.fedpai
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, geometry: list[int]
     ) -> Tensor:
         ctx.save_for_backward(x, values)
@@ -211,7 +218,7 @@ class _Forward(torch.autograd.Function):
         return _ops.conv2d_forward(x, values, bias, plan.handle, geometry)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, values = ctx.saved_tensors
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
         dx = dvalues = dbias = None
@@ -228,7 +235,7 @@ class _InputGrad(torch.autograd.Function):
     """dx(dy, values): linear in each, and its gradients are the other two ops."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, dy: Tensor, values: Tensor, plan: Plan, height: int, width: int, geometry: list[int]
     ) -> Tensor:
         ctx.save_for_backward(dy, values)
@@ -236,7 +243,7 @@ class _InputGrad(torch.autograd.Function):
         return _ops.conv2d_input_grad(dy, values, plan.handle, height, width, geometry)
 
     @staticmethod
-    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
         dy, values = ctx.saved_tensors
         ddy = dvalues = None
         if ctx.needs_input_grad[0]:
@@ -250,7 +257,7 @@ class _WeightGrad(torch.autograd.Function):
     """(dvalues, dbias)(x, dy): bilinear, and its gradients are the other two ops."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, dy: Tensor, plan: Plan, with_bias: bool, geometry: list[int]
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, dy)
@@ -258,7 +265,7 @@ class _WeightGrad(torch.autograd.Function):
         return _ops.conv2d_weight_grad(x, dy, plan.handle, with_bias, geometry)
 
     @staticmethod
-    def backward(ctx: Any, ddvalues: Tensor, ddbias: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, ddvalues: Tensor, ddbias: Tensor) -> tuple[Tensor | None, ...]:
         x, dy = ctx.saved_tensors
         dx = ddy = None
         if ctx.needs_input_grad[0]:
@@ -280,10 +287,15 @@ def check_operands(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None) -
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a fedpai_kernels.Plan, got {type(plan).__name__}")
+    for name, tensor in (("x", x), ("values", values), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if x.dtype not in _SUFFIX:
         raise TypeError(f"x: expected dtype torch.float32 or torch.float64, got {x.dtype}")
     if x.device.type != "cpu":
         raise ValueError(f"x: expected a CPU tensor, got one on {x.device}; there are no kernels for that device")
+    if x.layout != torch.strided:
+        raise TypeError(f"x: expected a dense tensor, got one of layout {x.layout}")
     if tuple(values.shape) != (plan.nnz,):
         raise ValueError(
             f"values: expected shape ({plan.nnz},), one per surviving weight of the plan, got {tuple(values.shape)}"
@@ -316,7 +328,7 @@ def sparse_conv2d(
     any order. Deterministic for a given number of threads (``torch.get_num_threads()``).
 
     Args:
-        x: (N, C, H, W) or (C, H, W), float32 or float64, any strides; batch-last is read fastest.
+        x: (N, C, H, W) or (C, H, W), float32 or float64, any strides; batch-last is read fastest. N may be 0.
         values: (plan.nnz,), the surviving weights in row-major order of the mask.
         plan: of kind "conv2d".
         bias: (out,) or None.
@@ -343,6 +355,8 @@ def sparse_conv2d(
     _, in_channels, kernel = _layer_sizes(plan)
     if x.shape[1] != in_channels:
         raise ValueError(f"x: expected {in_channels} channels, got shape {tuple(x.shape)}")
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"x: an image needs at least one pixel, got shape {tuple(x.shape)}")
     geometry = resolve_geometry(kernel, stride, padding, dilation)
     output = geometry.output_size((x.shape[2], x.shape[3]), kernel)
     if min(output) <= 0:
@@ -350,4 +364,4 @@ def sparse_conv2d(
             f"x: an image of {x.shape[2]} x {x.shape[3]} is too small for a kernel of {kernel[0]} x {kernel[1]} "
             f"with padding {padding} and dilation {dilation}"
         )
-    return _Forward.apply(x, values, bias, plan, _flatten(geometry))  # type: ignore[no-any-return]
+    return _Forward.apply(x, values, bias, plan, _flatten(geometry))

@@ -8,6 +8,7 @@
 //
 // A linear layer is the case of 1 x 1 images. Outputs are overwritten. Any strides are correct; batch-last images
 // (stride 1 between neighbours of the batch) are fast. The same bits on every run with the same number of threads.
+// Without images (batch 0) the gradients of values and bias are zero.
 #pragma once
 
 #include <cstdint>

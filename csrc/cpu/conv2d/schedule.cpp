@@ -171,7 +171,10 @@ Pass build_pass(const EntryList& list, PassAxis y, PassAxis x, AxisTaps taps_y, 
   pass.lane_group = static_cast<std::int64_t>(pass.tiling.blocks) * vector.lanes;
   pass.source_row = pass.x.slots * pass.lane_group;
   pass.plane = pass.y.slots * pass.source_row;
-  if (pass.plane * pass.tiling.channel_block > std::numeric_limits<std::int32_t>::max()) {
+  // In double: the product may exceed 64 bits.
+  if (static_cast<double>(pass.y.slots) * static_cast<double>(pass.source_row) *
+          static_cast<double>(pass.tiling.channel_block) >
+      std::numeric_limits<std::int32_t>::max()) {
     throw std::length_error("input: one patch of the image exceeds 2^31 - 1 elements");
   }
   lay_out_entries(pass, list, taps_y, taps_x, channel_used);
@@ -186,18 +189,29 @@ PassAxis forward_axis(std::int64_t out, std::int64_t in, std::int64_t stride) {
   return axis;
 }
 
-AxisTaps forward_taps(std::int64_t kernel, std::int64_t dilation, std::int64_t pad) {
+// Whether a tap reads the image from any position of the grid. One that only ever reads padding adds nothing, and would
+// make the packed patch as wide as the padding.
+bool meets_image(const PassAxis& axis, std::int64_t shift) {
+  const std::int64_t first = shift >= 0 ? 0 : (-shift + axis.source_step - 1) / axis.source_step;
+  return first < axis.grid && first * axis.source_step + shift < axis.source_extent;
+}
+
+AxisTaps forward_taps(const PassAxis& axis, std::int64_t kernel, std::int64_t dilation, std::int64_t pad) {
   AxisTaps taps;
-  for (std::int64_t k = 0; k < kernel; ++k) taps.shift.push_back(k * dilation - pad);
+  for (std::int64_t k = 0; k < kernel; ++k) {
+    const std::int64_t shift = k * dilation - pad;
+    taps.shift.push_back(meets_image(axis, shift) ? shift : kUnused);
+  }
   return taps;
 }
 
 Pass forward_like(const Plan& plan, const Conv2dGeometry& g, const VectorShape& vector, bool weight_grad,
                   const Tiling* tiling) {
   const WeightShape& shape = plan.shape();
-  return build_pass(plan.by_output(), forward_axis(g.out_h, g.in_h, g.stride_h),
-                    forward_axis(g.out_w, g.in_w, g.stride_w), forward_taps(shape.kernel_h, g.dilation_h, g.pad_top),
-                    forward_taps(shape.kernel_w, g.dilation_w, g.pad_left), g.batch, vector, weight_grad, tiling);
+  const PassAxis y = forward_axis(g.out_h, g.in_h, g.stride_h);
+  const PassAxis x = forward_axis(g.out_w, g.in_w, g.stride_w);
+  return build_pass(plan.by_output(), y, x, forward_taps(y, shape.kernel_h, g.dilation_h, g.pad_top),
+                    forward_taps(x, shape.kernel_w, g.dilation_w, g.pad_left), g.batch, vector, weight_grad, tiling);
 }
 
 // Input pixels i = q * stride + residue; out pixel o reaches i through tap k when o * stride + k * dilation - pad == i,
@@ -211,12 +225,12 @@ PassAxis input_grad_axis(std::int64_t in, std::int64_t out, std::int64_t stride,
   return axis;
 }
 
-AxisTaps input_grad_taps(std::int64_t kernel, std::int64_t dilation, std::int64_t pad, std::int64_t stride,
-                         std::int64_t residue) {
+AxisTaps input_grad_taps(const PassAxis& axis, std::int64_t kernel, std::int64_t dilation, std::int64_t pad) {
   AxisTaps taps;
   for (std::int64_t k = 0; k < kernel; ++k) {
-    const std::int64_t distance = residue + pad - k * dilation;
-    taps.shift.push_back(distance % stride == 0 ? distance / stride : kUnused);
+    const std::int64_t distance = axis.dest_origin + pad - k * dilation;
+    const bool reaches = distance % axis.dest_step == 0 && meets_image(axis, distance / axis.dest_step);
+    taps.shift.push_back(reaches ? distance / axis.dest_step : kUnused);
   }
   return taps;
 }
@@ -238,11 +252,11 @@ std::vector<Pass> input_grad_passes(const Plan& plan, const Conv2dGeometry& g, c
   std::vector<Pass> passes;
   for (std::int64_t ry = 0; ry < std::min(g.stride_h, g.in_h); ++ry) {
     for (std::int64_t rx = 0; rx < std::min(g.stride_w, g.in_w); ++rx) {
-      passes.push_back(build_pass(plan.by_input(), input_grad_axis(g.in_h, g.out_h, g.stride_h, ry),
-                                  input_grad_axis(g.in_w, g.out_w, g.stride_w, rx),
-                                  input_grad_taps(shape.kernel_h, g.dilation_h, g.pad_top, g.stride_h, ry),
-                                  input_grad_taps(shape.kernel_w, g.dilation_w, g.pad_left, g.stride_w, rx), g.batch,
-                                  vector, false, nullptr));
+      const PassAxis y = input_grad_axis(g.in_h, g.out_h, g.stride_h, ry);
+      const PassAxis x = input_grad_axis(g.in_w, g.out_w, g.stride_w, rx);
+      passes.push_back(build_pass(plan.by_input(), y, x, input_grad_taps(y, shape.kernel_h, g.dilation_h, g.pad_top),
+                                  input_grad_taps(x, shape.kernel_w, g.dilation_w, g.pad_left), g.batch, vector, false,
+                                  nullptr));
     }
   }
   return passes;

@@ -130,8 +130,8 @@ def test_synthetic_arguments(kwargs: dict, message: str) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_small_network_learns_the_synthetic_images(channels: int) -> None:
-    dataset = data.synthetic(in_channels=channels, train_size=800, test_size=300)
-    model = models.create("conv4", in_channels=channels, width=0.125, seed=0)
+    dataset = data.synthetic(in_channels=channels, image_size=24, train_size=800, test_size=300)
+    model = models.create("conv4", in_channels=channels, width=0.125, image_size=24, seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
     for _ in range(6):

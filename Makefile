@@ -27,7 +27,7 @@ endif
 .PHONY: help
 help: ## show this list
 	@echo "fedpai-kernels: make <target>"
-	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)$$/  \1|\2/p' $(MAKEFILE_LIST) | sort | column -t -s '|'
+	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)$$/  \1|\2/p' $(MAKEFILE_LIST) | sort | column -t -s '|'
 
 # ---- set-up ---------------------------------------------------------------------------------------------------------
 
@@ -95,6 +95,13 @@ sanitize: $(STAMPS)/tools ## the C++ kernel tests under the address and undefine
 	@$(TOOLS) cmake --preset sanitize $(FEDPAI_CMAKE_ARGS) --log-level=WARNING
 	@$(TOOLS) cmake --build --preset sanitize
 	@$(TOOLS) ctest --preset sanitize
+
+# Debian: g++-aarch64-linux-gnu and qemu-user. Not a part of `make test`.
+.PHONY: aarch64
+aarch64: $(STAMPS)/tools ## the C++ kernel tests with NEON, cross-compiled and emulated
+	@$(TOOLS) cmake --preset aarch64 $(FEDPAI_CMAKE_ARGS) --log-level=WARNING
+	@$(TOOLS) cmake --build --preset aarch64
+	@$(TOOLS) ctest --preset aarch64
 
 .PHONY: pytest
 pytest: develop data

@@ -22,7 +22,7 @@ MADE = re.compile(
 
 def existing_paths() -> list[str]:
     """Every file and folder of the repository, relative to it."""
-    tops = ("csrc", "fedpai_kernels", "python", "benchmarks", "tests", "docs", "cmake", "tools", ".ci")
+    tops = ("lab", "csrc", "fedpai_kernels", "python", "benchmarks", "tests", "docs", "cmake", "tools", ".ci")
     inside = [path for top in tops for path in (ROOT / top).rglob("*")]
     return [path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*"), ROOT / ".ci", *inside)]
 

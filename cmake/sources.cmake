@@ -9,6 +9,9 @@ set(FEDPAI_CORE_SOURCES
   csrc/cpu/conv2d/tiling.cpp
   csrc/cpu/conv2d/schedule.cpp
   csrc/cpu/conv2d/schedule_cache.cpp
+  csrc/cpu/conv2d/patch.cpp
+  csrc/cpu/conv2d/run_pass.cpp
+  csrc/cpu/conv2d/run_weight_grad.cpp
   csrc/cpu/conv2d/conv2d.cpp
   csrc/cpu/norm/norm.cpp
   csrc/cpu/pool/pool.cpp)

@@ -9,7 +9,8 @@
 #include <random>
 #include <vector>
 
-#include "cpu/conv2d/conv2d.cpp"  // for run_pass and run_weight_grad, which are not exported
+#include "cpu/conv2d/run.h"
+#include "cpu/dispatch.h"
 
 using namespace fedpai;
 

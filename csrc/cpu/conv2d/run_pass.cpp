@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/conv2d/run.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/conv2d/patch.h"
+#include "cpu/conv2d/scratch.h"
+
+namespace fedpai {
+
+namespace {
+
+// The sums of one unit for the dest channels [channel_begin, channel_end).
+template <class T>
+void accumulate_unit(const Pass& pass, const Conv2dKernels<T>& kernels, const PatchBox& box,
+                     const std::vector<PackSegment>& segments, std::int64_t first_image, int lanes_valid,
+                     const Images<const T>& source, const T* values, const T* bias, const Images<T>& dest,
+                     std::int64_t channel_begin, std::int64_t channel_end, T* packed, T* staging) {
+  const bool in_place = dest.batch == 1 && lanes_valid == pass.lane_group;
+  const DestView<T> view = in_place ? dest_in_place(pass, dest, first_image) : dest_staged(pass, box, staging);
+  std::int64_t dest_run[kMaxTileRun];
+  run_offsets(pass, kernels.lanes, pass.tiling.tile_columns, view.column, dest_run);
+
+  for (std::int64_t block = 0; block < pass.blocks(); ++block) {
+    pack_block(pass, kernels, block, source, first_image, lanes_valid, segments, packed);
+    const TaskRange range = tasks_of(pass, block, channel_begin, channel_end);
+    TileArgs<T> args{};
+    args.source_row = pass.source_row;
+    args.offset = pass.offset.data();
+    args.value = values;
+    args.task = pass.tasks.data() + range.begin;
+    args.tasks = range.end - range.begin;
+    args.dest_channel = view.channel;
+    args.dest_row = view.row;
+    args.dest_run = dest_run;
+    args.bias = bias;
+    args.accumulate = block > 0;
+    for_each_tile(pass, box, [&](std::int64_t rows, std::int64_t columns, std::int64_t y, std::int64_t x) {
+      args.source = packed + (y - box.y) * pass.source_row + (x - box.x) * pass.lane_group;
+      args.dest = view.origin + y * view.row + x * view.column;
+      kernels.tile[rows - 1][columns * pass.tiling.blocks - 1](args);
+    });
+  }
+
+  if (in_place) return;
+  const DestView<T> target = dest_in_place(pass, dest, first_image);
+  UnpackArgs<T> args{};
+  args.packed = staging;
+  args.plane = view.channel;
+  args.packed_row = view.row;
+  args.dest = target.origin + box.y * target.row + box.x * target.column;
+  args.dest_channel = target.channel;
+  args.dest_row = target.row;
+  args.dest_column = target.column;
+  args.dest_lane = dest.batch;
+  args.channel_begin = channel_begin;
+  args.channel_end = channel_end;
+  args.rows = box.height;
+  args.columns = box.width;
+  args.blocks = pass.tiling.blocks;
+  args.lanes_valid = lanes_valid;
+  kernels.unpack(args);
+}
+
+// Values in walking order.
+template <class T>
+const T* ordered_values(const Pass& pass, const T* values, T* buffer, int threads) {
+  if (pass.order_is_identity) return values;
+  const std::int64_t entries = pass.entries();
+  const std::int32_t* const order = pass.order.data();
+#pragma omp parallel for num_threads(threads) schedule(static) if (entries > 65536)
+  for (std::int64_t j = 0; j < entries; ++j) buffer[j] = values[order[j]];
+  return buffer;
+}
+
+}  // namespace
+
+template <class T>
+void run_pass(const Pass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& source,
+              const T* values, const T* bias, const Images<T>& dest, int threads) {
+  const Units units(pass, batch);
+  // With fewer units than threads can share evenly, the dest channels are split as well; each part packs for itself.
+  std::int64_t parts = 1;
+  if (threads > 1 && units.count < 4 * threads && units.count % threads != 0) {
+    parts = std::min<std::int64_t>(threads, pass.dest_channels);
+  }
+  const std::vector<std::int64_t> cuts = cut_channels(pass, parts);
+
+  const std::int64_t packed_size = aligned_elements<T>(pass.plane * pass.tiling.channel_block);
+  const bool stages = dest.batch != 1 || batch % pass.lane_group != 0;
+  const std::int64_t staging_size =
+      stages ? aligned_elements<T>(pass.dest_channels * largest_patch_pixels(pass) * pass.lane_group) : 0;
+  const std::int64_t values_size = aligned_elements<T>(pass.entries());
+  static thread_local Scratch scratch;
+  T* const memory = static_cast<T*>(scratch.reserve(
+      sizeof(T) * static_cast<std::size_t>(values_size + threads * (packed_size + staging_size))));
+  const T* const ordered = ordered_values(pass, values, memory, threads);
+
+  // Groups that share a cache line go to one thread.
+  const auto line = std::max<std::int64_t>(1, kScratchAlignment / (pass.lane_group * static_cast<std::int64_t>(sizeof(T))));
+  const int chunk = static_cast<int>(parts > 1 ? 1 : line);
+#pragma omp parallel num_threads(threads)
+  {
+    T* const packed = memory + values_size + omp_get_thread_num() * (packed_size + staging_size);
+    T* const staging = packed + packed_size;
+    std::vector<PackSegment> segments;
+    std::int64_t segments_of = -1;
+    PatchBox box{};
+#pragma omp for schedule(dynamic, chunk)
+    for (std::int64_t i = 0; i < units.count * parts; ++i) {
+      const std::int64_t unit = i / parts;
+      const auto part = static_cast<std::size_t>(i % parts);
+      if (units.patch(unit) != segments_of) {
+        segments_of = units.patch(unit);
+        box = patch_box(pass, segments_of);
+        list_segments(pass, box, source.row, source.column, segments);
+      }
+      const std::int64_t first_image = units.group(unit) * pass.lane_group;
+      const int lanes_valid = static_cast<int>(std::min(pass.lane_group, batch - first_image));
+      accumulate_unit(pass, kernels, box, segments, first_image, lanes_valid, source, ordered, bias, dest, cuts[part],
+                      cuts[part + 1], packed, staging);
+    }
+  }
+}
+
+template void run_pass<float>(const Pass&, const Conv2dKernels<float>&, std::int64_t, const Images<const float>&,
+                              const float*, const float*, const Images<float>&, int);
+template void run_pass<double>(const Pass&, const Conv2dKernels<double>&, std::int64_t, const Images<const double>&,
+                               const double*, const double*, const Images<double>&, int);
+
+}  // namespace fedpai

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fedpai bench layers` and `fedpai bench step`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedpai.bench.timing import Effort
+
+_RIVALS = "dense,sparseprop,torch.sparse"
+_STEP_RIVALS = "dense,sparseprop"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Registers the sub-command. Nothing heavy is imported before it runs."""
+    bench = subparsers.add_parser(
+        "bench",
+        help="measure layers or whole training steps against dense torch and other sparse kernels",
+        description="Measure layers or whole training steps against dense torch and other sparse kernels.",
+    )
+    kinds = bench.add_subparsers(dest="bench", required=True, metavar="layers|step")
+    _add_layers(kinds)
+    _add_step(kinds)
+
+
+def _add_layers(kinds: argparse._SubParsersAction[Any]) -> None:
+    parser = kinds.add_parser(
+        "layers",
+        help="every convolution of a network: forward and both gradients",
+        description="Time every convolution of a network, forward and both gradients, all contenders in turn.",
+    )
+    add = parser.add_argument
+    _add_common(parser, _RIVALS)
+    add(
+        "--model",
+        type=_words,
+        default=["resnet18"],
+        metavar="NAME,..",
+        help="networks, or CSV files of layers (resnet18)",
+    )
+    add(
+        "--density",
+        type=_numbers,
+        default=[0.1, 0.05, 0.02, 0.01],
+        metavar="D,..",
+        help="share of the weights that is kept (0.1,0.05,0.02,0.01)",
+    )
+    add(
+        "--layers",
+        type=_words,
+        default=[],
+        metavar="PATTERN,..",
+        help="only layers whose name or sizes match, such as layer1* or 3x3/2",
+    )
+    add(
+        "--directions",
+        type=_words,
+        default=["forward", "input-grad", "weight-grad", "train"],
+        metavar="D,..",
+        help="forward, input-grad, weight-grad, backward (both gradients), train; default all but backward",
+    )
+    add("--kinds", type=_words, default=["conv2d"], metavar="K,..", help="conv2d, linear (conv2d)")
+    add("--compile", action="store_true", help="also try dense torch compiled")
+    add("--cold", action="store_true", help="empty the caches before each sample")
+    parser.set_defaults(run=_guarded(_layers))
+
+
+def _add_step(kinds: argparse._SubParsersAction[Any]) -> None:
+    parser = kinds.add_parser(
+        "step",
+        help="whole training steps",
+        description="Time whole training steps (forward, cross-entropy, backward, SGD), all contenders in turn.",
+    )
+    add = parser.add_argument
+    _add_common(parser, _STEP_RIVALS)
+    add("--model", type=_words, default=["resnet18"], metavar="NAME,..", help="networks (resnet18)")
+    add(
+        "--sparsity",
+        type=_numbers,
+        default=[0.98],
+        metavar="S,..",
+        help="share of the weights removed (0.98)",
+    )
+    add("--no-compile", dest="compiled", action="store_false", help="do not try dense torch compiled")
+    parser.set_defaults(run=_guarded(_step))
+
+
+def _add_common(parser: argparse.ArgumentParser, rivals: str) -> None:
+    add = parser.add_argument
+    add(
+        "--mask",
+        default="uniform",
+        metavar="KIND",
+        help="uniform, or a criterion: erk, grasp, magnitude, random, snip, synflow (uniform)",
+    )
+    add(
+        "--mask-data",
+        default="fashion-mnist",
+        metavar="NAME",
+        help="images that grasp and snip score with (fashion-mnist; synthetic needs no files)",
+    )
+    add("--batch", type=_positive, default=64, metavar="N", help="images (64)")
+    add("--threads", type=_positive, metavar="N", help="of torch and of the kernels (torch's default)")
+    add("--samples", type=_positive, default=30, metavar="N", help="of each contender (30)")
+    add("--min-time", type=float, default=2.0, metavar="MS", help="a sample lasts at least so long (2)")
+    add(
+        "--budget",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="a contender gets no more samples after so many seconds of one measurement (10)",
+    )
+    add(
+        "--rivals",
+        type=_words,
+        default=rivals.split(","),
+        metavar="NAME,..",
+        help=f"({rivals}); none for ours alone",
+    )
+    add("--json", type=Path, metavar="FILE", help="append result rows to FILE, one JSON object a line")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        numbers = [float(word) for word in _words(text)]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 < number <= 1 for number in numbers):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected numbers above 0 and at most 1, separated by commas"
+        )
+    return numbers
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+    return number
+
+
+def _guarded(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
+    """A command whose BenchErrors are one line and exit code 2."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        from fedpai import cli
+        from fedpai.bench.errors import BenchError
+
+        try:
+            _prepare(arguments)
+            command(arguments)
+        except BenchError as error:
+            return cli.complain(error)
+        return 0
+
+    return run
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    """What both commands do first: threads, and whether the results can be written."""
+    import torch
+
+    from fedpai.bench.rows import check_writable
+
+    if arguments.rivals == ["none"]:
+        arguments.rivals = []
+    if arguments.json is not None:
+        check_writable(arguments.json)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+
+
+def _effort(arguments: argparse.Namespace) -> Effort:
+    from fedpai.bench.timing import Effort
+
+    return Effort(arguments.samples, arguments.min_time / 1e3, arguments.budget)
+
+
+def _progress(text: str) -> None:
+    """On a terminal one line that changes, else nothing."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _layers(arguments: argparse.Namespace) -> None:
+    from fedpai.bench import layers
+    from fedpai.bench.layers_text import detail_tables, remarks, summary_table
+
+    settings = layers.Settings(
+        models=arguments.model,
+        densities=arguments.density,
+        mask=arguments.mask,
+        batch=arguments.batch,
+        directions=arguments.directions,
+        rivals=arguments.rivals,
+        patterns=arguments.layers,
+        kinds=arguments.kinds,
+        compiled=arguments.compile,
+        cold=arguments.cold,
+        effort=_effort(arguments),
+        mask_data=arguments.mask_data,
+    )
+    layers.check_names(settings)
+    rows = _collect(arguments, layers.measure, settings)
+    for table in detail_tables(rows):
+        table.show()
+        print()
+    summary_table(rows).show()
+    print(*remarks(rows), sep="\n")
+
+
+def _step(arguments: argparse.Namespace) -> None:
+    from fedpai.bench import step
+    from fedpai.bench.step_text import remarks, step_table
+
+    settings = step.Settings(
+        models=arguments.model,
+        sparsities=arguments.sparsity,
+        mask=arguments.mask,
+        batch=arguments.batch,
+        rivals=arguments.rivals,
+        compiled=arguments.compiled,
+        effort=_effort(arguments),
+        mask_data=arguments.mask_data,
+    )
+    step.check_names(settings)
+    rows = _collect(arguments, step.measure, settings)
+    step_table(rows).show()
+    print(*remarks(rows), sep="\n")
+
+
+def _collect(
+    arguments: argparse.Namespace, measure: Callable[..., Any], settings: Any
+) -> list[dict[str, Any]]:
+    """Measures; rows are written as they come, so that Ctrl-C loses only what is under way."""
+    import torch
+
+    from fedpai.bench.machine import cpu_model, measure_machine
+    from fedpai.bench.rows import append
+
+    _progress("measuring the machine")
+    machine = measure_machine()
+    rows = []
+    for row in measure(settings, machine, _progress):
+        rows.append(row)
+        if arguments.json is not None:
+            append(arguments.json, row)
+    _progress("")
+    print(f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {rows[0]['isa']}")
+    print(f"{machine}\n")
+    return rows

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense torch. It computes with a plain weight: the multiplication by a mask is not charged to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedpai.bench.rivals.base import Contender, Problem
+
+
+def dense(problem: Problem) -> list[Contender]:
+    """Contiguous and channels_last, and both compiled where the problem asks for it."""
+    case, plan = problem.case, problem.plan
+
+    def conv2d(x: Tensor, weight: Tensor) -> Tensor:
+        return functional.conv2d(x, weight, None, case.stride, case.padding, case.dilation, case.groups)
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        return functional.linear(x, weight)
+
+    apply = linear if case.kind == "linear" else conv2d
+    formats = {"contiguous": torch.contiguous_format}
+    if case.kind == "conv2d":
+        formats["channels_last"] = torch.channels_last
+    found = []
+    for name, memory_format in formats.items():
+        x, weight, dy = (
+            t.contiguous(memory_format=memory_format) for t in (problem.x, problem.weight, problem.dy)
+        )
+        found.append(Contender(name, apply, x, weight, dy, packed=plan.pack))
+        if problem.compiled:
+            found.append(Contender(f"{name}, compiled", _compiled(apply), x, weight, dy, packed=plan.pack))
+    return found
+
+
+def _compiled(apply: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    import torch._functorch.config as functorch_config
+
+    # The backward pass is timed again and again on one graph, so it may not reuse that graph's buffers.
+    functorch_config.donated_buffer = False
+    compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(apply, dynamic=False)
+    return compiled

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fedpai bench step`: whole training steps of a network, all contenders taking turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedpai.bench import masks as bench_masks
+from fedpai.bench.errors import BenchError
+from fedpai.bench.machine import MachineModel, identity
+from fedpai.bench.rows import Result, Row, common, results_of
+from fedpai.bench.step_rivals import CHECKED_STEPS, CONTENDERS, Task, Trainer, masked_losses
+from fedpai.bench.timing import Effort, interleave
+
+RIVALS = tuple(name for name in CONTENDERS if name != "ours")
+INPUT_SHAPE = (3, 32, 32)
+CLASSES = 10
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        models: networks of :mod:`fedpai.models`, by name.
+        sparsities: shares of the weights that are removed.
+        mask: "uniform", or another criterion or allocation of :func:`fedpai.pruning.criteria`.
+        batch: images.
+        rivals: of :data:`RIVALS`.
+        compiled: whether dense torch is tried compiled as well.
+        effort: how long to measure.
+        mask_data: images for criteria that score with them.
+    """
+
+    models: Sequence[str]
+    sparsities: Sequence[float]
+    mask: str = "uniform"
+    batch: int = 64
+    rivals: Sequence[str] = RIVALS
+    compiled: bool = True
+    effort: Effort = field(default_factory=Effort)
+    mask_data: str = bench_masks.SCORING_DATA
+
+
+def check_names(settings: Settings) -> None:
+    """Raises a BenchError for a model, mask or rival that is unknown, or a sparsity that keeps nothing."""
+    bench_masks.check_kind(settings.mask)
+    for name in settings.rivals:
+        if name not in RIVALS:
+            raise BenchError(f"--rivals: unknown name {name!r}, expected one of {', '.join(RIVALS)}")
+    for name in settings.models:
+        with torch.device("meta"):
+            _network(name)
+    if max(settings.sparsities) >= 1:
+        raise BenchError(f"--sparsity: got {max(settings.sparsities):g}, expected less than 1")
+
+
+def measure(
+    settings: Settings, machine: MachineModel, progress: Callable[[str], None] = lambda text: None
+) -> Iterator[Row]:
+    """Measures network after network; yields one row for each sparsity.
+
+    Args:
+        settings: what.
+        machine: recorded in the rows.
+        progress: told what is being measured.
+    """
+    check_names(settings)
+    start = common("step", identity(), machine.to_json())
+    for model in settings.models:
+        for sparsity in settings.sparsities:
+            yield {**start, **_measure(settings, model, sparsity, progress)}
+
+
+def task_of(model: str, mask: str, sparsity: float, batch: int, mask_data: str) -> tuple[Task, str | None]:
+    """A network with masked weights and one batch of random images, and the data its masks were scored with."""
+    network = _network(model, seed=SEED)
+    masks, data = bench_masks.network_masks(network, mask, sparsity, data=mask_data, seed=SEED)
+    with torch.no_grad():
+        for name, found in masks.items():
+            weight = network.get_parameter(f"{name}.weight")
+            weight.mul_(found)
+            weight[found & (weight == 0)] = 1e-3  # a survivor that is zero would be no survivor to some
+    generator = torch.Generator().manual_seed(SEED)
+    images = torch.randn((batch, *INPUT_SHAPE), generator=generator)
+    labels = torch.randint(CLASSES, (batch,), generator=generator)
+    return Task(network, masks, images, labels), data
+
+
+def _network(name: str, seed: int | None = None) -> nn.Module:
+    from fedpai import models
+
+    try:
+        return models.create(
+            name, num_classes=CLASSES, in_channels=INPUT_SHAPE[0], image_size=INPUT_SHAPE[1], seed=seed
+        )
+    except ValueError as error:
+        raise BenchError(f"--model: {error}") from error
+
+
+def _measure(settings: Settings, model: str, sparsity: float, progress: Callable[[str], None]) -> Row:
+    from fedpai.pruning import summary
+
+    label = f"{model}, {settings.mask} {sparsity:g}"
+    progress(f"{label}: masks")
+    task, data = task_of(model, settings.mask, sparsity, settings.batch, settings.mask_data)
+    kept = summary(task.masks, task.network, input_shape=INPUT_SHAPE)
+    progress(f"{label}: reference losses")
+    expected = masked_losses(task)
+
+    trainers: dict[tuple[str, str], Trainer] = {}
+    losses: dict[str, list[float]] = {"dense-masked": expected.losses}
+    reasons: dict[str, list[tuple[str, str]]] = {}
+    layers: dict[str, int] = {}
+    for name in ("ours", *settings.rivals):
+        for variant, build in CONTENDERS[name](task, settings.compiled).items():
+            progress(f"{label}: preparing {name} {variant}")
+            trainer = build()
+            if isinstance(trainer, str):
+                reasons.setdefault(name, []).append(("unavailable", f"{variant}: {trainer}"))
+                continue
+            found, failure = _first_losses(trainer)
+            losses[f"{name}, {variant}"] = found
+            problem = failure or expected.problem(found, trainer.masked)
+            if problem:
+                reasons.setdefault(name, []).append(("wrong", f"{variant}: {problem}"))
+                continue
+            trainers[name, variant] = trainer
+            layers = trainer.layers or layers
+    progress(f"{label}: measuring")
+    timings = interleave({key: trainer.step for key, trainer in trainers.items()}, settings.effort)
+    results = {
+        name: _result(name, {v: t for (n, v), t in timings.items() if n == name}, reasons.get(name, []))
+        for name in ("ours", *settings.rivals)
+    }
+    return {
+        "model": model,
+        "mask": settings.mask,
+        "density": round(kept.density, 6),
+        "batch": settings.batch,
+        "sparsity": sparsity,
+        "mac_share": round(kept.mac_share, 6),
+        "input": list(INPUT_SHAPE),
+        "mask_data": data,
+        "losses": {name: [round(value, 7) for value in found] for name, found in losses.items()},
+        "layers": layers,
+        **results_of(results),
+    }
+
+
+def _first_losses(trainer: Trainer) -> tuple[list[float], str]:
+    """Losses of the first steps, and what went wrong if they could not be made."""
+    try:
+        return [float(trainer.step()) for _ in range(CHECKED_STEPS)], ""
+    except Exception as error:  # compilers and foreign packages fail in every way there is
+        text = str(error).strip() or type(error).__name__
+        return [], f"failed: {text.splitlines()[0][:200]}"
+
+
+def _result(name: str, timings: Mapping[str, Any], reasons: Sequence[tuple[str, str]]) -> Result:
+    status = "wrong" if any(state == "wrong" for state, _ in reasons) else "unavailable"
+    return Result(timings, {}, status, "; ".join(text for _, text in reasons))

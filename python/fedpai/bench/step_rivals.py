@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who trains a network: this project's conversion and the rivals, each with an optimiser of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedpai.bench.rivals.sparseprop import installed
+
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
+CHECKED_STEPS = 3
+
+# Losses may differ by this many times the difference of dense torch between two memory formats, and by this share
+# of the loss besides.
+_FORMATS_APART, _ROUNDING = 10.0, 2e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A network to train.
+
+    Attributes:
+        network: in train mode, contiguous; zero outside of the masks.
+        masks: bool, by module name.
+        images, labels: one batch, float32 (N, C, H, W) contiguous and int64 (N,).
+    """
+
+    network: nn.Module
+    masks: Mapping[str, Tensor]
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(eq=False)
+class Trainer:
+    """A network with its optimiser; :meth:`step` is what is timed.
+
+    Attributes:
+        network: called with the images.
+        parameters_of: whose parameters are trained, where that is another module than `network`.
+        images, labels: in the layout that suits the network.
+        masked: whether weights outside of the masks stay away (dense torch trains them).
+        layers: how many layers compute sparsely and densely, where that was chosen.
+    """
+
+    network: Callable[[Tensor], Tensor]
+    parameters_of: nn.Module
+    images: Tensor
+    labels: Tensor
+    masked: bool = False
+    layers: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Fused is torch's fastest form of it, for every contender.
+        self._optimiser = torch.optim.SGD(
+            self.parameters_of.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
+        )
+
+    def step(self) -> Tensor:
+        """Forward, cross-entropy, backward, SGD. Returns the loss."""
+        self._optimiser.zero_grad(set_to_none=True)
+        loss = functional.cross_entropy(self.network(self.images), self.labels)
+        loss.backward()
+        self._optimiser.step()
+        return loss.detach()
+
+
+# A trainer, or why there is none.
+Build = Callable[[], Trainer | str]
+
+
+def _ours(task: Task, compiled: bool) -> dict[str, Build]:
+    def build() -> Trainer:
+        import fedpai_kernels
+
+        network = copy.deepcopy(task.network)
+        report = fedpai_kernels.sparsify_(network, task.masks)
+        kernels = [row.kernel for row in report]
+        layers = {kernel: kernels.count(kernel) for kernel in sorted(set(kernels))}
+        return Trainer(network, network, task.images, task.labels, masked=True, layers=layers)
+
+    return {"sparsify_": build}
+
+
+def _dense(task: Task, compiled: bool) -> dict[str, Build]:
+    builds: dict[str, Build] = {}
+    torch.compiler.reset()  # past a number of compiled forms, torch would quietly run a network eagerly
+    for name, memory_format in _FORMATS.items():
+        for mode in ("eager", "compiled") if compiled else ("eager",):
+
+            def build(memory_format: torch.memory_format = memory_format, mode: str = mode) -> Trainer:
+                network = _in_format(copy.deepcopy(task.network), memory_format)
+                images = task.images.contiguous(memory_format=memory_format)
+                called: Callable[[Tensor], Tensor] = network
+                if mode == "compiled":
+                    called = torch.compile(network, dynamic=False)
+                return Trainer(called, network, images, task.labels)
+
+            builds[f"{name}, {mode}"] = build
+    return builds
+
+
+def _sparseprop(task: Task, compiled: bool) -> dict[str, Build]:
+    def build() -> Trainer | str:
+        if not installed():
+            return "not installed"
+        from sparseprop.modules import SparseConv2d, SparseLinear
+        from sparseprop.utils import swap_modules_with_sparse
+
+        # It chooses between dense and sparse by one timed call, so the first conversion only warms up.
+        for _ in range(2):
+            with contextlib.redirect_stdout(io.StringIO()):
+                network: nn.Module = swap_modules_with_sparse(task.network, tuple(task.images.shape))
+        swapped = sum(isinstance(module, SparseConv2d | SparseLinear) for module in network.modules())
+        if not swapped:
+            return "it swapped no layer"
+        # What it leaves dense is trained outside of its mask as well, so later losses may differ.
+        return Trainer(network, network, task.images, task.labels, masked=swapped == len(task.masks))
+
+    return {"swap_modules_with_sparse": build}
+
+
+CONTENDERS: dict[str, Callable[[Task, bool], dict[str, Build]]] = {
+    "ours": _ours,
+    "dense": _dense,
+    "sparseprop": _sparseprop,
+}
+
+
+_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def _in_format(network: nn.Module, memory_format: torch.memory_format) -> nn.Module:
+    return network.to(memory_format=memory_format)  # type: ignore[call-overload]
+
+
+# ---- the losses that everybody must show first ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Expected:
+    """First losses of dense torch with masked weights and masked gradients.
+
+    Attributes:
+        losses: in contiguous tensors.
+        spread: how far those in channels_last are away.
+    """
+
+    losses: list[float]
+    spread: list[float]
+
+    def problem(self, found: list[float], masked: bool) -> str:
+        """What is wrong with a contender's first losses; empty if they agree. Without masks only the first
+        can.
+        """
+        for number, (loss, expected, spread) in enumerate(
+            zip(found, self.losses, self.spread, strict=True), 1
+        ):
+            tolerance = _FORMATS_APART * spread + _ROUNDING * abs(expected)
+            if not abs(loss - expected) <= tolerance:  # catches NaN
+                return f"loss of step {number} is {loss:.7g}, dense torch with a mask has {expected:.7g}"
+            if not masked:
+                break
+        return ""
+
+
+def masked_losses(task: Task) -> Expected:
+    """The first losses of the task, trained by dense torch under its masks."""
+    runs = []
+    for memory_format in _FORMATS.values():
+        network = _in_format(copy.deepcopy(task.network), memory_format)
+        for name, mask in task.masks.items():
+            network.get_parameter(f"{name}.weight").register_hook(lambda gradient, mask=mask: gradient * mask)
+        trainer = Trainer(
+            network, network, task.images.contiguous(memory_format=memory_format), task.labels, masked=True
+        )
+        runs.append([float(trainer.step()) for _ in range(CHECKED_STEPS)])
+    plain, other = runs
+    return Expected(plain, [abs(a - b) for a, b in zip(plain, other, strict=True)])

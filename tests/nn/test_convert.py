@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversion of whole models: what becomes what, where masks come from, what is refused, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import fedpai_kernels as fk
+from fedpai_kernels.nn import (
+    AbsorbedReLU,
+    BatchLastBatchNorm2d,
+    BatchLastBatchNormReLU2d,
+    BatchLastConv2d,
+    BatchLastMaxPool2d,
+    MaskedConv2d,
+    MaskedLinear,
+    SparseConv2d,
+    SparseLinear,
+)
+
+
+class Small(nn.Module):
+    """Every kind of layer that is converted, a shortcut, and a ReLU that is not a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(8)
+        self.relu1 = nn.ReLU()
+        self.pool1 = nn.MaxPool2d(2)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(8)
+        self.plain = nn.Conv2d(8, 8, 1)
+        self.pool2 = nn.AvgPool2d(2)
+        self.pool3 = nn.AdaptiveAvgPool2d(1)
+        self.hidden = nn.Linear(8, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool1(self.relu1(self.norm1(self.stem(x))))
+        x = torch.relu(self.norm2(self.conv(x)) + x)
+        x = self.pool3(self.pool2(self.plain(x)))
+        return self.head(torch.relu(self.hidden(x.flatten(1))))
+
+
+DENSITY = {"stem": 0.9, "conv": 0.2, "hidden": 0.1, "head": 0.8}
+
+
+def masked_model() -> tuple[Small, dict[str, Tensor]]:
+    """A model in double with zeros outside of its masks; `plain` has none."""
+    model = Small().double()
+    masks = {name: torch.rand(model.get_submodule(name).weight.shape) < d for name, d in DENSITY.items()}
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_submodule(name).weight.mul_(mask)
+    return model, masks
+
+
+def fingerprint(model: nn.Module) -> list[Any]:
+    """Types, parameters, buffers and hooks, with identities."""
+    found: list[Any] = []
+    for name, module in model.named_modules():
+        found.append((name, type(module), id(module), list(module._forward_pre_hooks)))
+        found += [(name, key, id(p)) for key, p in module._parameters.items()]
+        found += [(name, key, id(b)) for key, b in module._buffers.items()]
+    return found
+
+
+def compare(dense: nn.Module, sparse: nn.Module, masks: dict[str, Tensor]) -> None:
+    """Outputs and gradients of both agree, in training mode."""
+    x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    y1, y2 = dense(x), sparse(x)
+    torch.testing.assert_close(y2, y1)
+    dy = torch.randn_like(y1)
+    dense.zero_grad()
+    sparse.zero_grad()
+    y1.backward(dy)
+    y2.backward(dy)
+    theirs = dict(dense.named_parameters())
+    for name, p in sparse.named_parameters():
+        if name.endswith(".values"):
+            layer = name.removesuffix(".values")
+            torch.testing.assert_close(p.grad, theirs[f"{layer}.weight"].grad[masks[layer]])
+        else:
+            torch.testing.assert_close(p.grad, theirs[name].grad)
+
+
+def test_what_becomes_what() -> None:
+    model, masks = masked_model()
+    dense = copy.deepcopy(model)
+    report = fk.sparsify_(model, masks)
+    expected = {
+        "stem": MaskedConv2d,
+        "norm1": BatchLastBatchNormReLU2d,
+        "relu1": AbsorbedReLU,
+        "pool1": BatchLastMaxPool2d,
+        "conv": SparseConv2d,
+        "norm2": BatchLastBatchNorm2d,
+        "plain": BatchLastConv2d,
+        "pool2": fk.nn.BatchLastAvgPool2d,
+        "pool3": fk.nn.BatchLastAdaptiveAvgPool2d,
+        "hidden": SparseLinear,
+        "head": MaskedLinear,
+    }
+    assert {name: type(module) for name, module in model.named_children()} == expected
+    assert [row.name for row in report] == ["stem", "conv", "plain", "hidden", "head"]
+    assert [row.kernel for row in report] == ["dense", "sparse", "dense", "sparse", "dense"]
+    assert report["plain"].reason == "no mask"
+    assert report["conv"].nnz == int(masks["conv"].sum())
+    assert report["conv"].density == pytest.approx(report["conv"].nnz / masks["conv"].numel())
+    compare(dense, model, masks)
+
+
+def test_the_report_prints_and_serialises() -> None:
+    model, masks = masked_model()
+    report = fk.sparsify_(model, masks)
+    text = str(report)
+    for row in report:
+        assert any(row.name in line and row.reason in line for line in text.splitlines())
+    assert "fused: 1" in text
+    data = json.loads(report.to_json())
+    assert [row["name"] for row in data["rows"]] == [row.name for row in report]
+    assert len(report) == 5
+
+
+def test_activations_are_batch_last_from_the_first_layer_to_the_last() -> None:
+    model, masks = masked_model()
+    fk.sparsify_(model, masks)
+    seen: dict[str, bool] = {}
+    for name, module in model.named_children():
+        module.register_forward_hook(
+            lambda m, i, y, name=name: seen.update({name: fk.is_batch_last(y)})  # type: ignore[misc]
+        )
+    model(torch.randn(6, 3, 8, 8, dtype=torch.float64))
+    assert all(seen[name] for name in seen if name != "head")
+
+
+def test_modules_keep_identity_hooks_and_attributes() -> None:
+    model, masks = masked_model()
+    conv, bias = model.conv, model.conv.bias
+    calls: list[int] = []
+    handle = model.conv.register_forward_hook(lambda *_: calls.append(1))
+    model.conv.tag = "mine"  # type: ignore[assignment]
+    model.norm2.eval()
+    model.stem.weight.requires_grad_(False)
+    fk.sparsify_(model, masks)
+    assert model.conv is conv
+    assert model.conv.bias is bias
+    assert model.conv.tag == "mine"
+    assert not model.norm2.training
+    assert model.conv.training
+    assert not model.stem.values.requires_grad
+    model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    handle.remove()
+    model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert calls == [1]
+
+
+def test_a_layer_with_a_hook_is_not_fused() -> None:
+    model, masks = masked_model()
+    model.relu1.register_forward_hook(lambda *_: None)
+    fk.sparsify_(model, masks)
+    assert type(model.norm1) is BatchLastBatchNorm2d
+    assert type(model.relu1) is nn.ReLU
+
+
+def test_fuse_off() -> None:
+    model, masks = masked_model()
+    dense = copy.deepcopy(model)
+    fk.sparsify_(model, masks, fuse=False)
+    assert type(model.norm1) is BatchLastBatchNorm2d
+    assert type(model.relu1) is nn.ReLU
+    compare(dense, model, masks)
+
+
+def test_filter() -> None:
+    model, masks = masked_model()
+    report = fk.sparsify_(
+        model, masks, filter_fn=lambda module, name: name not in ("hidden", "norm2", "plain")
+    )
+    assert type(model.hidden) is nn.Linear
+    assert type(model.norm2) is nn.BatchNorm2d
+    assert type(model.plain) is nn.Conv2d
+    assert report["hidden"].reason == "left out by filter_fn"
+
+
+def test_without_a_sparse_convolution_nothing_becomes_batch_last() -> None:
+    model, masks = masked_model()
+    fk.sparsify_(model, {name: masks[name] for name in ("stem", "hidden")})
+    assert type(model.norm1) is nn.BatchNorm2d
+    assert type(model.plain) is nn.Conv2d
+    assert isinstance(model.stem, MaskedConv2d)
+    assert model.stem(torch.randn(2, 3, 8, 8, dtype=torch.float64)).is_contiguous()
+
+
+def test_masks_from_exact_zeros() -> None:
+    model, masks = masked_model()
+    nn.init.zeros_(model.plain.weight)  # an initialisation, not a mask
+    dense = copy.deepcopy(model)
+    report = fk.sparsify_(model)
+    assert {row.name for row in report if row.density < 1} == set(DENSITY)
+    compare(dense, model, masks)
+
+
+def test_masks_from_prune() -> None:
+    model, _ = masked_model()
+    model.load_state_dict(
+        {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    )
+    model.norm1.running_var.fill_(1)
+    model.norm2.running_var.fill_(1)
+    prune.l1_unstructured(model.conv, "weight", amount=0.7)
+    prune.random_unstructured(model.hidden, "weight", amount=0.95)
+    masks = {name: model.get_submodule(name).weight_mask.bool() for name in ("conv", "hidden")}
+    x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    expected = copy.deepcopy(model.eval()(x).detach())
+    copied = fk.sparsify(model)  # prune leaves tensors that deepcopy alone refuses
+    assert prune.is_pruned(model.conv)
+    fk.sparsify_(model)
+    for converted in (copied, model):
+        assert not prune.is_pruned(converted)
+        assert torch.equal(converted.conv.mask, masks["conv"])
+        assert [n for n, _ in converted.conv.named_parameters()] == ["values", "bias"]
+        assert not list(converted.conv.buffers())
+        torch.testing.assert_close(converted(x), expected)
+
+
+def test_a_given_mask_overrides_prune() -> None:
+    model, masks = masked_model()
+    prune.random_unstructured(model.conv, "weight", amount=0.1)
+    fk.sparsify_(model, masks)
+    assert torch.equal(model.conv.mask, masks["conv"])
+
+
+def test_weights_outside_of_the_mask_are_dropped() -> None:
+    model = Small()
+    mask = torch.rand(model.conv.weight.shape) < 0.1
+    before = model.conv.weight.detach().clone()
+    fk.sparsify_(model, {"conv": mask})
+    assert torch.equal(model.conv.weight, before * mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.float64])
+def test_masks_of_ones_and_zeros(dtype: torch.dtype) -> None:
+    model, masks = masked_model()
+    fk.sparsify_(model, {name: mask.to(dtype) for name, mask in masks.items()})
+    assert torch.equal(model.conv.mask, masks["conv"])
+
+
+def test_a_new_mask_for_a_sparse_layer() -> None:
+    model, masks = masked_model()
+    fk.sparsify_(model, masks)
+    before = model.conv.weight.detach().clone()
+    new = torch.rand(before.shape) < 0.2
+    report = fk.sparsify_(model, {"conv": new})
+    assert torch.equal(model.conv.mask, new)
+    assert torch.equal(model.conv.weight, before * new)
+    assert torch.equal(model.hidden.mask, masks["hidden"])
+    assert report["hidden"].reason == "as it was"
+    denser = torch.ones_like(new)
+    fk.sparsify_(model, {"conv": denser})
+    assert isinstance(model.conv, MaskedConv2d)
+    assert model.conv.batch_last is False or fk.is_batch_last(model.conv(torch.randn(2, 8, 4, 4).double()))
+
+
+def test_twice_changes_nothing() -> None:
+    model, masks = masked_model()
+    fk.sparsify_(model, masks)
+    before = fingerprint(model)
+    fk.sparsify_(model)
+    assert fingerprint(model) == before
+
+
+def test_a_copy() -> None:
+    model, masks = masked_model()
+    before = fingerprint(model)
+    converted = fk.sparsify(model, masks)
+    assert fingerprint(model) == before
+    assert isinstance(converted.conv, SparseConv2d)
+    compare(model, converted, masks)
+
+
+def test_the_way_back() -> None:
+    model, masks = masked_model()
+    dense = copy.deepcopy(model)
+    fk.sparsify_(model, masks)
+    again = fk.densify_(model)
+    assert again is model
+    assert [type(m) for m in model.modules()] == [type(m) for m in dense.modules()]
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in dense.named_parameters()]
+    for key, value in dense.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value)
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    assert torch.equal(model(x), dense(x))
+    assert not any("plan" in m.__dict__ or "batch_last" in m.__dict__ for m in model.modules())
+
+
+def test_a_model_that_is_a_single_layer() -> None:
+    layer = nn.Conv2d(4, 6, 3)
+    mask = torch.rand(layer.weight.shape) < 0.3
+    fk.sparsify_(layer, {"": mask})
+    assert isinstance(layer, SparseConv2d)
+    fk.densify_(layer)
+    assert type(layer) is nn.Conv2d
+
+
+def test_a_module_used_under_two_names() -> None:
+    layer = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    mask = torch.rand(layer.weight.shape) < 0.2
+    dense = copy.deepcopy(model)
+    with torch.no_grad():
+        dense[0].weight.mul_(mask)
+    fk.sparsify_(model, {"2": mask})
+    assert model[0] is model[2]
+    x = torch.randn(2, 4, 5, 5)
+    model(x).sum().backward()
+    dense(x).sum().backward()
+    torch.testing.assert_close(model[0].values.grad, dense[0].weight.grad[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_modules_that_share_a_weight() -> None:
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    second.weight = first.weight
+    model = nn.Sequential(first, nn.ReLU(), second)
+    mask = torch.rand(8, 8) < 0.1
+    mask[0, 0] = True
+    with pytest.raises(ValueError, match="'0' and '2' share one weight"):
+        fk.sparsify_(copy.deepcopy(model), {"0": mask})
+    with pytest.raises(ValueError, match="share one weight"):
+        fk.sparsify_(copy.deepcopy(model), {"0": mask, "2": ~mask})
+    fk.sparsify_(model, {"0": mask, "2": mask})
+    assert model[0].values is model[2].values
+    fk.densify_(model)
+    assert model[0].weight is model[2].weight
+
+
+def test_other_precisions_stay_dense() -> None:
+    model, masks = masked_model()
+    model.to(torch.bfloat16)
+    report = fk.sparsify_(model, masks)
+    assert {row.kernel for row in report} == {"dense"}
+    assert "bfloat16" in report["conv"].reason
+    assert model(torch.randn(4, 3, 8, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+# ---- what is refused --------------------------------------------------------------------------------------------
+
+
+def nan_mask(mask: Tensor) -> Tensor:
+    return torch.where(mask, 1.0, float("nan"))
+
+
+REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Any]], type[Exception], str]] = {
+    "missing_layer": (
+        lambda m: {"convv": m["conv"]},
+        ValueError,
+        r"no module 'convv'; the nearest name is 'conv'",
+    ),
+    "parameter_name": (
+        lambda m: {"conv.weight": m["conv"]},
+        ValueError,
+        r"no module 'conv\.weight'; .* 'conv'",
+    ),
+    "shape": (
+        lambda m: {"conv": m["stem"]},
+        ValueError,
+        r"masks\['conv'\]: expected the shape of the weight",
+    ),
+    "nan": (
+        lambda m: {"conv": nan_mask(m["conv"])},
+        ValueError,
+        r"masks\['conv'\]: .* exactly 0 and 1, got nan",
+    ),
+    "infinity": (
+        lambda m: {"conv": m["conv"] * torch.inf},
+        ValueError,
+        r"masks\['conv'\]: .* exactly 0 and 1",
+    ),
+    "halves": (lambda m: {"conv": m["conv"] * 0.5}, ValueError, "got 0.5 among its entries"),
+    "empty": (lambda m: {"conv": m["conv"] & False}, ValueError, r"masks\['conv'\]: it keeps no weight"),
+    "complex": (lambda m: {"conv": m["conv"].to(torch.complex64)}, TypeError, "complex64"),
+    "no_tensor": (lambda m: {"conv": m["conv"].numpy()}, TypeError, "expected a bool tensor, got ndarray"),
+    "batch_norm": (
+        lambda m: {"norm1": m["conv"]},
+        TypeError,
+        r"masks\['norm1'\]: .* the module is BatchNorm2d",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_refused_mask_touches_nothing(
+    change: Callable[[dict[str, Tensor]], dict[str, Any]], error: type[Exception], message: str
+) -> None:
+    model, masks = masked_model()
+    prune.identity(model.stem, "weight")
+    before = fingerprint(model)
+    good = {name: masks[name] for name in ("stem", "hidden")}
+    with pytest.raises(error, match=message):
+        fk.sparsify_(model, {**good, **change(masks)})
+    assert fingerprint(model) == before
+
+
+def test_layers_that_take_no_mask() -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    normed = parametrizations.weight_norm(nn.Conv2d(2, 2, 3))
+    model = nn.ModuleDict({"transposed": nn.ConvTranspose2d(2, 2, 3), "own": Own(2, 2, 3), "normed": normed})
+    mask = torch.ones(2, 2, 3, 3, dtype=torch.bool)
+    for name, kind in (("transposed", "ConvTranspose2d"), ("own", "Own"), ("normed", "ParametrizedConv2d")):
+        with pytest.raises(TypeError, match=rf"masks\['{name}'\]: only nn.Conv2d and nn.Linear .* {kind}"):
+            fk.sparsify_(model, {name: mask})
+
+
+def test_a_computed_weight() -> None:
+    model = nn.ModuleDict({"conv": nn.utils.weight_norm(nn.Conv2d(2, 2, 3))})
+    with pytest.raises(TypeError, match="computes its weight"):
+        fk.sparsify_(model, {"conv": torch.ones(2, 2, 3, 3, dtype=torch.bool)})
+
+
+def test_no_masks_at_all() -> None:
+    with pytest.raises(ValueError, match="masks: none given, and no layer carries one"):
+        fk.sparsify_(Small())
+
+
+def test_two_masks_for_one_module() -> None:
+    layer = nn.Linear(4, 4)
+    mask = torch.eye(4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="'0' and '1' are one module, but their masks differ"):
+        fk.sparsify_(nn.Sequential(layer, layer), {"0": mask, "1": ~mask})

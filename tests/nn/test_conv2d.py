@@ -33,6 +33,7 @@ GEOMETRY: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @pytest.mark.parametrize("cls", [SparseConv2d, MaskedConv2d])
 @pytest.mark.parametrize("settings", GEOMETRY.values(), ids=GEOMETRY.keys())
 def test_geometry(cls: type[Any], settings: dict[str, Any]) -> None:

@@ -422,6 +422,7 @@ def test_layers_that_take_no_mask() -> None:
             fk.sparsify_(model, {name: mask})
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
 def test_a_computed_weight() -> None:
     model = nn.ModuleDict({"conv": nn.utils.weight_norm(nn.Conv2d(2, 2, 3))})
     with pytest.raises(TypeError, match="computes its weight"):

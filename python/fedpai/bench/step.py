@@ -78,7 +78,9 @@ def measure(
             yield {**start, **_measure(settings, model, sparsity, progress)}
 
 
-def task_of(model: str, mask: str, sparsity: float, batch: int, mask_data: str) -> tuple[Task, str | None]:
+def task_of(
+    model: str, mask: str, sparsity: float, batch: int, mask_data: str = bench_masks.SCORING_DATA
+) -> tuple[Task, str | None]:
     """A network with masked weights and one batch of random images, and the data its masks were scored with."""
     network = _network(model, seed=SEED)
     masks, data = bench_masks.network_masks(network, mask, sparsity, data=mask_data, seed=SEED)

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers of Conv-4 and the multi-layer perceptron."""
+
+from __future__ import annotations
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.harness import case_id, cases, run
+from fedpai.bench.cases import LayerCase
+
+
+@pytest.mark.parametrize("contender", ["ours", "dense", "sparseprop", "torch.sparse"])
+@pytest.mark.parametrize("direction", ["forward", "train"])
+@pytest.mark.parametrize("density", [0.1, 0.02])
+@pytest.mark.parametrize("case", cases("linear", "conv4", "mlp"), ids=case_id)
+def test_linear(
+    benchmark: BenchmarkFixture, case: LayerCase, density: float, direction: str, contender: str
+) -> None:
+    run(benchmark, case, density, direction, contender)

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes ``benchmarks/layers/*.csv`` from the networks of ``fedpai.models``: python benchmarks/write_layers.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedpai.bench.cases import layers_of_network, merged, to_csv
+
+FOLDER = Path(__file__).parent / "layers"
+NETWORKS = (
+    *("conv4", "lenet5", "mlp", "resnet18", "resnet34", "vgg11", "vgg16", "vgg19"),
+    *("wrn16x4", "wrn28x10"),
+)
+
+
+def rendered() -> dict[Path, str]:
+    """What the files hold."""
+    return {FOLDER / f"{name}.csv": to_csv(merged(layers_of_network(name))) for name in NETWORKS}
+
+
+if __name__ == "__main__":
+    for path, text in rendered().items():
+        path.write_text(text, encoding="utf-8")
+        print(path)

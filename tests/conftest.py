@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every test starts from the same seeds."""
+"""Every test starts from the same seeds, and may choose an instruction set and a number of threads."""
 
 import random
+import sys
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 import pytest
 import torch
+
+import fedpai_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +17,35 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - the legacy generator is what code outside this repository draws from
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=fedpai_kernels.compiled_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per instruction set that this library was compiled for, where the CPU has it."""
+    name: str = request.param
+    present = fedpai_kernels.available_isas()
+    if name not in present:
+        pytest.skip(f"{name} is compiled in, but this CPU has only {', '.join(present)}")
+    before = fedpai_kernels.isa()
+    fedpai_kernels.set_isa(name)
+    yield name
+    fedpai_kernels.set_isa(before)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads of torch and of the kernels, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure says which one command repeats it."""
+    report = yield
+    if report.failed:
+        report.sections.append(("reproduce", f"{sys.executable} -m pytest {item.nodeid!r}"))
+    return report

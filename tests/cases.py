@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one list of cases: geometries, masks and sizes that every kernel must get right.
+
+Tests, and the smoke mode of the benchmarks, read it. A case knows its shapes and its mask; a run of it adds a dtype and
+an instruction set, and has the name that docs/naming.md gives to kernels. The property that a case is there for is its
+own name.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fedpai_kernels import Plan
+from fedpai_kernels.ops import reference, sparse_conv2d, sparse_linear
+from fedpai_kernels.ops.conv2d import resolve_geometry
+
+Pair = tuple[int, int]
+
+DTYPES = {"f32": torch.float32, "f64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Case(ABC):
+    """What convolution and linear cases have in common."""
+
+    name: str
+    density: float = 0.3
+    mask: str = "random"  # a key of MASKS
+    bias: bool = True
+
+    op = ""
+    layout = ""
+
+    @property
+    @abstractmethod
+    def mask_shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+
+    @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of x."""
+
+    @property
+    @abstractmethod
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of y."""
+
+    @property
+    @abstractmethod
+    def plan(self) -> Plan:
+        """The compiled mask."""
+
+    @property
+    @abstractmethod
+    def longest_sum(self) -> int:
+        """Terms of the longest sum in any direction."""
+
+    @abstractmethod
+    def sparse(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """The op under test."""
+
+    @abstractmethod
+    def dense(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """Its dense-masked twin."""
+
+    def generator(self) -> torch.Generator:
+        """The same numbers for a case on every run, whatever ran before."""
+        return torch.Generator().manual_seed(zlib.crc32(repr(self).encode()))
+
+    def kernel_name(self, direction: str, dtype: str, isa: str) -> str:
+        """The kernel that a run exercises, in the grammar of docs/naming.md."""
+        return f"{self.op}_{direction}_csr_{self.layout}_{dtype}__{isa}"
+
+
+@dataclass(frozen=True)
+class Conv2dCase(Case):
+    batch: int = 10
+    in_channels: int = 6
+    out_channels: int = 8
+    image: Pair = (7, 6)
+    kernel: Pair = (3, 3)
+    stride: int | Pair = 1
+    padding: int | Pair | str = 1
+    dilation: int | Pair = 1
+    groups: int = 1
+
+    op = "conv2d"
+    layout = "chwn"
+
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (self.batch, self.in_channels, *self.image)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        geometry = resolve_geometry(self.kernel, self.stride, self.padding, self.dilation)
+        return (self.batch, self.out_channels, *geometry.output_size(self.image, self.kernel))
+
+    @property
+    def longest_sum(self) -> int:
+        outputs = self.batch * math.prod(self.output_shape[2:])
+        per_input = self.out_channels * math.prod(self.kernel)
+        return max(math.prod(self.mask_shape[1:]) + 1, per_input, outputs)
+
+    @cached_property
+    def plan(self) -> Plan:
+        return Plan.from_mask(make_mask(self), groups=self.groups)
+
+    def sparse(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        return sparse_conv2d(x, values, self.plan, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def dense(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        return reference.conv2d(x, values, self.plan, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+@dataclass(frozen=True)
+class LinearCase(Case):
+    leading: tuple[int, ...] = (10,)
+    in_features: int = 12
+    out_features: int = 9
+
+    op = "linear"
+    layout = "rm"
+
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        return (self.out_features, self.in_features)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (*self.leading, self.in_features)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return (*self.leading, self.out_features)
+
+    @property
+    def longest_sum(self) -> int:
+        return max(self.in_features + 1, self.out_features, math.prod(self.leading))
+
+    @cached_property
+    def plan(self) -> Plan:
+        return Plan.from_mask(make_mask(self))
+
+    def sparse(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        return sparse_linear(x, values, self.plan, bias)
+
+    def dense(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        return reference.linear(x, values, self.plan, bias)
+
+
+# ---------------------------------------------------------------------------------------------------------- masks
+
+
+def _random(case: Case, generator: torch.Generator) -> Tensor:
+    mask = torch.rand(case.mask_shape, generator=generator) < case.density
+    mask.view(-1)[mask.numel() // 2] = True  # a plan needs a weight
+    return mask
+
+
+def _full(case: Case, _: torch.Generator) -> Tensor:
+    return torch.ones(case.mask_shape, dtype=torch.bool)
+
+
+def _first_weight(case: Case, _: torch.Generator) -> Tensor:
+    mask = torch.zeros(case.mask_shape, dtype=torch.bool)
+    mask.view(-1)[0] = True
+    return mask
+
+
+def _last_weight(case: Case, _: torch.Generator) -> Tensor:
+    mask = torch.zeros(case.mask_shape, dtype=torch.bool)
+    mask.view(-1)[-1] = True
+    return mask
+
+
+def _empty_row(case: Case, generator: torch.Generator) -> Tensor:
+    mask = _random(case, generator)
+    mask[0] = mask[-1] = mask[mask.shape[0] // 2] = False
+    mask[1, 0] = True
+    return mask
+
+
+def _empty_column(case: Case, generator: torch.Generator) -> Tensor:
+    mask = _random(case, generator)
+    mask[:, 0] = mask[:, -1] = mask[:, mask.shape[1] // 2] = False
+    mask[0, 1] = True
+    return mask
+
+
+def _one_row(case: Case, generator: torch.Generator) -> Tensor:
+    mask = torch.zeros(case.mask_shape, dtype=torch.bool)
+    mask[-2] = _random(case, generator)[-2]
+    mask[-2, -1] = True
+    return mask
+
+
+def _one_column(case: Case, generator: torch.Generator) -> Tensor:
+    mask = torch.zeros(case.mask_shape, dtype=torch.bool)
+    mask[:, -2] = _random(case, generator)[:, -2]
+    mask[-1, -2] = True
+    return mask
+
+
+def _one_tap(case: Case, generator: torch.Generator) -> Tensor:
+    """Only the kernel's last corner occurs, so the patches that are packed have no halo, but a shift."""
+    mask = _random(case, generator)
+    mask[..., :-1, :] = False
+    mask[..., :, :-1] = False
+    mask.view(-1)[-1] = True
+    return mask
+
+
+def _heavy_row(case: Case, generator: torch.Generator) -> Tensor:
+    """One output channel has nearly all the weights: no even split of the channels is fair."""
+    mask = _random(case, generator)
+    mask[1] = True
+    return mask
+
+
+def _diagonal(case: Case, _: torch.Generator) -> Tensor:
+    mask = torch.zeros(case.mask_shape, dtype=torch.bool)
+    for i in range(min(mask.shape[:2])):
+        mask[i, i] = True
+    return mask
+
+
+def _empty_group(case: Case, generator: torch.Generator) -> Tensor:
+    assert isinstance(case, Conv2dCase)
+    mask = _random(case, generator)
+    mask[: case.out_channels // case.groups] = False
+    mask[-1] = True
+    return mask
+
+
+MASKS: dict[str, Callable[[Case, torch.Generator], Tensor]] = {
+    "random": _random,
+    "full": _full,
+    "first_weight": _first_weight,
+    "last_weight": _last_weight,
+    "empty_row": _empty_row,
+    "empty_column": _empty_column,
+    "one_row": _one_row,
+    "one_column": _one_column,
+    "one_tap": _one_tap,
+    "heavy_row": _heavy_row,
+    "diagonal": _diagonal,
+    "empty_group": _empty_group,
+}
+
+
+def make_mask(case: Case) -> Tensor:
+    """The case's mask: bool, of the weight's shape, with at least one weight."""
+    return MASKS[case.mask](case, case.generator())
+
+
+# ---------------------------------------------------------------------------------------------------------- lists
+
+
+def _conv(name: str, **settings: object) -> Conv2dCase:
+    return Conv2dCase(name, **settings)  # type: ignore[arg-type]
+
+
+CONV2D: Sequence[Conv2dCase] = (
+    _conv("plain"),
+    _conv("no_bias", bias=False),
+    # ---- sizes
+    _conv("n_is_1", batch=1),
+    _conv("n_is_1_large_image", batch=1, image=(19, 23), in_channels=3),
+    _conv("n_below_vector", batch=3),
+    _conv("n_not_multiple", batch=17),
+    _conv("n_multiple", batch=64, image=(5, 4)),
+    _conv("n_above_patch", batch=129, image=(4, 3)),
+    _conv("one_channel_in", in_channels=1),
+    _conv("one_channel_out", out_channels=1, density=0.6),
+    _conv("channels_prime", in_channels=13, out_channels=17),
+    _conv("prime_output_stride", batch=11, image=(7, 13), kernel=(1, 3), padding=(0, 1)),
+    _conv("non_square_everything", image=(5, 11), kernel=(2, 4), stride=(2, 3), padding=(1, 3), dilation=(2, 1)),
+    _conv("tall_image", image=(33, 2)),
+    _conv("wide_image", image=(2, 33)),
+    _conv("channel_blocks", batch=16, in_channels=70, out_channels=40, image=(6, 6), density=0.2),
+    # ---- kernel shapes
+    _conv("one_by_one", kernel=(1, 1), padding=0),
+    _conv("one_by_one_on_2x2", kernel=(1, 1), padding=0, image=(2, 2), batch=33),
+    _conv("one_by_one_stride_2", kernel=(1, 1), padding=0, stride=2),
+    _conv("one_by_one_padded", kernel=(1, 1), padding=1),
+    _conv("row_kernel", kernel=(1, 5), padding=(0, 2)),
+    _conv("column_kernel", kernel=(5, 1), padding=(2, 0)),
+    _conv("even_kernel", kernel=(2, 4), padding=(1, 2)),
+    _conv("stem_7x7_stride_2", kernel=(7, 7), padding=3, stride=2, in_channels=3, image=(15, 14), batch=9),
+    _conv("kernel_covers_image", kernel=(7, 6), padding=0),
+    _conv("kernel_larger_than_image", kernel=(5, 5), padding=2, image=(3, 2)),
+    _conv("3x3_on_2x2", image=(2, 2), batch=40),
+    _conv("3x3_on_1x1", image=(1, 1)),
+    # ---- strides
+    _conv("stride_2_even_size", stride=2, image=(8, 6)),
+    _conv("stride_2_odd_size", stride=2, image=(7, 9)),
+    _conv("stride_2_width_multiple_of_8", stride=2, image=(8, 16), batch=3),
+    _conv("stride_3_2", stride=(3, 2)),
+    _conv("stride_above_kernel", stride=4),
+    _conv("stride_above_image", stride=9),
+    _conv("stride_drops_border", stride=3, padding=0, image=(8, 7)),
+    # ---- padding
+    _conv("padding_valid", padding="valid"),
+    _conv("padding_same", padding="same"),
+    _conv("padding_same_even_kernel", padding="same", kernel=(2, 4)),
+    _conv("padding_same_dilated", padding="same", kernel=(4, 3), dilation=(3, 2)),
+    _conv("padding_larger_than_kernel", padding=5),
+    _conv("padding_larger_than_image", padding=(8, 9), batch=3),
+    _conv("padding_asymmetric", padding=(0, 3)),
+    # ---- dilation
+    _conv("dilation_2", dilation=2, padding=2),
+    _conv("dilation_2_3", dilation=(2, 3), padding=(2, 3)),
+    _conv("dilation_with_stride", dilation=2, stride=2, padding=2),
+    _conv("dilation_3_stride_2", dilation=3, stride=2, padding=3),
+    _conv("dilation_reaches_over_image", dilation=9, padding=9),
+    _conv("dilation_beyond_any_buffer", dilation=10**6, padding=10**6, batch=2),
+    # ---- groups
+    _conv("groups_2", groups=2),
+    _conv("groups_3", groups=3, in_channels=9, out_channels=6),
+    _conv("groups_strided_dilated", groups=2, stride=2, dilation=2, padding=2),
+    _conv("depthwise", groups=6, out_channels=6, density=0.5),
+    _conv("depthwise_multiplier_2", groups=6, out_channels=12, density=0.5),
+    _conv("depthwise_stride_2", groups=5, in_channels=5, out_channels=5, stride=2, density=0.6),
+    _conv("empty_group", groups=2, mask="empty_group"),
+    # ---- masks
+    _conv("full_dense", mask="full"),
+    _conv("full_dense_strided", mask="full", stride=2),
+    _conv("nearly_empty", density=0.002, in_channels=40, out_channels=40),
+    _conv("first_weight_only", mask="first_weight"),
+    _conv("last_weight_only", mask="last_weight"),
+    _conv("one_nonzero_stride_2", mask="last_weight", stride=2),
+    _conv("empty_row", mask="empty_row"),
+    _conv("empty_column", mask="empty_column"),
+    _conv("all_rows_empty_but_one", mask="one_row"),
+    _conv("all_columns_empty_but_one", mask="one_column"),
+    _conv("one_tap", mask="one_tap"),
+    _conv("one_tap_stride_2", mask="one_tap", stride=2),
+    _conv("heavy_row", mask="heavy_row", in_channels=31, density=0.02),
+    _conv("diagonal", mask="diagonal"),
+)
+
+LINEAR: Sequence[LinearCase] = (
+    LinearCase("plain"),
+    LinearCase("no_bias", bias=False),
+    LinearCase("n_is_1", leading=(1,)),
+    LinearCase("n_below_vector", leading=(3,)),
+    LinearCase("n_not_multiple", leading=(65,)),
+    LinearCase("n_multiple", leading=(64,)),
+    LinearCase("rank_1", leading=()),
+    LinearCase("rank_3", leading=(3, 7)),
+    LinearCase("rank_4", leading=(2, 3, 5)),
+    LinearCase("features_prime", in_features=31, out_features=13),
+    LinearCase("one_feature_in", in_features=1, density=0.8),
+    LinearCase("one_feature_out", out_features=1),
+    LinearCase("wide", in_features=300, out_features=70, density=0.05, leading=(33,)),
+    LinearCase("full_dense", mask="full"),
+    LinearCase("first_weight_only", mask="first_weight"),
+    LinearCase("last_weight_only", mask="last_weight"),
+    LinearCase("empty_row", mask="empty_row"),
+    LinearCase("empty_column", mask="empty_column"),
+    LinearCase("all_rows_empty_but_one", mask="one_row"),
+    LinearCase("heavy_row", mask="heavy_row", in_features=90, density=0.02),
+    LinearCase("diagonal", mask="diagonal"),
+)
+
+
+def batch_sweep(batch: int) -> Sequence[Case]:
+    """The cases that every batch size from 1 to 65 goes through."""
+    return (
+        _conv(f"batch_{batch}", batch=batch, in_channels=3, out_channels=5, image=(4, 3)),
+        _conv(f"batch_{batch}_1x1", batch=batch, in_channels=4, out_channels=3, image=(2, 2), kernel=(1, 1), padding=0),
+        _conv(f"batch_{batch}_strided", batch=batch, in_channels=2, out_channels=3, image=(5, 4), stride=2),
+        LinearCase(f"batch_{batch}", leading=(batch,), in_features=5, out_features=4),
+    )
+
+
+def conv2d_named(name: str) -> Conv2dCase:
+    """The convolution case of this name."""
+    return next(case for case in CONV2D if case.name == name)

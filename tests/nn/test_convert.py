@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import prune
 
 import fedpai_kernels as fk
 from fedpai_kernels.nn import (
@@ -25,53 +23,7 @@ from fedpai_kernels.nn import (
     SparseConv2d,
     SparseLinear,
 )
-
-
-class Small(nn.Module):
-    """Every kind of layer that is converted, a shortcut, and a ReLU that is not a module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(8)
-        self.relu1 = nn.ReLU()
-        self.pool1 = nn.MaxPool2d(2)
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
-        self.norm2 = nn.BatchNorm2d(8)
-        self.plain = nn.Conv2d(8, 8, 1)
-        self.pool2 = nn.AvgPool2d(2)
-        self.pool3 = nn.AdaptiveAvgPool2d(1)
-        self.hidden = nn.Linear(8, 16)
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pool1(self.relu1(self.norm1(self.stem(x))))
-        x = torch.relu(self.norm2(self.conv(x)) + x)
-        x = self.pool3(self.pool2(self.plain(x)))
-        return self.head(torch.relu(self.hidden(x.flatten(1))))
-
-
-DENSITY = {"stem": 0.9, "conv": 0.2, "hidden": 0.1, "head": 0.8}
-
-
-def masked_model() -> tuple[Small, dict[str, Tensor]]:
-    """A model in double with zeros outside of its masks; `plain` has none."""
-    model = Small().double()
-    masks = {name: torch.rand(model.get_submodule(name).weight.shape) < d for name, d in DENSITY.items()}
-    with torch.no_grad():
-        for name, mask in masks.items():
-            model.get_submodule(name).weight.mul_(mask)
-    return model, masks
-
-
-def fingerprint(model: nn.Module) -> list[Any]:
-    """Types, parameters, buffers and hooks, with identities."""
-    found: list[Any] = []
-    for name, module in model.named_modules():
-        found.append((name, type(module), id(module), list(module._forward_pre_hooks)))
-        found += [(name, key, id(p)) for key, p in module._parameters.items()]
-        found += [(name, key, id(b)) for key, b in module._buffers.items()]
-    return found
+from tests.nn.small import DENSITY, Small, fingerprint, masked_model
 
 
 def compare(dense: nn.Module, sparse: nn.Module, masks: dict[str, Tensor]) -> None:
@@ -350,92 +302,3 @@ def test_other_precisions_stay_dense() -> None:
     assert {row.kernel for row in report} == {"dense"}
     assert "bfloat16" in report["conv"].reason
     assert model(torch.randn(4, 3, 8, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
-
-
-# ---- what is refused --------------------------------------------------------------------------------------------
-
-
-def nan_mask(mask: Tensor) -> Tensor:
-    return torch.where(mask, 1.0, float("nan"))
-
-
-REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Any]], type[Exception], str]] = {
-    "missing_layer": (
-        lambda m: {"convv": m["conv"]},
-        ValueError,
-        r"no module 'convv'; the nearest name is 'conv'",
-    ),
-    "parameter_name": (
-        lambda m: {"conv.weight": m["conv"]},
-        ValueError,
-        r"no module 'conv\.weight'; .* 'conv'",
-    ),
-    "shape": (
-        lambda m: {"conv": m["stem"]},
-        ValueError,
-        r"masks\['conv'\]: expected the shape of the weight",
-    ),
-    "nan": (
-        lambda m: {"conv": nan_mask(m["conv"])},
-        ValueError,
-        r"masks\['conv'\]: .* exactly 0 and 1, got nan",
-    ),
-    "infinity": (
-        lambda m: {"conv": m["conv"] * torch.inf},
-        ValueError,
-        r"masks\['conv'\]: .* exactly 0 and 1",
-    ),
-    "halves": (lambda m: {"conv": m["conv"] * 0.5}, ValueError, "got 0.5 among its entries"),
-    "empty": (lambda m: {"conv": m["conv"] & False}, ValueError, r"masks\['conv'\]: it keeps no weight"),
-    "complex": (lambda m: {"conv": m["conv"].to(torch.complex64)}, TypeError, "complex64"),
-    "no_tensor": (lambda m: {"conv": m["conv"].numpy()}, TypeError, "expected a bool tensor, got ndarray"),
-    "batch_norm": (
-        lambda m: {"norm1": m["conv"]},
-        TypeError,
-        r"masks\['norm1'\]: .* the module is BatchNorm2d",
-    ),
-}
-
-
-@pytest.mark.parametrize(("change", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_refused_mask_touches_nothing(
-    change: Callable[[dict[str, Tensor]], dict[str, Any]], error: type[Exception], message: str
-) -> None:
-    model, masks = masked_model()
-    prune.identity(model.stem, "weight")
-    before = fingerprint(model)
-    good = {name: masks[name] for name in ("stem", "hidden")}
-    with pytest.raises(error, match=message):
-        fk.sparsify_(model, {**good, **change(masks)})
-    assert fingerprint(model) == before
-
-
-def test_layers_that_take_no_mask() -> None:
-    class Own(nn.Conv2d):
-        pass
-
-    normed = parametrizations.weight_norm(nn.Conv2d(2, 2, 3))
-    model = nn.ModuleDict({"transposed": nn.ConvTranspose2d(2, 2, 3), "own": Own(2, 2, 3), "normed": normed})
-    mask = torch.ones(2, 2, 3, 3, dtype=torch.bool)
-    for name, kind in (("transposed", "ConvTranspose2d"), ("own", "Own"), ("normed", "ParametrizedConv2d")):
-        with pytest.raises(TypeError, match=rf"masks\['{name}'\]: only nn.Conv2d and nn.Linear .* {kind}"):
-            fk.sparsify_(model, {name: mask})
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
-def test_a_computed_weight() -> None:
-    model = nn.ModuleDict({"conv": nn.utils.weight_norm(nn.Conv2d(2, 2, 3))})
-    with pytest.raises(TypeError, match="computes its weight"):
-        fk.sparsify_(model, {"conv": torch.ones(2, 2, 3, 3, dtype=torch.bool)})
-
-
-def test_no_masks_at_all() -> None:
-    with pytest.raises(ValueError, match="masks: none given, and no layer carries one"):
-        fk.sparsify_(Small())
-
-
-def test_two_masks_for_one_module() -> None:
-    layer = nn.Linear(4, 4)
-    mask = torch.eye(4, dtype=torch.bool)
-    with pytest.raises(ValueError, match="'0' and '1' are one module, but their masks differ"):
-        fk.sparsify_(nn.Sequential(layer, layer), {"0": mask, "1": ~mask})

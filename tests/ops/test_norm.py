@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,16 +24,6 @@ SHAPES = {
     "whole_blocks": (64, 4, 8, 4),
     "rows_cut_among_threads": (64, 2, 40, 40),
 }
-
-
-@pytest.fixture(params=fk.compiled_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in fk.available_isas():
-        pytest.skip(f"this CPU lacks {request.param}")
-    before = fk.isa()
-    fk.set_isa(request.param)
-    yield request.param
-    fk.set_isa(before)
 
 
 def upstream(kind: str, like: Tensor) -> Tensor:
@@ -205,16 +195,14 @@ def batch_norm_variance(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(64, 2, 40, 40), (64, 64, 8, 8), (7, 3, 65, 33)])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_the_bits_do_not_depend_on_the_number_of_threads(shape: tuple[int, ...], training: bool) -> None:
+def test_the_bits_do_not_depend_on_the_number_of_threads(
+    set_threads: Callable[[int], None], shape: tuple[int, ...], training: bool
+) -> None:
     x, dy = fk.to_batch_last(torch.randn(shape)), fk.to_batch_last(torch.randn(shape))
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(run(ours(True), x, dy, training))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3):
+        set_threads(count)
+        results.append(run(ours(True), x, dy, training))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

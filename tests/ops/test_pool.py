@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,16 +39,6 @@ DATA: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
     "nan": lambda shape: torch.where(torch.rand(shape) < 0.2, float("nan"), torch.randn(shape)),
     "minus_infinity": lambda shape: torch.where(torch.rand(shape) < 0.5, -float("inf"), torch.randn(shape)),
 }
-
-
-@pytest.fixture(params=fk.compiled_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in fk.available_isas():
-        pytest.skip(f"this CPU lacks {request.param}")
-    before = fk.isa()
-    fk.set_isa(request.param)
-    yield request.param
-    fk.set_isa(before)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

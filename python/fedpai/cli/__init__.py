@@ -7,8 +7,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from typing import NoReturn
 
 import fedpai
@@ -27,6 +25,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole parser. Sub-commands import their heavy parts when they run."""
+    from fedpai.bench import cli as bench
     from fedpai.cli import doctor, run
 
     parser: argparse.ArgumentParser = OneLineParser(
@@ -36,8 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fedpai-kernels {fedpai.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run.add_parser(commands)
-    if find_spec("fedpai.bench"):
-        import_module("fedpai.bench.cli").add_parser(commands)
+    bench.add_parser(commands)
     doctor.add_parser(commands)
     return parser
 

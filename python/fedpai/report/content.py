@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedpai.bench.machine import identity
 from fedpai.federation.files import write_atomic
 from fedpai.federation.runner import Run
 from fedpai.federation.server import Server
-from fedpai.report.machine import identity
 from fedpai.report.profile import profile_layers
 from fedpai.report.summary import MethodSummary, Ratios, compare, summarise
 

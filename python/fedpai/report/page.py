@@ -32,11 +32,25 @@ def write(content: Content, file: Path) -> Path:
     page = environment.get_template(TEMPLATE).render(
         content=content,
         charts=charts(content),
+        machine=_flat(content.machine),
         legend=[(m.method, STYLES[i]) for i, m in enumerate(content.methods)],
         personal=any(m.personal_accuracy is not None for m in content.methods),
     )
     write_atomic(file, page.encode())
     return file
+
+
+def _flat(machine: dict[str, Any]) -> dict[str, str]:
+    """Nested facts as one list for the page; unknown ones are left out."""
+    facts: dict[str, str] = {}
+    for key, value in machine.items():
+        if key == "caches":
+            facts[key] = ", ".join(f"{level} {size}" for level, size in value.items())
+        elif isinstance(value, dict):
+            facts.update(_flat(value))
+        elif value is not None:
+            facts[key.replace("_", " ")] = str(value)
+    return facts
 
 
 def charts(content: Content) -> dict[str, str]:

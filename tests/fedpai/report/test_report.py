@@ -94,8 +94,9 @@ def test_page_is_one_file_with_everything(finished: Run, tmp_path: Path) -> None
     for layer in layers:
         assert layer["name"] in text
         assert layer["kernel"] in text
-    for key in ("cpu", "threads", "isa", "torch"):
-        assert str(content.machine[key]) in text
+    machine = content.machine
+    for fact in (machine["machine"]["cpu"], machine["software"]["torch"], machine["isa"], machine["commit"]):
+        assert fact is None or f"<dd>{fact}</dd>" in text
     svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(svgs) == 5
     for svg in svgs:

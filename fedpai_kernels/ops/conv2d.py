@@ -210,12 +210,13 @@ _ops: Any = torch.ops.fedpai
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, geometry: list[int]
-    ) -> Tensor:
-        ctx.save_for_backward(x, values)
-        ctx.plan, ctx.geometry = plan, geometry
+    def forward(x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, geometry: list[int]) -> Tensor:
         return _ops.conv2d_forward(x, values, bias, plan.handle, geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, values, _, ctx.plan, ctx.geometry = inputs
+        ctx.save_for_backward(x, values)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -235,12 +236,15 @@ class _InputGrad(torch.autograd.Function):
     """dx(dy, values): linear in each, and its gradients are the other two ops."""
 
     @staticmethod
-    def forward(
-        ctx: Any, dy: Tensor, values: Tensor, plan: Plan, height: int, width: int, geometry: list[int]
-    ) -> Tensor:
+    def forward(dy: Tensor, values: Tensor, plan: Plan, height: int, width: int, geometry: list[int]) -> Tensor:
+        return _ops.conv2d_input_grad(
+            dy, values, plan.handle, height, width, geometry
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        dy, values, ctx.plan, _, _, ctx.geometry = inputs
         ctx.save_for_backward(dy, values)
-        ctx.plan, ctx.geometry = plan, geometry
-        return _ops.conv2d_input_grad(dy, values, plan.handle, height, width, geometry)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
@@ -258,11 +262,16 @@ class _WeightGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dy: Tensor, plan: Plan, with_bias: bool, geometry: list[int]
+        x: Tensor, dy: Tensor, plan: Plan, with_bias: bool, geometry: list[int]
     ) -> tuple[Tensor, Tensor]:
+        return _ops.conv2d_weight_grad(
+            x, dy, plan.handle, with_bias, geometry
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, dy, ctx.plan, ctx.with_bias, ctx.geometry = inputs
         ctx.save_for_backward(x, dy)
-        ctx.plan, ctx.geometry, ctx.with_bias = plan, geometry, with_bias
-        return _ops.conv2d_weight_grad(x, dy, plan.handle, with_bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, ddvalues: Tensor, ddbias: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, module_of
+from fedpai.federation.layout import Floats, Ints, Layout, MaskSet
 
 POOL_LIMIT = 16
 """Models kept at a time; with more personal masks than this the least recently used one is rebuilt."""
@@ -35,25 +35,18 @@ class BoundModel:
         self.layout = layout
         self.mask = mask
         self.report = report
-        self._floats: list[tuple[slice, Tensor, Tensor | None]] = []
+        self._floats: list[tuple[slice, Tensor]] = []
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         if mask is None:
-            parts = [(slot, slice(slot.offset, slot.stop)) for slot in layout.weights]
+            for slot in layout.weights:
+                self._floats.append((slice(slot.offset, slot.stop), tensors[slot.key]))
         else:
-            parts = mask.parts()
-        for slot, where in parts:
-            module = model.get_submodule(module_of(slot))
-            values = getattr(module, "values", None)
-            if mask is not None and isinstance(values, Tensor):
-                self._floats.append((where, values, None))
-            elif mask is not None:
-                inside = torch.from_numpy(mask.positions[where] - slot.offset)
-                self._floats.append((where, tensors[slot.key], inside))
-            else:
-                self._floats.append((where, tensors[slot.key], None))
+            # Every masked layer, whatever kernel it got, trains the packed values in the mask's order.
+            for slot, where in mask.parts():
+                self._floats.append((where, tensors[slot.key.removesuffix("weight") + "values"]))
         start = layout.weight_count if mask is None else mask.kept
         for slot in layout.others:
-            self._floats.append((slice(start + slot.offset, start + slot.stop), tensors[slot.key], None))
+            self._floats.append((slice(start + slot.offset, start + slot.stop), tensors[slot.key]))
         self._ints = [(slice(slot.offset, slot.stop), tensors[slot.key]) for slot in layout.ints]
 
     @torch.no_grad()
@@ -66,14 +59,8 @@ class BoundModel:
         self.layout.check(floats, ints, self.mask)
         # torch warns about read-only memory, which decoded messages are; it is only read here.
         source = torch.from_numpy(floats if floats.flags.writeable else floats.copy())
-        for where, tensor, inside in self._floats:
-            part = source[where]
-            if inside is None:
-                tensor.copy_(part.view(tensor.shape))
-            else:
-                dense = torch.zeros(tensor.numel(), dtype=tensor.dtype)
-                dense[inside] = part
-                tensor.copy_(dense.view(tensor.shape))
+        for where, tensor in self._floats:
+            tensor.copy_(source[where].view(tensor.shape))
         for where, tensor in self._ints:
             tensor.copy_(torch.from_numpy(ints[where].copy()).view(tensor.shape))
 
@@ -82,9 +69,8 @@ class BoundModel:
         """The model's tensors as packed vectors (fresh memory)."""
         floats = np.empty(self.layout.float_count(self.mask), np.float32)
         target = torch.from_numpy(floats)
-        for where, tensor, inside in self._floats:
-            flat = tensor.detach().reshape(-1)
-            target[where] = flat if inside is None else flat[inside]
+        for where, tensor in self._floats:
+            target[where] = tensor.detach().reshape(-1)
         ints = np.empty(self.layout.int_count, np.int64)
         for where, tensor in self._ints:
             ints[where] = tensor.reshape(-1).numpy()

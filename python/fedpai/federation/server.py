@@ -194,7 +194,8 @@ def mask_from(payload: Payload, layout: Layout) -> MaskSet:
     """The mask that a MASK message carries.
 
     Raises:
-        PayloadError: a bitmap that does not fit the model or does not have the digest it claims.
+        PayloadError: a bitmap that does not fit the model, does not have the digest it claims, or leaves a
+            layer without weights.
     """
     try:
         mask = MaskSet.from_bits(layout, payload.bits)
@@ -205,4 +206,7 @@ def mask_from(payload: Payload, layout: Layout) -> MaskSet:
             f"payload mask has digest {mask.digest.hex()[:16]}, "
             f"its header says {payload.mask_digest.hex()[:16]}"
         )
+    for slot, where in mask.parts():
+        if where.start == where.stop:
+            raise PayloadError(f"payload mask keeps no weight of {slot.key}")
     return mask

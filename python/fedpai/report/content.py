@@ -27,6 +27,7 @@ class Content:
         rows: metrics, one a round and method.
         methods: totals, the method first, then the baseline.
         ratios: the method against the baseline, if there is one.
+        notes: what `sparsify_` said about the modules around the layers.
         layers: one row per conv and linear layer of the sparse network: density, kernel, why, and, where
             they were timed, milliseconds dense and sparse.
     """
@@ -37,6 +38,7 @@ class Content:
     methods: list[MethodSummary]
     ratios: Ratios | None
     layers: list[dict[str, Any]]
+    notes: list[str]
 
 
 def collect(run: Run, layers: list[dict[str, Any]] | None = None) -> Content:
@@ -48,7 +50,9 @@ def collect(run: Run, layers: list[dict[str, Any]] | None = None) -> Content:
     methods = [summarise(arm.name, run.rows) for arm in run.arms]
     ratios = compare(methods[0], methods[1]) if len(methods) == 2 else None
     config = run.config.to_json()
-    return Content(config, identity(), run.rows, methods, ratios, layers or _layer_rows(run))
+    server = _sparse_server(run)
+    notes = [] if server is None else list(run.pool.get(_typical_mask(server)).report.notes)
+    return Content(config, identity(), run.rows, methods, ratios, layers or _layer_rows(run), notes)
 
 
 def layer_profile(run: Run, file: Path) -> list[dict[str, Any]]:

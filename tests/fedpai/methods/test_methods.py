@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fedpai import methods, pruning
 from fedpai.data import Dataset
 from fedpai.federation.config import ConfigError, RunConfig
-from fedpai.federation.payload import HEADER_BYTES, PayloadError
+from fedpai.federation.layout import Layout, MaskSet
+from fedpai.federation.payload import HEADER_BYTES, Kind, PayloadError, encode
 from fedpai.federation.runner import Run, create_model
 from fedpai.federation.seeds import derive, generator
 from fedpai.methods.base import MethodError
@@ -176,7 +177,6 @@ def test_mask_travels_once_and_values_packed(images: Dataset, tiny: Make) -> Non
 def test_uplink_of_resnet18_at_98_percent() -> None:
     """What a client sends, against what it sends under dense FedAvg, from the sizes alone."""
     from fedpai import models
-    from fedpai.federation.layout import Layout, MaskSet
 
     layout = Layout.of(models.create("resnet18", in_channels=1))
     kept = pruning.kept_count(layout.weight_count, 0.98)
@@ -235,3 +235,22 @@ def test_unknown_method_lists_the_known_ones(tiny: Make) -> None:
     with pytest.raises(ConfigError, match="unknown --method 'nope', expected one of: fedavg, fedpai-u"):
         methods.create("nope", tiny())
     assert methods.names() == ["fedavg", "fedpai-u", "magnitude", "random"]
+
+
+def test_a_mask_that_empties_a_layer_is_refused(images: Dataset, tiny: Make) -> None:
+    run = Run(tiny(method="fedpai-u", mask_mode="personal", model="mlp", width=0.05), data=images)
+    server = run.arms[0].federation.server
+    first = server.layout.weights[0]
+    mask = MaskSet.from_positions(server.layout, np.arange(first.stop))
+    message = encode(
+        Kind.MASK,
+        round=0,
+        client=2,
+        examples=5,
+        model_digest=server.layout.digest,
+        mask_digest=mask.digest,
+        bits=mask.bits(),
+        count=server.layout.weight_count,
+    )
+    with pytest.raises(PayloadError, match="keeps no weight of " + server.layout.weights[1].key):
+        server.read_mask(2, message)

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedpai.bench.machine import MachineModel
+    from fedpai.bench.rows import Row
     from fedpai.bench.timing import Effort
 
 _RIVALS = "dense,sparseprop,torch.sparse"
@@ -212,8 +215,8 @@ def _layers(arguments: argparse.Namespace) -> None:
         effort=_effort(arguments),
         mask_data=arguments.mask_data,
     )
-    layers.check_names(settings)
-    rows = _collect(arguments, layers.measure, settings)
+    work = layers.prepare(settings)
+    rows = _collect(arguments, partial(layers.measure, settings, work))
     for table in detail_tables(rows):
         table.show()
         print()
@@ -235,15 +238,15 @@ def _step(arguments: argparse.Namespace) -> None:
         effort=_effort(arguments),
         mask_data=arguments.mask_data,
     )
-    step.check_names(settings)
-    rows = _collect(arguments, step.measure, settings)
+    step.prepare(settings)
+    rows = _collect(arguments, partial(step.measure, settings))
     step_table(rows).show()
     print(*remarks(rows), sep="\n")
 
 
 def _collect(
-    arguments: argparse.Namespace, measure: Callable[..., Any], settings: Any
-) -> list[dict[str, Any]]:
+    arguments: argparse.Namespace, measure: Callable[[MachineModel, Callable[[str], None]], Iterator[Row]]
+) -> list[Row]:
     """Measures; rows are written as they come, so that Ctrl-C loses only what is under way."""
     import torch
 
@@ -253,7 +256,7 @@ def _collect(
     _progress("measuring the machine")
     machine = measure_machine()
     rows = []
-    for row in measure(settings, machine, _progress):
+    for row in measure(machine, _progress):
         rows.append(row)
         if arguments.json is not None:
             append(arguments.json, row)

@@ -67,12 +67,13 @@ class Group:
     masks: Mapping[float, Tensor]
 
 
-def groups(settings: Settings) -> list[Group]:
+def prepare(settings: Settings) -> list[Group]:
     """What there is to measure.
 
     Raises:
-        BenchError: an unknown network or kind of mask, a file that is no layer list, or no layer left.
+        BenchError: an unknown name, a file that is no layer list, or no layer left.
     """
+    _check_names(settings)
     bench_masks.check_kind(settings.mask)
     found = []
     for model in settings.models:
@@ -107,22 +108,25 @@ def _by_criterion(model: str, cases: Sequence[LayerCase], settings: Settings) ->
 
 
 def measure(
-    settings: Settings, machine: MachineModel, progress: Callable[[str], None] = lambda text: None
+    settings: Settings,
+    work: Sequence[Group],
+    machine: MachineModel,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
     """Measures layer after layer; yields one row for each density and direction of a layer.
 
     Args:
-        settings: what.
+        settings: how.
+        work: what, of :func:`prepare`.
         machine: for the bounds.
         progress: told what is being measured.
     """
-    work_to_do = groups(settings)
     start = common("layer", identity(), machine.to_json())
-    for number, group in enumerate(work_to_do, 1):
+    for number, group in enumerate(work, 1):
         label = f"{group.model} {group.case.name} ({group.case.label})"
         bench = _Bench(group, settings)
         for direction in settings.directions:
-            progress(f"[{number}/{len(work_to_do)}] {label}: {direction}")
+            progress(f"[{number}/{len(work)}] {label}: {direction}")
             timings = bench.time(direction)
             for density in group.masks:
                 yield bench.row(start, density, direction, timings, machine)
@@ -263,7 +267,7 @@ def _cache_filler() -> Call:
     return lambda: buffer.add_(1.0)
 
 
-def check_names(settings: Settings) -> None:
+def _check_names(settings: Settings) -> None:
     """Raises a BenchError for a direction, rival or kind that is unknown."""
     for option, names, known in (
         ("--directions", settings.directions, DIRECTIONS),

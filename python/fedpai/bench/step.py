@@ -48,7 +48,7 @@ class Settings:
     mask_data: str = bench_masks.SCORING_DATA
 
 
-def check_names(settings: Settings) -> None:
+def prepare(settings: Settings) -> None:
     """Raises a BenchError for a model, mask or rival that is unknown, or a sparsity that keeps nothing."""
     bench_masks.check_kind(settings.mask)
     for name in settings.rivals:
@@ -71,7 +71,6 @@ def measure(
         machine: recorded in the rows.
         progress: told what is being measured.
     """
-    check_names(settings)
     start = common("step", identity(), machine.to_json())
     for model in settings.models:
         for sparsity in settings.sparsities:

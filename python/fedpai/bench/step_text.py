@@ -49,7 +49,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
         layers = ", ".join(f"{count} {kernel}" for kernel, count in row["layers"].items())
         scored = f", scored on {row['mask_data']}" if row["mask_data"] else ""
         lines.append(
-            f"{row['model']}, {mask_label(row)}{scored}: {row['mac_share']:.1%} of the dense multiply-adds; "
+            f"{row['model']}, {mask_label(row)}{scored}: {100 * row['mac_share']:.1f} % of the dense multiply-adds; "
             f"layers: {layers}"
         )
         for name, result in row["results"].items():

@@ -10,7 +10,7 @@ from fedpai_kernels import to_batch_last
 from fedpai_kernels.ops import sparse_conv2d, sparse_linear
 
 
-def ours(problem: Problem) -> list[Contender]:
+def build(problem: Problem) -> list[Contender]:
     """The sparse kernel, whether or not a conversion would choose it for this density."""
     case, plan = problem.case, problem.plan
 

@@ -22,7 +22,7 @@ def installed() -> bool:
     return importlib.util.find_spec("sparseprop") is not None
 
 
-def sparseprop(problem: Problem) -> list[Contender]:
+def build(problem: Problem) -> list[Contender]:
     """Both variants of a convolution, or its linear layer.
 
     Raises:

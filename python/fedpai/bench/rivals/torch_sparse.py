@@ -18,7 +18,7 @@ from fedpai.bench.rivals.base import Contender, Problem, Unavailable
 from fedpai_kernels import to_batch_last
 
 
-def torch_sparse(problem: Problem) -> list[Contender]:
+def build(problem: Problem) -> list[Contender]:
     """One variant.
 
     Raises:

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Renders the committed result rows into the documents: python benchmarks/tables.py [--check]
+
+Between ``<!-- results:begin -->`` and ``<!-- results:end -->`` of the README go the whole steps and a summary of the
+layers; ``docs/benchmarking.md`` gets every layer besides. Of rows that measure the same thing on the same machine,
+the newest counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedpai.bench import BenchError
+from fedpai.bench.layers_text import kept
+from fedpai.bench.rows import Row, best_of, geometric_mean, median_ms, read
+from fedpai.bench.step_text import mask_label
+from fedpai.bench.table import Table, digits, milliseconds, ratio
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+RIVALS = {"dense": "dense torch", "sparseprop": "SparseProp"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the documents, or with ``--check`` says whether they are up to date (exit code 1 if not)."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; fail if a document is out of date"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="DIR", help="folder of *.jsonl files"
+    )
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, metavar="DIR", help="where README.md and docs/ are"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        rows = newest(list(read(sorted(arguments.results.glob("*.jsonl")))))
+        old = {path: path.read_text(encoding="utf-8") for path in documents(arguments.root)}
+        new = {
+            path: replaced(path, text, section(rows, path.name == "README.md")) for path, text in old.items()
+        }
+    except (BenchError, OSError) as error:
+        print(f"tables: {error}", file=sys.stderr)
+        return 2
+    stale = [path for path in new if new[path] != old[path]]
+    for path in stale:
+        if arguments.check:
+            print(f"{path} is out of date: run python benchmarks/tables.py", file=sys.stderr)
+        else:
+            path.write_text(new[path], encoding="utf-8")
+            print(f"wrote {path}")
+    return 1 if arguments.check and stale else 0
+
+
+def documents(root: Path) -> tuple[Path, Path]:
+    """Those that hold tables."""
+    return root / "README.md", root / "docs" / "benchmarking.md"
+
+
+def replaced(path: Path, text: str, content: str) -> str:
+    """A document with other content between its markers.
+
+    Raises:
+        BenchError: the markers are not there, once each and in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise BenchError(f"{path}: expected {BEGIN} and after it {END}, once each")
+    return f"{before}{BEGIN}\n{content}{END}{after}"
+
+
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """The last of the rows that measure the same thing on the same machine with as many threads."""
+    found: dict[tuple[object, ...], Row] = {}
+    for row in sorted(rows, key=lambda row: str(row["time"])):
+        what = (
+            "row",
+            "model",
+            "mask",
+            "target_density",
+            "sparsity",
+            "batch",
+            "layer",
+            "direction",
+            "threads",
+            "isa",
+        )
+        key = (row["machine"]["cpu"], row.get("caches"), *(row.get(name) for name in what))
+        found.pop(key, None)
+        found[key] = row
+    return list(found.values())
+
+
+def section(rows: Sequence[Row], short: bool) -> str:
+    """Markdown for all machines; empty without rows."""
+    parts: list[str] = []
+    for setting in dict.fromkeys(_setting(row) for row in rows):
+        mine = [row for row in rows if _setting(row) == setting]
+        steps = [row for row in mine if row["row"] == "step"]
+        layers = [row for row in mine if row["row"] == "layer" and row["direction"] == "train"]
+        parts.append(
+            f"Measured on {setting}, {_when(mine)}; times are medians, best variant of each contender."
+        )
+        if steps:
+            parts += ["Whole training steps:", step_table(steps).to_markdown()]
+        if layers:
+            title = "Convolution layers, forward and both gradients, speed-up over the layers of a network:"
+            parts += [title, layer_summary(layers).to_markdown()]
+            if not short:
+                parts += ["The same, layer by layer:", layer_table(layers).to_markdown()]
+    return "".join(f"\n{part}\n" for part in parts) + ("\n" if parts else "")
+
+
+def _setting(row: Row) -> str:
+    machine, software = row["machine"], row["software"]
+    return (
+        f"{machine['cpu']}, {row['threads']} threads, {row['isa']}, torch {software['torch']}, "
+        f"SparseProp {software['sparseprop'] or 'absent'}, batch {row['batch']}"
+    )
+
+
+def _when(rows: Sequence[Row]) -> str:
+    days = sorted({str(row["time"])[:10] for row in rows})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+
+def step_table(rows: Sequence[Row]) -> Table:
+    """One line per network and mask."""
+    head = ["network", "mask", "multiply-adds kept"]
+    head += [f"{name}, ms/image" for name in (*RIVALS.values(), "ours")] + [
+        f"over {name}" for name in RIVALS.values()
+    ]
+    table = Table(head, left=2)
+    for row in sorted(rows, key=lambda row: (row["model"], row["sparsity"], row["mac_share"])):
+        times = [median_ms(row, name) for name in (*RIVALS, "ours")]
+        per_image = [milliseconds(None if t is None else t / row["batch"]) for t in times]
+        speedups = [ratio(row["speedup"].get(name)) for name in RIVALS]
+        table.rows.append(
+            [row["model"], mask_label(row), f"{100 * row['mac_share']:.1f} %", *per_image, *speedups]
+        )
+    return table
+
+
+def layer_summary(rows: Sequence[Row]) -> Table:
+    """One line per network and density: geometric mean and least speed-up."""
+    head = ["network", "mask", "kept", "layers"]
+    for name in RIVALS.values():
+        head += [f"over {name}: mean", "least"]
+    table = Table(head, left=2)
+    keys = dict.fromkeys((row["model"], row["mask"], row["target_density"]) for row in rows)
+    for model, mask, density in sorted(keys, key=lambda key: (key[0], key[1], -key[2])):
+        mine = [r for r in rows if (r["model"], r["mask"], r["target_density"]) == (model, mask, density)]
+        cells = [model, mask, f"{100 * density:g} %", str(len(mine))]
+        for name in RIVALS:
+            ratios = [row["speedup"][name] for row in mine if name in row["speedup"]]
+            cells += [ratio(geometric_mean(ratios)), ratio(min(ratios))] if ratios else ["-", "-"]
+        table.rows.append(cells)
+    return table
+
+
+def layer_table(rows: Sequence[Row]) -> Table:
+    """One line per layer and density."""
+    head = ["network", "layer", "sizes", "density", "ours, ms", *(f"{name}, ms" for name in RIVALS.values())]
+    head += [f"over {name}" for name in RIVALS.values()] + ["bound, ms", "useful GFLOP/s", "as if dense"]
+    table = Table(head, left=3)
+    order = {name: number for number, name in enumerate(dict.fromkeys(row["layer"] for row in rows))}
+    for row in sorted(rows, key=lambda r: (r["model"], r["mask"], order[r["layer"]], -r["target_density"])):
+        best = best_of(row, "ours")
+        rates = ["-", "-"]
+        if best is not None:
+            rates = [digits(row[key] / best["median_ms"] / 1e6) for key in ("useful_flop", "dense_flop")]
+        times = [milliseconds(median_ms(row, name)) for name in ("ours", *RIVALS)]
+        speedups = [ratio(row["speedup"].get(name)) for name in RIVALS]
+        table.rows.append(
+            [
+                row["model"],
+                row["layer"],
+                row["label"],
+                kept(row),
+                *times,
+                *speedups,
+                milliseconds(row["bound_ms"]),
+                *rates,
+            ]
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,12 +14,17 @@ NETWORKS = (
 )
 
 
-def rendered() -> dict[Path, str]:
-    """What the files hold."""
-    return {FOLDER / f"{name}.csv": to_csv(merged(layers_of_network(name))) for name in NETWORKS}
+def path_of(name: str) -> Path:
+    """Where a network's list is."""
+    return FOLDER / f"{name}.csv"
+
+
+def rendered(name: str) -> str:
+    """What the file of a network holds."""
+    return to_csv(merged(layers_of_network(name)))
 
 
 if __name__ == "__main__":
-    for path, text in rendered().items():
-        path.write_text(text, encoding="utf-8")
-        print(path)
+    for network in NETWORKS:
+        path_of(network).write_text(rendered(network), encoding="utf-8")
+        print(path_of(network))

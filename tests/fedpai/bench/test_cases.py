@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer lists, the work in a layer, and bounds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from benchmarks import write_layers
+from fedpai.bench import BenchError
+from fedpai.bench.cases import LayerCase, layers_of_network, merged, read_csv, select, to_csv
+from fedpai.bench.machine import MachineModel
+from fedpai.bench.masks import uniform_mask
+from fedpai.bench.work import DIRECTIONS, Work, work_of
+
+CASES = [
+    LayerCase("same", "conv2d", 4, 6, (3, 3), (1, 1), (1, 1), image=(5, 7)),
+    LayerCase("strided", "conv2d", 4, 6, (3, 3), (2, 2), (1, 1), image=(6, 6)),
+    LayerCase("point", "conv2d", 4, 6, (1, 1), (2, 2), image=(5, 5)),
+    LayerCase("dilated", "conv2d", 4, 4, (3, 2), (1, 2), (2, 0), (2, 1), image=(6, 5)),
+    LayerCase("grouped", "conv2d", 4, 6, (3, 3), (1, 1), (1, 1), groups=2, image=(2, 2)),
+    LayerCase("linear", "linear", 7, 5),
+]
+
+
+@pytest.mark.parametrize("name", write_layers.NETWORKS)
+def test_committed_lists_are_those_of_the_networks(name: str) -> None:
+    committed = write_layers.path_of(name).read_text()
+    assert committed == write_layers.rendered(name), "run python benchmarks/write_layers.py"
+
+
+def test_layers_of_a_network() -> None:
+    cases = layers_of_network("resnet18")
+    assert len(cases) == 21
+    assert [case.kind for case in cases].count("linear") == 1
+    sizes = {case.label: case.count for case in merged(cases)}
+    assert sizes["64-64 3x3 @32"] == 4
+    assert sizes["256-512 1x1/2 @8"] == 1
+    assert sum(sizes.values()) == 21
+
+
+def test_csv_and_back(tmp_path: Path) -> None:
+    path = tmp_path / "list.csv"
+    cases = [replace(case, count=number) for number, case in enumerate(CASES, 1)]
+    path.write_text(to_csv(cases))
+    assert read_csv(path) == cases
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("3x3", "3"), "line 2"),
+        (("conv2d", "conv3d"), "kind: got 'conv3d'"),
+        ((",4,6,", ",0,6,"), "sizes must be positive"),
+        (("5x7", "0x7"), "sizes must be positive"),
+        (("name,", "title,"), "expected the columns"),
+    ],
+)
+def test_bad_csv_names_its_line(tmp_path: Path, change: tuple[str, str], words: str) -> None:
+    path = tmp_path / "list.csv"
+    path.write_text(to_csv(CASES[:1]).replace(*change, 1))
+    with pytest.raises(BenchError, match=words):
+        read_csv(path)
+
+
+def test_selection() -> None:
+    assert [c.name for c in select(CASES, ["3x3"], ["conv2d"])] == ["same", "strided", "grouped"]
+    assert [c.name for c in select(CASES, ["s*", "1x1"], ["conv2d"])] == ["same", "strided", "point"]
+    assert [c.name for c in select(CASES, [], ["linear"])] == ["linear"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_work_counts_products_inside_the_image(case: LayerCase) -> None:
+    """A convolution of ones with a mask counts them."""
+    mask, batch = uniform_mask(case.weight_shape, 0.3), 2
+
+    def products(weight: torch.Tensor) -> int:
+        if case.kind == "linear":
+            return batch * int(weight.sum())
+        x = torch.ones(case.input_shape(batch))
+        return int(
+            functional.conv2d(x, weight, None, case.stride, case.padding, case.dilation, case.groups).sum()
+        )
+
+    for direction, passes in zip(DIRECTIONS, (1, 1, 1, 2, 3), strict=True):
+        work = work_of(case, mask, batch, direction)
+        assert work.useful_flop == 2 * passes * products(mask.float())
+        assert work.dense_flop == 2 * passes * products(torch.ones(case.weight_shape))
+
+
+def test_bytes_leave_out_what_no_weight_touches() -> None:
+    case = LayerCase("point", "conv2d", 4, 6, (1, 1), (2, 2), image=(5, 5))
+    mask = torch.zeros(case.weight_shape, dtype=torch.bool)
+    mask[1, 2] = mask[3, 2] = True
+    batch, in_pixels, out_pixels, kept = 2, 25, 9, 2
+    x, y, dy, dx = batch * out_pixels, batch * 6 * out_pixels, batch * 2 * out_pixels, batch * 4 * in_pixels
+    assert work_of(case, mask, batch, "forward").bytes == 4 * (x + kept + y)
+    assert work_of(case, mask, batch, "input-grad").bytes == 4 * (dy + kept + dx)
+    assert work_of(case, mask, batch, "weight-grad").bytes == 4 * (x + dy + kept)
+
+
+def test_bound_is_the_slower_of_arithmetic_and_memory() -> None:
+    machine = MachineModel(100.0, 0.5, ((1 << 20, 40.0), (1 << 24, 10.0)))
+    assert machine.bound(Work(50_000_000_000, 0, 4)) == pytest.approx(1.0)
+    assert machine.bound(Work(0, 0, 1 << 20)) == pytest.approx((1 << 20) / 40e9)
+    assert machine.bound(Work(0, 0, 1 << 23)) == pytest.approx((1 << 23) / 40e9)
+    assert machine.bound(Work(0, 0, 1 << 25)) == pytest.approx((1 << 25) / 10e9)
+
+
+def test_uniform_masks_are_exact_and_repeatable() -> None:
+    mask = uniform_mask((8, 4, 3, 3), 0.1)
+    assert int(mask.sum()) == 29
+    assert torch.equal(mask, uniform_mask((8, 4, 3, 3), 0.1))
+    assert not torch.equal(mask, uniform_mask((8, 4, 3, 3), 0.1, seed=1))
+    assert int(uniform_mask((2, 2), 0.001).sum()) == 1

@@ -202,7 +202,10 @@ def configure(asked: dict[str, Any], explicit: dict[str, Any]) -> RunConfig:
 def _results(run_: Run, folder: Path, json_file: Path | None, profile: bool) -> int:
     from fedpai import report
 
-    layers = report.layer_profile(run_, folder / "profile.json") if profile else None
+    layers = None
+    if profile:
+        print("timing every layer alone, dense and sparse", file=sys.stderr)
+        layers = report.layer_profile(run_, folder / "profile.json")
     content = report.collect(run_, layers)
     page = report.write(content, folder / "report.html")
     if json_file is not None:

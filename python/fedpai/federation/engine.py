@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ from fedpai.federation.server import Server, Update
 from fedpai.methods.base import Method
 
 Row = dict[str, Any]
+Accept = Callable[[Server, int, list[bytes]], Update]
 
 
 @dataclass
@@ -172,7 +173,7 @@ class Federation:
         draw = generator(self.config.seed, "clients of a round", server.round)
         return sorted(int(client) for client in draw.choice(able, count, replace=False))
 
-    def _turns(self, clients: list[int], turns: _Turns, accept: Any) -> None:
+    def _turns(self, clients: list[int], turns: _Turns, accept: Accept) -> None:
         for number, client in enumerate(clients):
             self._progress.client(number, len(clients), client)
             down = self.method.send(self.server, client)

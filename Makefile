@@ -88,7 +88,7 @@ lint: $(STAMPS)/package ## ruff and mypy
 .PHONY: ctest
 ctest: build ## the C++ kernel tests, as optimised for use
 	@$(TOOLS) cmake --build $(BUILD)
-	@$(TOOLS) ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
+	@$(TOOLS) ctest --test-dir $(BUILD) --parallel 2 --output-on-failure --no-tests=error
 
 .PHONY: sanitize
 sanitize: $(STAMPS)/tools ## the C++ kernel tests under the address and undefined-behaviour sanitizers

@@ -11,7 +11,7 @@ else()
 endif()
 
 # -O2: unrolling loops over arrays makes the build three times slower and the code no faster.
-set(FEDPAI_FLAGS_scalar -O2)
+set(FEDPAI_FLAGS_scalar "$<$<CONFIG:Release>:-O2>")
 set(FEDPAI_FLAGS_neon) # part of the aarch64 baseline
 set(FEDPAI_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
 set(FEDPAI_FLAGS_avx512

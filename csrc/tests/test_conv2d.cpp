@@ -207,13 +207,15 @@ FEDPAI_SUITE(conv2d) {
     const ConvData data = make_data(c, seed++);
     const ConvResult expected = reference(c, data);
     const CompiledPlan plan(data.mask.data(), shape_of(c));
-    check_exact<float>(c, data, expected, plan, Layout::kBatchLast, 2);
     check_exact<float>(c, data, expected, plan, Layout::kBatchLast, 1);
     check_exact<float>(c, data, expected, plan, Layout::kBatchFirst, 1);
-    check_exact<float>(c, data, expected, plan, Layout::kGaps, 3);
-    check_exact<double>(c, data, expected, plan, Layout::kBatchLast, 2);
     check_exact<double>(c, data, expected, plan, Layout::kGaps, 1);
-    if (c.batch % 16 != 1) check_repeatable(c, data, plan, 2);
+    check_exact<double>(c, data, expected, plan, Layout::kBatchLast, 2);
+    // Threads take units of several images, so few batch sizes show all there is to see with more of them.
+    if (c.batch != 5 && c.batch != 33) continue;
+    check_exact<float>(c, data, expected, plan, Layout::kBatchLast, 2);
+    check_exact<float>(c, data, expected, plan, Layout::kGaps, 3);
+    if (c.batch == 33) check_repeatable(c, data, plan, 2);
   }
 }
 

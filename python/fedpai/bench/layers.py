@@ -16,7 +16,7 @@ from fedpai.bench import masks as bench_masks
 from fedpai.bench.cases import LayerCase, layers_of_network, merged, read_csv, select
 from fedpai.bench.errors import BenchError
 from fedpai.bench.machine import MachineModel, identity, last_cache_bytes
-from fedpai.bench.rivals import CONTENDERS, RIVALS, Contender, Problem, Unavailable
+from fedpai.bench.rivals import CONTENDERS, DEFAULT_RIVALS, RIVALS, Contender, Problem, Unavailable
 from fedpai.bench.rivals.base import TOLERANCE
 from fedpai.bench.rows import Result, Row, common, results_of
 from fedpai.bench.timing import Call, Effort, Timing, interleave
@@ -49,7 +49,7 @@ class Settings:
     mask: str = "uniform"
     batch: int = 64
     directions: Sequence[str] = ("forward", "input-grad", "weight-grad", "train")
-    rivals: Sequence[str] = RIVALS
+    rivals: Sequence[str] = DEFAULT_RIVALS
     patterns: Sequence[str] = ()
     kinds: Sequence[str] = ("conv2d",)
     compiled: bool = False

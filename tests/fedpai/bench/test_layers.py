@@ -176,7 +176,7 @@ def test_contenders_agree_with_the_reference(name: str, case: LayerCase) -> None
         (["--mask", "erkk"], "--mask: unknown kind 'erkk', expected one of erk,"),
         (
             ["--rivals", "dense,mkl"],
-            "--rivals: unknown name 'mkl', expected one of dense, sparseprop, torch.sparse",
+            "--rivals: unknown name 'mkl', expected one of dense, sparseprop, torch.sparse,",
         ),
         (["--directions", "sideways"], "--directions: unknown name 'sideways'"),
         (["--kinds", "conv3d"], "--kinds: unknown name 'conv3d'"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from fedpai.bench.rivals import dense, ours, sparseprop, torch_sparse
 from fedpai.bench.rivals.base import Contender, Problem, Unavailable
@@ -14,7 +15,9 @@ CONTENDERS: dict[str, Callable[[Problem], list[Contender]]] = {
     "dense": dense.build,
     "sparseprop": sparseprop.build,
     "torch.sparse": torch_sparse.build,
+    "sparseprop-contiguous": partial(sparseprop.build, contiguous=True),
 }
 RIVALS = tuple(name for name in CONTENDERS if name != "ours")
+DEFAULT_RIVALS = ("dense", "sparseprop", "torch.sparse")
 
-__all__ = ["CONTENDERS", "RIVALS", "Contender", "Problem", "Unavailable"]
+__all__ = ["CONTENDERS", "DEFAULT_RIVALS", "RIVALS", "Contender", "Problem", "Unavailable"]

@@ -2,7 +2,8 @@
 """SparseProp (Nikdan et al., arXiv 2302.04852; package ``sparseprop``): unstructured sparse training on CPUs.
 
 Its two convolutions are both measured, each on tensors in the layout it works in, so that it never permutes:
-over the batch on batch-last tensors, over the output width on contiguous ones (it reads others wrongly). Both
+over the batch on batch-last tensors, over the output width on contiguous ones (it reads others wrongly). Inside a
+network torch's batch norm hands it contiguous tensors; the rival "sparseprop-contiguous" is measured so. Both
 gradients come from one sweep and cannot be had one without the other. Threads are those of torch, whose OpenMP
 runtime it shares when torch is imported first.
 """
@@ -22,8 +23,12 @@ def installed() -> bool:
     return importlib.util.find_spec("sparseprop") is not None
 
 
-def build(problem: Problem) -> list[Contender]:
+def build(problem: Problem, contiguous: bool = False) -> list[Contender]:
     """Both variants of a convolution, or its linear layer.
+
+    Args:
+        problem: the layer.
+        contiguous: give both variants contiguous tensors.
 
     Raises:
         Unavailable: not installed, or a layer that it would convert without complaint and compute wrongly.
@@ -39,10 +44,10 @@ def build(problem: Problem) -> list[Contender]:
         raise Unavailable("has square kernels, one padding and no dilation only")
     if case.stride not in ((1, 1), (2, 2)):
         raise Unavailable("has strides 1 and 2 only")
-    return [_conv2d(problem, over_width) for over_width in (False, True)]
+    return [_conv2d(problem, over_width, contiguous) for over_width in (False, True)]
 
 
-def _conv2d(problem: Problem, over_width: bool) -> Contender:
+def _conv2d(problem: Problem, over_width: bool, contiguous: bool) -> Contender:
     from sparseprop.modules.conv2d import SparseConv2d
     from sparseprop.modules.functions import SparseConvFunction
 
@@ -60,7 +65,7 @@ def _conv2d(problem: Problem, over_width: bool) -> Contender:
         return y
 
     x, dy = problem.x, problem.dy
-    if not over_width:
+    if not over_width and not contiguous:
         x, dy = to_batch_last(x), to_batch_last(dy)
     name = "over width" if over_width else "over batch"
     return Contender(name, apply, x, module.W_val, dy, separable=False)

@@ -5,7 +5,6 @@
 
 #include "cpu/conv2d/run.h"
 #include "cpu/dispatch.h"
-#include "cpu/memory.h"
 
 namespace fedpai {
 
@@ -16,13 +15,6 @@ VectorShape vector_shape(const Conv2dKernels<T>& kernels) {
   return {kernels.lanes, kernels.accumulators, static_cast<std::int64_t>(sizeof(T))};
 }
 
-template <class T>
-void advise_output(const Images<T>& images, std::int64_t batch, std::int64_t channels, std::int64_t h, std::int64_t w) {
-  const std::int64_t last = (batch - 1) * images.batch + (channels - 1) * images.channel + (h - 1) * images.row +
-                            (w - 1) * images.column;
-  advise_huge_pages(images.data, static_cast<std::size_t>(last + 1) * sizeof(T));
-}
-
 }  // namespace
 
 template <class T>
@@ -31,7 +23,6 @@ void conv2d_forward(const CompiledPlan& plan, const Conv2dGeometry& geometry, Im
   if (geometry.batch == 0) return;
   const Conv2dKernels<T>& kernels = conv2d_kernels<T>();
   const auto passes = plan.schedules.get(plan.plan, Direction::kForward, geometry, vector_shape(kernels));
-  advise_output(y, geometry.batch, plan.plan.shape().out_channels, geometry.out_h, geometry.out_w);
   run_pass(passes->front(), kernels, geometry.batch, x, values, bias, y, threads);
 }
 
@@ -41,7 +32,6 @@ void conv2d_input_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry,
   if (geometry.batch == 0) return;
   const Conv2dKernels<T>& kernels = conv2d_kernels<T>();
   const auto passes = plan.schedules.get(plan.plan, Direction::kInputGrad, geometry, vector_shape(kernels));
-  advise_output(dx, geometry.batch, plan.plan.shape().in_channels(), geometry.in_h, geometry.in_w);
   for (const Pass& pass : *passes) {
     run_pass<T>(pass, kernels, geometry.batch, dy, values, nullptr, dx, threads);
   }

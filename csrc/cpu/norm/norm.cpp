@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
-#include "cpu/memory.h"
 
 namespace fedpai {
 namespace {
@@ -91,11 +90,6 @@ NormAffine<T> affine(const T* weight, const T* bias, T mean, T invstd, std::int6
   return {mean, weight != nullptr ? weight[channel] * invstd : invstd, bias != nullptr ? bias[channel] : T(0)};
 }
 
-template <class T>
-void advise_output(NormShape shape, const T* data) {
-  advise_huge_pages(data, static_cast<std::size_t>(shape.channels * shape.row) * sizeof(T));
-}
-
 }  // namespace
 
 template <class T>
@@ -103,7 +97,6 @@ void batch_norm_train(NormShape shape, const T* x, const T* weight, const T* bia
                       T* mean, T* invstd, T* var, int threads) {
   const NormKernels<T>& k = norm_kernels<T>();
   const auto apply = relu ? k.apply_relu : k.apply;
-  advise_output(shape, y);
   const Cut c = cut(shape, threads);
   const auto block = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
     return k.moments(x + channel * shape.row + begin, n);
@@ -147,7 +140,6 @@ void batch_norm_eval(NormShape shape, const T* x, const T* weight, const T* bias
                      double eps, bool relu, T* y, T* invstd, int threads) {
   const NormKernels<T>& k = norm_kernels<T>();
   const auto apply = relu ? k.apply_relu : k.apply;
-  advise_output(shape, y);
   for (std::int64_t channel = 0; channel < shape.channels; ++channel) {
     invstd[channel] = static_cast<T>(1.0 / std::sqrt(static_cast<double>(var[channel]) + eps));
   }
@@ -165,7 +157,6 @@ void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* weig
   const auto sums = relu ? k.sums_relu : k.sums;
   const auto pull_dx = relu ? k.dx_relu : k.dx;
   const auto fixed_dx = relu ? k.dx_fixed_relu : k.dx_fixed;
-  if (dx != nullptr) advise_output(shape, dx);
   const Cut c = cut(shape, threads);
   const bool want_sums = dweight != nullptr || (dx != nullptr && through_statistics);
   std::vector<NormPull<T>> pulls(static_cast<std::size_t>(shape.channels));

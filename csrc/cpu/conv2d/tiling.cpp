@@ -14,7 +14,7 @@ namespace {
 constexpr double kFma = 0.62;         // per vector, operand in L1
 constexpr double kFetchL2 = 0.35;     // more, when a packed vector has to come from L2 again
 constexpr double kFetchL3 = 0.8;      // the same from further away
-constexpr double kEntry = 0.6;        // index load, broadcast, loop
+constexpr double kEntry = 1.4;        // index load, broadcast, loop
 constexpr double kTask = 8.0;         // the loop exit is mispredicted once per row
 constexpr double kStore = 1.5;        // per dest vector and task
 constexpr double kReload = 1.0;       // per dest vector and task after the first channel block
@@ -96,6 +96,10 @@ double estimate(const TilingProblem& p, const Tiling& t) {
                   packed_vectors * kPack + static_cast<double>(patches * channel_blocks) * kPatch +
                   static_cast<double>(tiles * channel_blocks) * kTile + tasks * static_cast<double>(tiles) * kTask;
   const double tile_vectors = dest_vectors / static_cast<double>(tiles);
+  if (p.batch % (static_cast<std::int64_t>(t.blocks) * p.lanes) != 0) {
+    // The last lane group goes through a staging patch: packed or unpacked, like the source.
+    cycles += static_cast<double>(p.grid_h * p.grid_w * p.dest_channels * t.blocks) * dest_rounds * kPack;
+  }
   if (p.weight_grad) {
     const double sum_bytes = entries / static_cast<double>(channel_blocks) * vector_bytes;
     cycles += entries * static_cast<double>(tiles) * (sum_bytes + tile_bytes <= kL1Bytes ? kSum : kSumFromL2);
@@ -108,12 +112,20 @@ double estimate(const TilingProblem& p, const Tiling& t) {
   return cycles;
 }
 
-// Powers of two below `most`, then `most` itself.
+// 1, 2, 3, 4, 6, 8, 12, ... below `most`, then `most` itself.
 std::vector<std::int64_t> sizes_up_to(std::int64_t most) {
   std::vector<std::int64_t> sizes;
-  for (std::int64_t size = 1; size < most; size *= 2) sizes.push_back(size);
+  for (std::int64_t size = 1; size < most; size *= 2) {
+    sizes.push_back(size);
+    if (size >= 2 && size / 2 * 3 < most) sizes.push_back(size / 2 * 3);
+  }
   sizes.push_back(most);
   return sizes;
+}
+
+// The largest tile after a cut into equal parts no larger than `size`.
+std::int64_t balanced_size(std::int64_t extent, std::int64_t size) {
+  return ceil_div(extent, ceil_div(extent, size));
 }
 
 }  // namespace
@@ -132,7 +144,9 @@ Tiling choose_tiling(const TilingProblem& problem) {
   best.cycles = std::numeric_limits<double>::infinity();
   const std::vector<std::int64_t> channel_blocks = sizes_up_to(std::max<std::int64_t>(1, problem.source_channels));
 
-  const auto consider = [&](std::int64_t blocks, std::int64_t rows, std::int64_t columns) {
+  const auto consider = [&](std::int64_t blocks, std::int64_t most_rows, std::int64_t most_columns) {
+    const std::int64_t rows = balanced_size(problem.grid_h, most_rows);
+    const std::int64_t columns = balanced_size(problem.grid_w, most_columns);
     const std::int64_t down = ceil_div(problem.grid_h, rows);
     const std::int64_t across = ceil_div(problem.grid_w, columns);
     for (const std::int64_t patch_rows : sizes_up_to(std::min<std::int64_t>(down, 8))) {

@@ -123,7 +123,7 @@ def _add_common(parser: argparse.ArgumentParser, rivals: str) -> None:
         type=_words,
         default=rivals.split(","),
         metavar="NAME,..",
-        help=f"({rivals}); none for ours alone",
+        help=f"whom to compare with ({rivals}); none for ours alone",
     )
     add("--json", type=Path, metavar="FILE", help="append result rows to FILE, one JSON object a line")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,13 +184,13 @@ class _Bench:
         """One direction of all contenders, interleaved."""
         effort = self.settings.effort
         if self.settings.cold:
-            effort = Effort(effort.samples, effort.min_time, effort.budget, effort.least, _cache_filler())
+            effort = replace(effort, before_each=_cache_filler())
         calls: dict[tuple[float, str, str], Call] = {
             key: contender.calls[direction]
             for key, contender in self.contenders.items()
             if direction in contender.calls
         }
-        return interleave(calls, effort)
+        return interleave(calls, effort, lambda key: key[:2])
 
     def row(
         self,

@@ -135,7 +135,8 @@ def _measure(settings: Settings, model: str, sparsity: float, progress: Callable
             trainers[name, variant] = trainer
             layers = trainer.layers or layers
     progress(f"{label}: measuring")
-    timings = interleave({key: trainer.step for key, trainer in trainers.items()}, settings.effort)
+    calls = {key: trainer.step for key, trainer in trainers.items()}
+    timings = interleave(calls, settings.effort, lambda key: key[0])
     results = {
         name: _result(name, {v: t for (n, v), t in timings.items() if n == name}, reasons.get(name, []))
         for name in ("ours", *settings.rivals)

@@ -26,6 +26,8 @@ class Effort:
         min_time: seconds a sample lasts at least; a short call is repeated within it.
         budget: seconds after which a contender gets no more samples, once it has `least`.
         least: samples that even the slowest contender gets.
+        hopeless: a variant whose fastest sample is so many times slower than that of the best variant of its
+            contender gets no more than `least`: it cannot count.
         before_each: called before every sample, outside of its time (to empty caches); then a sample is one
             call.
     """
@@ -34,6 +36,7 @@ class Effort:
     min_time: float = 0.002
     budget: float = 10.0
     least: int = 3
+    hopeless: float = 2.5
     before_each: Call | None = None
 
 
@@ -67,35 +70,58 @@ class Timing:
         }
 
 
-def interleave(calls: Mapping[Key, Call], effort: Effort) -> dict[Key, Timing]:
+def interleave(
+    calls: Mapping[Key, Call], effort: Effort, contender_of: Callable[[Key], object] = lambda key: key
+) -> dict[Key, Timing]:
     """Times each call; one sample of each per round, in a new order each round.
 
     The order is random (from a fixed seed): no contender always follows the same one and finds the caches as
     that one leaves them. Garbage collection rests meanwhile. Two calls come before, unmeasured: the first
     builds what is built on first use, the second tells how often to repeat within a sample.
+
+    Args:
+        calls: what to time, by name.
+        effort: how long.
+        contender_of: from a name to the contender it is a variant of; by default all are different.
     """
     inner = {name: _inner(call, effort) for name, call in calls.items()}
     samples: dict[Key, list[float]] = {name: [] for name in calls}
-    spent = dict.fromkeys(calls, 0.0)
     order, shuffle = list(calls), random.Random(0).shuffle
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(effort.samples):
+        for done in range(effort.samples):
+            if done >= effort.least:
+                order = _worth_it(order, samples, inner, effort, contender_of)
             shuffle(order)
             for name in order:
-                if spent[name] > effort.budget and len(samples[name]) >= effort.least:
-                    continue
                 if effort.before_each is not None:
                     effort.before_each()
-                seconds = _seconds(calls[name], inner[name])
-                spent[name] += seconds
-                samples[name].append(seconds / inner[name])
+                samples[name].append(_seconds(calls[name], inner[name]) / inner[name])
             gc.collect(0)
     finally:
         if collecting:
             gc.enable()
     return {name: summarise(found, inner[name]) for name, found in samples.items()}
+
+
+def _worth_it(
+    names: list[Key],
+    samples: Mapping[Key, list[float]],
+    inner: Mapping[Key, int],
+    effort: Effort,
+    contender_of: Callable[[Key], object],
+) -> list[Key]:
+    """Those that are within their budget and not hopeless."""
+    best: dict[object, float] = {}
+    for name, found in samples.items():
+        best[contender_of(name)] = min(min(found), best.get(contender_of(name), math.inf))
+    return [
+        name
+        for name in names
+        if inner[name] * sum(samples[name]) <= effort.budget
+        and min(samples[name]) <= effort.hopeless * best[contender_of(name)]
+    ]
 
 
 def _inner(call: Call, effort: Effort) -> int:

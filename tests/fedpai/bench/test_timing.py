@@ -37,6 +37,18 @@ def test_slow_calls_stop_at_their_budget() -> None:
     assert timings["fast"].samples == 10
 
 
+def test_hopeless_variants_stop_and_slow_contenders_do_not() -> None:
+    calls = {("a", "good"): 0.001, ("a", "bad"): 0.01, ("b", "only"): 0.01}
+    timings = interleave(
+        {name: lambda pause=pause: time.sleep(pause) for name, pause in calls.items()},
+        Effort(5, min_time=0.0, least=2),
+        lambda name: name[0],
+    )
+    assert {name: timing.samples for name, timing in timings.items()} == {
+        ("a", "good"): 5, ("a", "bad"): 2, ("b", "only"): 5
+    }  # fmt: skip
+
+
 def test_before_each_sample() -> None:
     calls: list[str] = []
     effort = Effort(4, before_each=lambda: calls.append("before"))

@@ -50,6 +50,11 @@ $(STAMPS)/package: pyproject.toml setup.py $(STAMPS)/tools
 	  $(PY) -m pip install --quiet --no-build-isolation --editable ".[fed,bench,dev]"
 	@touch $@
 
+# Other libraries' kernels, to measure against. Where one cannot be built, the benchmarks say that it is absent.
+$(STAMPS)/rivals: $(STAMPS)/package
+	@$(PY) -m pip install --quiet "sparseprop==0.1.14" scipy || echo "SparseProp could not be installed; going on without it"
+	@touch $@
+
 .PHONY: develop
 develop: $(STAMPS)/package build ## create .venv with the package in it (editable), and build
 
@@ -112,7 +117,7 @@ pytest: develop data
 test: develop lint ctest sanitize pytest ## everything that CI checks
 
 .PHONY: bench
-bench: develop ## kernel and training-step benchmarks
+bench: develop $(STAMPS)/rivals ## kernel and training-step benchmarks
 	$(PY) -m pytest -m bench benchmarks
 
 # ---- clean ----------------------------------------------------------------------------------------------------------

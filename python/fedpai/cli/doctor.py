@@ -80,19 +80,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> list[Finding]:
-    """All findings, in the order in which one thing rests on the other."""
-    examinations: tuple[tuple[str, Callable[[], Finding]], ...] = (
-        ("system", _system),
-        ("torch", _torch),
-        ("kernels", _kernels),
-        ("arithmetic", _arithmetic),
-        ("threads", _threads),
-        ("openmp", _openmp),
-        ("data", _data),
-        ("compiler", _compiler),
+    """All findings. What rests on something broken is not examined: the first cause is what must be repaired."""
+    examinations: tuple[tuple[str, Callable[[], Finding], tuple[str, ...]], ...] = (
+        ("system", _system, ()),
+        ("torch", _torch, ()),
+        ("kernels", _kernels, ("torch",)),
+        ("arithmetic", _arithmetic, ("torch", "kernels")),
+        ("threads", _threads, ("torch",)),
+        ("openmp", _openmp, ("torch",)),
+        ("data", _data, ("torch",)),
+        ("compiler", _compiler, ()),
     )
-    findings = []
-    for topic, examination in examinations:
+    findings: list[Finding] = []
+    for topic, examination, needs in examinations:
+        if any(finding.state == "broken" and finding.topic in needs for finding in findings):
+            continue
         try:
             findings.append(examination())
         except Exception as error:  # a doctor reports what it meets instead of dying of it

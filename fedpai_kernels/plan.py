@@ -47,8 +47,7 @@ class Plan:
     """
 
     __slots__ = (
-        "__weakref__", "_compiled", "_digest", "_indices", "_packed_mask", "groups", "handle", "kind", "mask_shape",
-        "nnz",
+        "__weakref__", "_compiled", "_digest", "_indices", "groups", "handle", "kind", "mask_shape", "nnz",
     )  # fmt: skip
 
     kind: Kind
@@ -58,9 +57,8 @@ class Plan:
     handle: int
     structure: str = "unstructured"
     _compiled: _C.CompiledPlan
-    _digest: str
+    _digest: str | None
     _indices: Tensor
-    _packed_mask: np.ndarray[tuple[int], np.dtype[np.uint8]]
 
     def __init__(self) -> None:
         raise TypeError("Plan: use Plan.from_mask(mask)")
@@ -111,9 +109,6 @@ class Plan:
         compiled = _C.CompiledPlan(dense.data_ptr(), out_channels, in_channels, kernel_h, kernel_w, groups)
         indices = torch.empty(compiled.nnz, dtype=torch.int64)
         compiled.flat_indices(indices.data_ptr())
-        packed = np.packbits(dense.numpy().reshape(-1))
-        packed.flags.writeable = False
-        header = f"{_DIGEST_FORMAT}|{kind}|{'x'.join(map(str, shape))}|{groups}|".encode()
         set_attribute = object.__setattr__
         set_attribute(self, "kind", kind)
         set_attribute(self, "mask_shape", shape)
@@ -121,8 +116,7 @@ class Plan:
         set_attribute(self, "nnz", compiled.nnz)
         set_attribute(self, "_compiled", compiled)
         set_attribute(self, "_indices", indices)
-        set_attribute(self, "_packed_mask", packed)
-        set_attribute(self, "_digest", hashlib.sha256(header + packed.tobytes()).hexdigest())
+        set_attribute(self, "_digest", None)
         set_attribute(self, "handle", next(_next_handle))
         _living[self.handle] = self
 
@@ -142,6 +136,10 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of kind, shape, groups and mask bits, as hex."""
+        if self._digest is None:  # on first use: masks that change between rounds may never need it
+            header = f"{_DIGEST_FORMAT}|{self.kind}|{'x'.join(map(str, self.mask_shape))}|{self.groups}|".encode()
+            object.__setattr__(self, "_digest", hashlib.sha256(header + self._packed_mask()).hexdigest())
+        assert self._digest is not None
         return self._digest
 
     @property
@@ -156,8 +154,13 @@ class Plan:
 
     def mask(self) -> Tensor:
         """A fresh bool tensor of ``mask_shape``, True where a weight survives."""
-        bits = np.unpackbits(self._packed_mask, count=self.numel)
-        return torch.from_numpy(bits.astype(np.bool_)).reshape(self.mask_shape)
+        mask = torch.zeros(self.numel, dtype=torch.bool)
+        mask[self.indices] = True
+        return mask.reshape(self.mask_shape)
+
+    def _packed_mask(self) -> bytes:
+        """One bit per weight, row-major, the first in the highest bit of its byte."""
+        return np.packbits(self.mask().numpy().reshape(-1)).tobytes()
 
     def pack(self, dense: Tensor) -> Tensor:
         """The surviving weights of a dense weight: (nnz,), differentiable.
@@ -193,7 +196,7 @@ class Plan:
         return self
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return _restore, (self.kind, self.mask_shape, self.groups, self._packed_mask.tobytes(), self.digest)
+        return _restore, (self.kind, self.mask_shape, self.groups, self._packed_mask(), self.digest)
 
     def __repr__(self) -> str:
         groups = f", groups={self.groups}" if self.groups != 1 else ""

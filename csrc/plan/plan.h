@@ -39,7 +39,8 @@ struct EntryList {
 class Plan {
  public:
   // `mask` holds shape.numel() bytes, row-major, zero or not. Throws std::invalid_argument when the shape is not
-  // positive, groups does not divide the output channels, no weight survives, or more than 2^31 - 1 do.
+  // positive or does not fit 31 bits, groups does not divide the output channels, no weight survives, or more than
+  // 2^31 - 1 do.
   Plan(const std::uint8_t* mask, const WeightShape& shape);
 
   const WeightShape& shape() const { return shape_; }

@@ -106,6 +106,8 @@ std::vector<ConvCase> conv_cases() {
   varied("stride_3_1", [](ConvCase& c) { c.stride_h = 3; });
   varied("stride_larger_than_kernel", [](ConvCase& c) { c.stride_h = 4, c.stride_w = 5, c.height = 13, c.width = 12; });
   varied("dilation_2", [](ConvCase& c) { c.dilation_h = c.dilation_w = 2, c.pad_h = c.pad_w = 2; });
+  varied("taps_that_only_read_padding", [](ConvCase& c) { c.dilation_h = c.dilation_w = 40, c.pad_h = c.pad_w = 40; });
+  varied("padding_larger_than_image", [](ConvCase& c) { c.pad_h = 13, c.pad_w = 12; });
   varied("dilation_3_1_stride_2", [](ConvCase& c) { c.dilation_h = 3, c.stride_h = c.stride_w = 2, c.pad_h = 2; });
   varied("padding_larger_than_kernel", [](ConvCase& c) { c.pad_h = 4, c.pad_w = 5; });
   varied("padding_everywhere_tiny_image", [](ConvCase& c) { c.height = c.width = 1; });

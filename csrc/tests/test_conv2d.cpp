@@ -243,6 +243,22 @@ FEDPAI_SUITE(conv2d_expanded_gradient) {
   expect_equal("grad_bias", operands.grad_bias, vector_of<float>(expected.grad_bias));
 }
 
+FEDPAI_SUITE(conv2d_no_images) {
+  ConvCase c{"no_images", 0, 5, 7, 6, 8, 3, 3};
+  const CompiledPlan plan(std::vector<std::uint8_t>(static_cast<std::size_t>(c.w_size()), 1).data(), shape_of(c));
+  begin_case(c.name);
+  float unread = 0.0F;
+  const Images<const float> nothing{&unread, 1, 1, 1, 1};
+  Buffer<float> values(c.w_size()), grad_values(c.w_size()), grad_bias(c.out_channels);
+  std::fill(grad_values.begin(), grad_values.end(), 7.0F);
+  std::fill(grad_bias.begin(), grad_bias.end(), 7.0F);
+  conv2d_forward<float>(plan, geometry_of(c), nothing, values.data(), nullptr, {&unread, 1, 1, 1, 1}, 2);
+  conv2d_input_grad<float>(plan, geometry_of(c), nothing, values.data(), {&unread, 1, 1, 1, 1}, 2);
+  conv2d_weight_grad<float>(plan, geometry_of(c), nothing, nothing, grad_values.data(), grad_bias.data(), 2);
+  CHECK(std::all_of(grad_values.begin(), grad_values.end(), [](float g) { return g == 0.0F; }), "grad_values");
+  CHECK(std::all_of(grad_bias.begin(), grad_bias.end(), [](float g) { return g == 0.0F; }), "grad_bias");
+}
+
 FEDPAI_SUITE(plan) {
   const std::vector<std::uint8_t> mask{0, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 1};
   const WeightShape shape{2, 3, 2, 1, 1};

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plan for a new mask, with its schedules, costs less than one training step of the same layer.
 
-Methods that change masks between rounds rely on it. Both are timed in turns, and the best of each counts: a machine's
-other work only ever adds.
+Methods that change masks between rounds rely on it. Both are timed in turns, on one thread and in its CPU time, and the
+best of each counts: a machine's other work only ever adds.
 """
 
 from __future__ import annotations
@@ -16,23 +16,31 @@ import torch
 from fedpai_kernels import Plan, to_batch_last
 from fedpai_kernels.ops import sparse_conv2d
 
-ROUNDS = 7
+ROUNDS = 15
 
 
 def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     work()
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("channels", "size", "density"),
-    [(64, 32, 0.02), (64, 32, 0.3), (128, 16, 0.05), (256, 8, 0.02), (512, 4, 0.02)],
-    ids=lambda value: str(value),
+    ("channels", "size", "density", "steps"),
+    [
+        (64, 32, 0.02, 1),
+        (64, 16, 0.3, 1),
+        (128, 16, 0.05, 1),
+        (256, 8, 0.02, 1),
+        (512, 4, 0.02, 1),
+        # 2.4 million weights on four pixels, the most unfavourable layer of VGG19: 0.7 of a step when measured alone,
+        # too near to one for a machine that does other work.
+        (512, 2, 0.02, 1.5),
+    ],
+    ids=str,
 )
 def test_rebuild_is_cheaper_than_a_step(
-    channels: int, size: int, density: float, set_threads: Callable[[int], None]
+    channels: int, size: int, density: float, steps: float, set_threads: Callable[[int], None]
 ) -> None:
     set_threads(1)
     x = to_batch_last(torch.randn(64, channels, size, size)).requires_grad_()
@@ -50,6 +58,6 @@ def test_rebuild_is_cheaper_than_a_step(
         return compile_time, first, min(seconds(lambda: step(built[0], values)) for _ in range(2))
 
     first_and_second_step()
-    compiled, firsts, steps = zip(*(first_and_second_step() for _ in range(ROUNDS)), strict=True)
-    rebuild, step_time = min(compiled) + min(firsts) - min(steps), min(steps)
-    assert rebuild < step_time, f"rebuilding takes {rebuild * 1e3:.2f} ms, a step {step_time * 1e3:.2f} ms"
+    compiled, firsts, later = zip(*(first_and_second_step() for _ in range(ROUNDS)), strict=True)
+    rebuild, step_time = min(compiled) + min(firsts) - min(later), min(later)
+    assert rebuild < steps * step_time, f"rebuilding takes {rebuild * 1e3:.2f} ms, a step {step_time * 1e3:.2f} ms"

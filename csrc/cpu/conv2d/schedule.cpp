@@ -70,9 +70,7 @@ std::int64_t largest_halo(const PassAxis& axis) {
 }
 
 // The entries of `list` whose taps the pass has, cut into channel blocks. Offsets are relative to the block's patch.
-void lay_out_entries(Pass& pass, const EntryList& list, const AxisTaps& taps_y, const AxisTaps& taps_x,
-                     const std::vector<char>& channel_used) {
-  const auto kernel_w = static_cast<std::int32_t>(taps_x.shift.size());
+void lay_out_entries(Pass& pass, const EntryList& list, const std::vector<char>& channel_used) {
   std::vector<std::int32_t> position(channel_used.size(), -1);
   for (std::size_t c = 0; c < channel_used.size(); ++c) {
     if (channel_used[c] == 0) continue;
@@ -85,10 +83,13 @@ void lay_out_entries(Pass& pass, const EntryList& list, const AxisTaps& taps_y, 
   for (std::int64_t b = 0; b < blocks; ++b) pass.block_channel_begin.push_back(b * channel_block);
   pass.block_channel_begin.push_back(channel_count);
 
-  const auto kept = [&](std::size_t j) {
-    return taps_y.shift[static_cast<std::size_t>(list.tap[j] / kernel_w)] != kUnused &&
-           taps_x.shift[static_cast<std::size_t>(list.tap[j] % kernel_w)] != kUnused;
-  };
+  // Where each tap lies in a channel's patch; negative where the pass has no such tap.
+  std::vector<std::int64_t> tap_offset;
+  for (const std::int64_t slot_y : pass.y.tap_slot) {
+    for (const std::int64_t slot_x : pass.x.tap_slot) {
+      tap_offset.push_back(slot_y < 0 || slot_x < 0 ? -1 : slot_y * pass.source_row + slot_x * pass.lane_group);
+    }
+  }
   std::vector<std::int32_t> cursor(list.row_begin.begin(), list.row_begin.end() - 1);
   pass.offset.reserve(static_cast<std::size_t>(list.size()));
   pass.order.reserve(static_cast<std::size_t>(list.size()));
@@ -101,13 +102,11 @@ void lay_out_entries(Pass& pass, const EntryList& list, const AxisTaps& taps_y, 
       auto j = static_cast<std::size_t>(cursor[static_cast<std::size_t>(row)]);
       const auto end = static_cast<std::size_t>(list.row_begin[static_cast<std::size_t>(row) + 1]);
       for (; j < end; ++j) {
-        if (!kept(j)) continue;
+        const std::int64_t within = tap_offset[static_cast<std::size_t>(list.tap[j])];
+        if (within < 0) continue;
         const std::int64_t local = position[static_cast<std::size_t>(list.column[j])];
         if (local >= last) break;
-        const std::int64_t slot_y = pass.y.tap_slot[static_cast<std::size_t>(list.tap[j] / kernel_w)];
-        const std::int64_t slot_x = pass.x.tap_slot[static_cast<std::size_t>(list.tap[j] % kernel_w)];
-        pass.offset.push_back(
-            static_cast<std::int32_t>((local - first) * pass.plane + slot_y * pass.source_row + slot_x * pass.lane_group));
+        pass.offset.push_back(static_cast<std::int32_t>((local - first) * pass.plane + within));
         pass.order.push_back(list.value[j]);
       }
       cursor[static_cast<std::size_t>(row)] = static_cast<std::int32_t>(j);
@@ -130,13 +129,19 @@ Pass build_pass(const EntryList& list, PassAxis y, PassAxis x, AxisTaps taps_y, 
   std::vector<char> used_y(taps_y.shift.size(), 0), used_x(kernel_w, 0);
   std::vector<char> channel_used(static_cast<std::size_t>(list.columns), 0);
   std::int64_t entries = 0;
+  std::vector<char> tap_kept, tap_used(used_y.size() * kernel_w, 0);
+  for (const std::int64_t shift_y : taps_y.shift) {
+    for (const std::int64_t shift_x : taps_x.shift) tap_kept.push_back(shift_y != kUnused && shift_x != kUnused);
+  }
   for (std::size_t j = 0; j < list.column.size(); ++j) {
-    const std::size_t ky = static_cast<std::size_t>(list.tap[j]) / kernel_w;
-    const std::size_t kx = static_cast<std::size_t>(list.tap[j]) % kernel_w;
-    if (taps_y.shift[ky] == kUnused || taps_x.shift[kx] == kUnused) continue;
-    used_y[ky] = used_x[kx] = 1;
+    const auto tap = static_cast<std::size_t>(list.tap[j]);
+    if (!tap_kept[tap]) continue;
+    tap_used[tap] = 1;
     channel_used[static_cast<std::size_t>(list.column[j])] = 1;
     ++entries;
+  }
+  for (std::size_t tap = 0; tap < tap_used.size(); ++tap) {
+    if (tap_used[tap]) used_y[tap / kernel_w] = used_x[tap % kernel_w] = 1;
   }
   for (std::size_t k = 0; k < used_y.size(); ++k) {
     if (used_y[k] == 0) taps_y.shift[k] = kUnused;
@@ -177,7 +182,7 @@ Pass build_pass(const EntryList& list, PassAxis y, PassAxis x, AxisTaps taps_y, 
       std::numeric_limits<std::int32_t>::max()) {
     throw std::length_error("input: one patch of the image exceeds 2^31 - 1 elements");
   }
-  lay_out_entries(pass, list, taps_y, taps_x, channel_used);
+  lay_out_entries(pass, list, channel_used);
   return pass;
 }
 

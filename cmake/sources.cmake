@@ -4,6 +4,7 @@
 
 # Plain C++, compiled with the baseline instruction set.
 set(FEDPAI_CORE_SOURCES
+  csrc/memory/block_cache.cpp
   csrc/plan/plan.cpp
   csrc/cpu/dispatch.cpp
   csrc/cpu/conv2d/tiling.cpp
@@ -21,5 +22,6 @@ set(FEDPAI_BINDING_SOURCES
   csrc/bindings/module.cpp
   csrc/bindings/plan.cpp
   csrc/bindings/conv2d.cpp
+  csrc/bindings/memory.cpp
   csrc/bindings/norm.cpp
   csrc/bindings/pool.cpp)

@@ -28,6 +28,7 @@ except ImportError as error:
 from . import nn, ops
 from ._C import available_isas, compiled_isas, isa, set_isa
 from .layout import empty_batch_last, is_batch_last, to_batch_last, to_contiguous
+from .memory import MemoryStats, empty_cache, memory_stats
 from .nn.convert import densify_, sparsify, sparsify_
 from .nn.report import Report
 from .plan import Plan
@@ -35,6 +36,7 @@ from .plan import Plan
 __version__ = _C.__version__
 
 __all__ = [
+    "MemoryStats",
     "Plan",
     "Report",
     "__version__",
@@ -42,8 +44,10 @@ __all__ = [
     "compiled_isas",
     "densify_",
     "empty_batch_last",
+    "empty_cache",
     "is_batch_last",
     "isa",
+    "memory_stats",
     "nn",
     "ops",
     "set_isa",

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import memory
+
 __all__ = ["empty_batch_last", "is_batch_last", "to_batch_last", "to_contiguous"]
 
 
@@ -57,7 +59,11 @@ def empty_batch_last(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Uninitialised tensor of `shape`, (N, C, H, W) or (N, F), in batch-last storage."""
+    """Uninitialised tensor of `shape`, (N, C, H, W) or (N, F), in batch-last storage.
+
+    A large one on the CPU takes its memory from :mod:`fedpai_kernels.memory` where `dtype` and `device` are
+    given.
+    """
     if len(shape) == 4:
         n, _, h, w = shape
         strides: tuple[int, ...] = (1, h * w * n, w * n, n)
@@ -65,7 +71,10 @@ def empty_batch_last(
         strides = (1, shape[0])
     else:
         raise ValueError(f"empty_batch_last: shape: expected (N, C, H, W) or (N, F), got {tuple(shape)}")
-    return torch.empty_strided(tuple(shape), strides, dtype=dtype, device=device)
+    shape = tuple(shape)
+    if dtype is None or device is None:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    return memory.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def _transposed(x: Tensor) -> Tensor:

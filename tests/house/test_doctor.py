@@ -51,6 +51,21 @@ def test_unusable_instruction_set() -> None:
     assert "arithmetic" not in done.stdout, "what rests on something broken is not worth a line"
 
 
+def test_memory_cache_of_the_environment() -> None:
+    """Off is said; a value that means nothing is said with the way out."""
+    program = "import sys; from fedpai.cli import main; sys.exit(main(['doctor']))"
+    for value, words in (("0", "memory cache off"), ("off", "unset FEDPAI_MEMORY_CACHE")):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"FEDPAI_MEMORY_CACHE": value},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert words in done.stdout, done.stderr
+
+
 def test_missing_data_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str, root: Path | None = None) -> None:
         raise fedpai.data.DataError("no files")

@@ -139,11 +139,14 @@ def _kernels() -> Finding:
     except Exception as error:
         if forced is not None and "FEDPAI_ISA" in str(error):
             remedy = "unset FEDPAI_ISA, or name one that is present"
+        elif "FEDPAI_MEMORY_CACHE" in str(error):
+            remedy = "unset FEDPAI_MEMORY_CACHE, or set it to 0 or 1"
         return Finding("kernels", "broken", str(error), remedy, facts | {"error": str(error)})
     facts |= {
         "module": _C.__file__,
         "compiled": list(_C.compiled_isas()),
         "available": list(_C.available_isas()),
+        "memory_cache": fedpai_kernels.memory.ENABLED,
     }
     try:
         facts["chosen"] = fedpai_kernels.isa()
@@ -154,6 +157,7 @@ def _kernels() -> Finding:
     text = (
         f"fedpai-kernels {facts['version']}: uses {facts['chosen']} ({why}); "
         f"compiled: {', '.join(facts['compiled'])}; present: {', '.join(facts['available'])}"
+        f"{'' if facts['memory_cache'] else '; memory cache off'}"
     )
     return Finding("kernels", "ok", text, "", facts)
 

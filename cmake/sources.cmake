@@ -7,12 +7,18 @@ set(FEDPAI_CORE_SOURCES
   csrc/memory/block_cache.cpp
   csrc/plan/plan.cpp
   csrc/cpu/dispatch.cpp
+  csrc/cpu/conv2d/axis.cpp
+  csrc/cpu/conv2d/partition.cpp
   csrc/cpu/conv2d/tiling.cpp
+  csrc/cpu/conv2d/tiled_schedule.cpp
+  csrc/cpu/conv2d/stream_cost.cpp
+  csrc/cpu/conv2d/stream_schedule.cpp
   csrc/cpu/conv2d/schedule.cpp
   csrc/cpu/conv2d/schedule_cache.cpp
   csrc/cpu/conv2d/patch.cpp
-  csrc/cpu/conv2d/run_pass.cpp
-  csrc/cpu/conv2d/run_weight_grad.cpp
+  csrc/cpu/conv2d/run_tiled.cpp
+  csrc/cpu/conv2d/run_tiled_grad.cpp
+  csrc/cpu/conv2d/run_streamed.cpp
   csrc/cpu/conv2d/conv2d.cpp
   csrc/cpu/norm/norm.cpp
   csrc/cpu/pool/pool.cpp)

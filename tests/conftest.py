@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fedpai_kernels
+from fedpai_kernels import _C
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,15 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     fedpai_kernels.set_isa(name)
     yield name
     fedpai_kernels.set_isa(before)
+
+
+@pytest.fixture(params=["tiled", "streamed"])
+def walk(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per walk of the convolution, instead of the one that its cost model would choose."""
+    before = _C.walk_in_force()
+    _C.force_walk(getattr(_C.Walk, request.param.upper()))
+    yield request.param
+    _C.force_walk(before)
 
 
 @pytest.fixture

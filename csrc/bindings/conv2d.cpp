@@ -65,4 +65,11 @@ void bind_dtype(py::module_& m, const std::string& dtype) {
 void fedpai::bind_conv2d(py::module_& m) {
   bind_dtype<float>(m, "f32");
   bind_dtype<double>(m, "f64");
+  py::enum_<fedpai::Walk>(m, "Walk", "How a convolution's entries are walked; csrc/cpu/conv2d/schedule.h.")
+      .value("CHOOSE", fedpai::Walk::kChoose)
+      .value("TILED", fedpai::Walk::kTiled)
+      .value("STREAMED", fedpai::Walk::kStreamed);
+  m.def("walk_in_force", &fedpai::walk_in_force);
+  m.def("force_walk", &fedpai::force_walk, py::arg("walk"),
+        "For tests and experiments: the whole process uses one walk wherever it is possible.");
 }

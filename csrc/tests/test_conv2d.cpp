@@ -199,11 +199,10 @@ void check_repeatable(const ConvCase& c, ConvData data, const CompiledPlan& plan
   }
 }
 
-}  // namespace
-
-FEDPAI_SUITE(conv2d) {
+void check_all_cases(const std::string& prefix) {
   std::uint64_t seed = 1;
-  for (const ConvCase& c : conv_cases()) {
+  for (ConvCase c : conv_cases()) {
+    c.name = prefix + c.name;
     const ConvData data = make_data(c, seed++);
     const ConvResult expected = reference(c, data);
     const CompiledPlan plan(data.mask.data(), shape_of(c));
@@ -217,6 +216,16 @@ FEDPAI_SUITE(conv2d) {
     check_exact<float>(c, data, expected, plan, Layout::kGaps, 3);
     if (c.batch == 33) check_repeatable(c, data, plan, 2);
   }
+}
+
+}  // namespace
+
+FEDPAI_SUITE(conv2d) {
+  for (const Walk walk : {Walk::kTiled, Walk::kStreamed}) {
+    force_walk(walk);
+    check_all_cases(walk == Walk::kTiled ? "tiled " : "streamed ");
+  }
+  force_walk(Walk::kChoose);
 }
 
 // The output gradient that sum() gives: one element, seen everywhere.

@@ -33,12 +33,12 @@ VARIED = [
 
 
 @runs(CONV2D)
-def test_exact(case: Conv2dCase, dtype: str, isa: str) -> None:
+def test_exact(case: Conv2dCase, dtype: str, isa: str, walk: str) -> None:
     check_op(case, dtype, isa, regime="exact", dy_layouts=("contiguous", "channels_last", "gaps"))
 
 
 @runs(CONV2D)
-def test_rounded(case: Conv2dCase, dtype: str, isa: str) -> None:
+def test_rounded(case: Conv2dCase, dtype: str, isa: str, walk: str) -> None:
     check_op(case, dtype, isa, regime="rounded")
 
 
@@ -48,7 +48,7 @@ def test_every_layout_of_x_and_dy(case: Conv2dCase, dtype: str, isa: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
-def test_every_batch_from_1_to_65(isa: str, dtype: str) -> None:
+def test_every_batch_from_1_to_65(isa: str, dtype: str, walk: str) -> None:
     for batch in range(1, 66):
         for case in batch_sweep(batch):
             check_op(case, dtype, isa, expanded=False)
@@ -56,7 +56,9 @@ def test_every_batch_from_1_to_65(isa: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("case", VARIED, ids=lambda case: case.name)
-def test_any_number_of_threads(case: Conv2dCase, threads: int, isa: str, set_threads: Callable[[int], None]) -> None:
+def test_any_number_of_threads(
+    case: Conv2dCase, threads: int, isa: str, walk: str, set_threads: Callable[[int], None]
+) -> None:
     set_threads(threads)
     check_op(case, "f32", isa, regime="exact")
     check_op(case, "f32", isa, regime="rounded", dy_layouts=("contiguous",))
@@ -64,7 +66,9 @@ def test_any_number_of_threads(case: Conv2dCase, threads: int, isa: str, set_thr
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("case", VARIED, ids=lambda case: case.name)
-def test_same_bits_on_every_run(case: Conv2dCase, threads: int, isa: str, set_threads: Callable[[int], None]) -> None:
+def test_same_bits_on_every_run(
+    case: Conv2dCase, threads: int, isa: str, walk: str, set_threads: Callable[[int], None]
+) -> None:
     set_threads(threads)
     numbers = operands(case, "f32", "rounded")
     first = differentiate(case.sparse, numbers)
@@ -76,7 +80,9 @@ def test_same_bits_on_every_run(case: Conv2dCase, threads: int, isa: str, set_th
             assert one is None or torch.equal(one, other)
 
 
-def test_forward_and_dx_do_not_depend_on_the_number_of_threads(isa: str, set_threads: Callable[[int], None]) -> None:
+def test_forward_and_dx_do_not_depend_on_the_number_of_threads(
+    isa: str, walk: str, set_threads: Callable[[int], None]
+) -> None:
     for case in VARIED:
         numbers = operands(case, "f32", "rounded")
         results = []
@@ -120,7 +126,7 @@ _PROPERTY = settings(deadline=None, derandomize=True, database=None, max_example
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
-def test_random_geometries(isa: str, dtype: str) -> None:
+def test_random_geometries(isa: str, dtype: str, walk: str) -> None:
     @_PROPERTY
     @given(_geometries(), st.sampled_from(sorted(LAYOUTS)), st.sampled_from(sorted(LAYOUTS)))
     def check(case: Conv2dCase, x_layout: str, dy_layout: str) -> None:

@@ -29,7 +29,7 @@ def test_rounded(case: LinearCase, dtype: str, isa: str) -> None:
 
 
 @runs([NAMED[name] for name in ("plain", "n_not_multiple", "rank_1", "rank_3", "rank_4", "wide", "heavy_row")])
-def test_every_layout_of_x_and_dy(case: LinearCase, dtype: str, isa: str) -> None:
+def test_every_layout_of_x_and_dy(case: LinearCase, dtype: str, isa: str, walk: str) -> None:
     check_op(case, dtype, isa, x_layouts=tuple(LAYOUTS), dy_layouts=tuple(LAYOUTS))
 
 

@@ -2,6 +2,8 @@
 #include "cpu/conv2d/conv2d.h"
 
 #include <algorithm>
+#include <type_traits>
+#include <variant>
 
 #include "cpu/conv2d/run.h"
 #include "cpu/dispatch.h"
@@ -11,8 +13,32 @@ namespace fedpai {
 namespace {
 
 template <class T>
-VectorShape vector_shape(const Conv2dKernels<T>& kernels) {
-  return {kernels.lanes, kernels.accumulators, static_cast<std::int64_t>(sizeof(T))};
+ScheduleKey schedule_key(Direction direction, const Conv2dGeometry& geometry, const Images<const T>& source,
+                         bool dest_adjacent) {
+  const Conv2dKernels<T>& kernels = conv2d_kernels<T>();
+  const bool adjacent = dest_adjacent && source.batch == 1;
+  return {direction,
+          geometry,
+          kernels.lanes,
+          kernels.accumulators,
+          static_cast<std::int64_t>(sizeof(T)),
+          adjacent,
+          adjacent ? SourceStrides{source.channel, source.row, source.column} : SourceStrides{0, 0, 0},
+          walk_in_force()};
+}
+
+template <class T>
+void run_passes(const CompiledPlan& plan, const ScheduleKey& key, const Images<const T>& source, const T* values,
+                const T* bias, const Images<T>& dest, int threads) {
+  const Conv2dKernels<T>& kernels = conv2d_kernels<T>();
+  const auto passes = plan.schedules.get(plan.plan, key);
+  for (const Pass& pass : *passes) {
+    if (const auto* streamed = std::get_if<StreamPass>(&pass)) {
+      run_streamed(*streamed, kernels, key.geometry.batch, source, values, bias, dest, threads);
+    } else {
+      run_tiled(std::get<TiledPass>(pass), kernels, key.geometry.batch, source, values, bias, dest, threads);
+    }
+  }
 }
 
 }  // namespace
@@ -21,20 +47,15 @@ template <class T>
 void conv2d_forward(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> x, const T* values,
                     const T* bias, Images<T> y, int threads) {
   if (geometry.batch == 0) return;
-  const Conv2dKernels<T>& kernels = conv2d_kernels<T>();
-  const auto passes = plan.schedules.get(plan.plan, Direction::kForward, geometry, vector_shape(kernels));
-  run_pass(passes->front(), kernels, geometry.batch, x, values, bias, y, threads);
+  run_passes<T>(plan, schedule_key<T>(Direction::kForward, geometry, x, y.batch == 1), x, values, bias, y, threads);
 }
 
 template <class T>
 void conv2d_input_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> dy, const T* values,
                        Images<T> dx, int threads) {
   if (geometry.batch == 0) return;
-  const Conv2dKernels<T>& kernels = conv2d_kernels<T>();
-  const auto passes = plan.schedules.get(plan.plan, Direction::kInputGrad, geometry, vector_shape(kernels));
-  for (const Pass& pass : *passes) {
-    run_pass<T>(pass, kernels, geometry.batch, dy, values, nullptr, dx, threads);
-  }
+  run_passes<T>(plan, schedule_key<T>(Direction::kInputGrad, geometry, dy, dx.batch == 1), dy, values, nullptr, dx,
+                threads);
 }
 
 template <class T>
@@ -46,10 +67,19 @@ void conv2d_weight_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry
     return;
   }
   const Conv2dKernels<T>& kernels = conv2d_kernels<T>();
-  const auto passes = plan.schedules.get(plan.plan, Direction::kWeightGrad, geometry, vector_shape(kernels));
-  // A tap that only ever reads padding is not in the pass: its gradient is zero.
-  if (passes->front().entries() < plan.plan.nnz()) std::fill(values_grad, values_grad + plan.plan.nnz(), T(0));
-  run_weight_grad(passes->front(), kernels, geometry.batch, x, dy, values_grad, bias_grad, threads);
+  const auto passes =
+      plan.schedules.get(plan.plan, schedule_key<T>(Direction::kWeightGrad, geometry, x, dy.batch == 1));
+  std::visit(
+      [&](const auto& pass) {
+        // A tap that only ever reads padding is not in the pass: its gradient is zero.
+        if (pass.entries() < plan.plan.nnz()) std::fill(values_grad, values_grad + plan.plan.nnz(), T(0));
+        if constexpr (std::is_same_v<std::decay_t<decltype(pass)>, StreamPass>) {
+          run_streamed_grad(pass, kernels, geometry.batch, x, dy, values_grad, bias_grad, threads);
+        } else {
+          run_tiled_grad(pass, kernels, geometry.batch, x, dy, values_grad, bias_grad, threads);
+        }
+      },
+      passes->front());
 }
 
 #define FEDPAI_INSTANTIATE(T)                                                                                        \

@@ -11,10 +11,11 @@
 // FMAs per cycle runs at A / (A + 2) of its peak while the patch stays in L1. The weight gradient pins the tile of dest
 // instead and carries one vector sum per non-zero: (A + 2) loads and one store per A FMAs.
 //
-// Preconditions, established by conv2d.cpp: source aligned to a vector, offsets and rows multiples of the vector.
+// Preconditions, established by run_tiled*.cpp: source aligned to a vector, offsets and rows multiples of the vector.
 #pragma once
 
 #include "cpu/conv2d/kernels.h"
+#include "cpu/conv2d/stream_kernels-inl.h"
 
 namespace fedpai::FEDPAI_TARGET {
 namespace {
@@ -280,6 +281,7 @@ constexpr Conv2dKernels<T> make_conv2d_kernels() {
   table.pack = pack<T>;
   table.unpack = unpack<T>;
   table.reduce = reduce_sums<T>;
+  table.stream = make_stream_kernels<T>();
   return table;
 }
 

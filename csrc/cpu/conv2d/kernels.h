@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one instruction set provides for the sparse convolution: packing a patch, and walking the non-zeros over one
-// register tile of it. The loops over patches, threads and channel blocks are in conv2d.cpp and know no SIMD.
+// What one instruction set provides for the tiled walk: packing a patch, and walking the non-zeros over one register
+// tile of it. The loops over patches, threads and channel blocks are in run_tiled*.cpp and know no SIMD.
 //
 // Vocabulary. The *source* is what is read through the weights (input for the forward pass, output gradient for the
 // input gradient); the *dest* is the other side. A *lane group* is `blocks` vectors of consecutive images. A *patch* is
@@ -14,6 +14,8 @@
 #pragma once
 
 #include <cstdint>
+
+#include "cpu/conv2d/stream_kernels.h"
 
 namespace fedpai {
 
@@ -120,6 +122,7 @@ struct Conv2dKernels {
   // grad[order[j]] = sum over parts and lanes of sums[part][j][lane], in that fixed order, for j in [begin, end).
   void (*reduce)(const T* sums, std::int64_t parts, std::int64_t part_stride, const std::int32_t* order,
                  std::int64_t begin, std::int64_t end, T* grad);
+  StreamKernels<T> stream;
 };
 
 }  // namespace fedpai

@@ -3,9 +3,11 @@
 
 #include <algorithm>
 
+#include "cpu/conv2d/partition.h"
+
 namespace fedpai {
 
-PatchBox patch_box(const Pass& pass, std::int64_t patch) {
+PatchBox patch_box(const TiledPass& pass, std::int64_t patch) {
   const auto across = static_cast<std::int64_t>(pass.x.patch_cuts.size()) - 1;
   const auto py = static_cast<std::size_t>(patch / across);
   const auto px = static_cast<std::size_t>(patch % across);
@@ -21,7 +23,7 @@ PatchBox patch_box(const Pass& pass, std::int64_t patch) {
   return box;
 }
 
-std::int64_t largest_patch_pixels(const Pass& pass) {
+std::int64_t largest_patch_pixels(const TiledPass& pass) {
   std::int64_t largest = 0;
   for (std::int64_t p = 0; p < pass.patches(); ++p) {
     const PatchBox box = patch_box(pass, p);
@@ -30,14 +32,14 @@ std::int64_t largest_patch_pixels(const Pass& pass) {
   return largest;
 }
 
-void list_segments(const Pass& pass, const PatchBox& box, std::int64_t source_row, std::int64_t source_column,
+void list_segments(const TiledPass& pass, const PatchBox& box, std::int64_t source_row, std::int64_t source_column,
                    std::vector<PackSegment>& segments) {
   segments.clear();
-  for (const PassAxis::Residue& ry : pass.y.residues) {
+  for (const TiledAxis::Residue& ry : pass.y.residues) {
     for (std::int64_t i = 0; i < box.height + ry.halo; ++i) {
       const std::int64_t y = (box.y + i) * pass.y.source_step + ry.residue + pass.y.first_shift;
       const bool inside = y >= 0 && y < pass.y.source_extent;
-      for (const PassAxis::Residue& rx : pass.x.residues) {
+      for (const TiledAxis::Residue& rx : pass.x.residues) {
         const std::int64_t step = pass.x.source_step;
         const std::int64_t count = box.width + rx.halo;
         const std::int64_t x = box.x * step + rx.residue + pass.x.first_shift;  // may lie outside
@@ -58,7 +60,7 @@ void list_segments(const Pass& pass, const PatchBox& box, std::int64_t source_ro
   }
 }
 
-void run_offsets(const Pass& pass, int lanes, std::int64_t columns, std::int64_t dest_column, std::int64_t* offsets) {
+void run_offsets(const TiledPass& pass, int lanes, std::int64_t columns, std::int64_t dest_column, std::int64_t* offsets) {
   for (std::int64_t c = 0; c < columns; ++c) {
     for (std::int64_t b = 0; b < pass.tiling.blocks; ++b) {
       offsets[c * pass.tiling.blocks + b] = c * dest_column + b * lanes;
@@ -66,7 +68,7 @@ void run_offsets(const Pass& pass, int lanes, std::int64_t columns, std::int64_t
   }
 }
 
-TaskRange tasks_of(const Pass& pass, std::int64_t block, std::int64_t channel_begin, std::int64_t channel_end) {
+TaskRange tasks_of(const TiledPass& pass, std::int64_t block, std::int64_t channel_begin, std::int64_t channel_end) {
   const auto first = pass.tasks.begin() + pass.block_task_begin[static_cast<std::size_t>(block)];
   const auto last = pass.tasks.begin() + pass.block_task_begin[static_cast<std::size_t>(block) + 1];
   const auto before = [](const RowTask& task, std::int64_t channel) { return task.channel < channel; };
@@ -74,23 +76,11 @@ TaskRange tasks_of(const Pass& pass, std::int64_t block, std::int64_t channel_be
           std::lower_bound(first, last, channel_end, before) - pass.tasks.begin()};
 }
 
-std::vector<std::int64_t> cut_channels(const Pass& pass, std::int64_t parts) {
+std::vector<std::int64_t> cut_channels(const TiledPass& pass, std::int64_t parts) {
   constexpr std::int64_t kWorkPerChannel = 2;
   std::vector<std::int64_t> work(static_cast<std::size_t>(pass.dest_channels), kWorkPerChannel);
   for (const RowTask& task : pass.tasks) work[static_cast<std::size_t>(task.channel)] += task.end - task.begin;
-  std::int64_t total = 0;
-  for (const std::int64_t w : work) total += w;
-  std::vector<std::int64_t> cuts{0};
-  std::int64_t sum = 0;
-  for (std::int64_t c = 0; c < pass.dest_channels; ++c) {
-    while (static_cast<std::int64_t>(cuts.size()) < parts &&
-           sum * parts >= total * static_cast<std::int64_t>(cuts.size())) {
-      cuts.push_back(c);
-    }
-    sum += work[static_cast<std::size_t>(c)];
-  }
-  while (static_cast<std::int64_t>(cuts.size()) <= parts) cuts.push_back(pass.dest_channels);
-  return cuts;
+  return cut_by_work(work, parts);
 }
 
 }  // namespace fedpai

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two walks that the convolution is made of. Preconditions as in conv2d.h, which chooses the passes.
+// The walks that the convolution is made of (schedule.h), for sums and for weight gradients. Preconditions as in
+// conv2d.h, which chooses between them.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +13,31 @@ namespace fedpai {
 
 // dest = bias + sum over the pass's entries of value * source, at the dest pixels of the pass; bias may be null.
 template <class T>
-void run_pass(const Pass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& source,
+void run_tiled(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& source,
               const T* values, const T* bias, const Images<T>& dest, int threads);
 
 // The gradients of values (those in the pass; the others are left alone) and of the bias, which may be null.
 template <class T>
-void run_weight_grad(const Pass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& x,
-                     const Images<const T>& dy, T* values_grad, T* bias_grad, int threads);
+void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& x,
+                    const Images<const T>& dy, T* values_grad, T* bias_grad, int threads);
+
+// The same by the streamed walk; all images adjacent.
+template <class T>
+void run_streamed(const StreamPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch,
+                  const Images<const T>& source, const T* values, const T* bias, const Images<T>& dest, int threads);
+template <class T>
+void run_streamed_grad(const StreamPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch,
+                       const Images<const T>& x, const Images<const T>& dy, T* values_grad, T* bias_grad, int threads);
+
+// Values in walking order: `values` itself or, gathered, `buffer`.
+template <class T>
+const T* ordered_values(const std::vector<std::int32_t>& order, bool order_is_identity, const T* values, T* buffer,
+                        int threads) {
+  if (order_is_identity) return values;
+  const auto entries = static_cast<std::int64_t>(order.size());
+#pragma omp parallel for num_threads(threads) schedule(static) if (entries > 65536)
+  for (std::int64_t j = 0; j < entries; ++j) buffer[j] = values[order[static_cast<std::size_t>(j)]];
+  return buffer;
+}
 
 }  // namespace fedpai

@@ -11,23 +11,19 @@
 
 namespace fedpai {
 
-enum class Direction { kForward, kInputGrad, kWeightGrad };
-
 class ScheduleCache {
  public:
   using Passes = std::shared_ptr<const std::vector<Pass>>;
 
   // Thread-safe; a schedule in use outlives its eviction.
-  Passes get(const Plan& plan, Direction direction, const Conv2dGeometry& geometry, const VectorShape& vector);
+  Passes get(const Plan& plan, const ScheduleKey& key);
 
  private:
   // A training run sees the full batch, the last batch and the evaluation batch, each in three directions.
   static constexpr std::size_t kCapacity = 24;
 
   struct Entry {
-    Direction direction;
-    Conv2dGeometry geometry;
-    VectorShape vector;
+    ScheduleKey key;
     Passes passes;
   };
   std::mutex mutex_;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "cpu/conv2d/kernels.h"
 
@@ -129,13 +130,6 @@ std::int64_t balanced_size(std::int64_t extent, std::int64_t size) {
 }
 
 }  // namespace
-
-std::vector<std::int64_t> balanced_cuts(std::int64_t extent, std::int64_t largest) {
-  const std::int64_t parts = std::max<std::int64_t>(1, ceil_div(extent, largest));
-  std::vector<std::int64_t> cuts;
-  for (std::int64_t i = 0; i <= parts; ++i) cuts.push_back(extent * i / parts);
-  return cuts;
-}
 
 Tiling choose_tiling(const TilingProblem& problem) {
   const std::int64_t batch_vectors = ceil_div(problem.batch, problem.lanes);

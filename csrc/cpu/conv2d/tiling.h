@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 namespace fedpai {
 
@@ -33,8 +32,5 @@ struct Tiling {
 };
 
 Tiling choose_tiling(const TilingProblem& problem);
-
-// Splits [0, extent) into ceil(extent / largest) parts whose sizes differ by at most one; returns the starts and the end.
-std::vector<std::int64_t> balanced_cuts(std::int64_t extent, std::int64_t largest);
 
 }  // namespace fedpai

@@ -15,7 +15,7 @@ namespace {
 
 // Adds one unit's products to the sums of channel block `block`.
 template <class T>
-void grad_unit(const Pass& pass, const Conv2dKernels<T>& kernels, std::int64_t block, const TaskRange& range,
+void grad_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t block, const TaskRange& range,
                const PatchBox& box, const std::vector<PackSegment>& segments, std::int64_t first_image, int lanes_valid,
                const Images<const T>& x, const Images<const T>& dy, bool accumulate, T* sums, T* bias_sums, T* packed,
                T* staging) {
@@ -69,7 +69,7 @@ void grad_unit(const Pass& pass, const Conv2dKernels<T>& kernels, std::int64_t b
 }  // namespace
 
 template <class T>
-void run_weight_grad(const Pass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& x,
+void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& x,
                      const Images<const T>& dy, T* values_grad, T* bias_grad, int threads) {
   const Units units(pass, batch);
   const std::int64_t lanes = kernels.lanes;
@@ -139,9 +139,9 @@ void run_weight_grad(const Pass& pass, const Conv2dKernels<T>& kernels, std::int
   if (bias_grad != nullptr) kernels.reduce(bias_sums, sum_sets, bias_size, nullptr, 0, pass.dest_channels, bias_grad);
 }
 
-template void run_weight_grad<float>(const Pass&, const Conv2dKernels<float>&, std::int64_t, const Images<const float>&,
+template void run_tiled_grad<float>(const TiledPass&, const Conv2dKernels<float>&, std::int64_t, const Images<const float>&,
                                      const Images<const float>&, float*, float*, int);
-template void run_weight_grad<double>(const Pass&, const Conv2dKernels<double>&, std::int64_t,
+template void run_tiled_grad<double>(const TiledPass&, const Conv2dKernels<double>&, std::int64_t,
                                       const Images<const double>&, const Images<const double>&, double*, double*, int);
 
 }  // namespace fedpai

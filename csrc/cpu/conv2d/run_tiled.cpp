@@ -15,7 +15,7 @@ namespace {
 
 // The sums of one unit for the dest channels [channel_begin, channel_end).
 template <class T>
-void accumulate_unit(const Pass& pass, const Conv2dKernels<T>& kernels, const PatchBox& box,
+void accumulate_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, const PatchBox& box,
                      const std::vector<PackSegment>& segments, std::int64_t first_image, int lanes_valid,
                      const Images<const T>& source, const T* values, const T* bias, const Images<T>& dest,
                      std::int64_t channel_begin, std::int64_t channel_end, T* packed, T* staging) {
@@ -65,21 +65,10 @@ void accumulate_unit(const Pass& pass, const Conv2dKernels<T>& kernels, const Pa
   kernels.unpack(args);
 }
 
-// Values in walking order.
-template <class T>
-const T* ordered_values(const Pass& pass, const T* values, T* buffer, int threads) {
-  if (pass.order_is_identity) return values;
-  const std::int64_t entries = pass.entries();
-  const std::int32_t* const order = pass.order.data();
-#pragma omp parallel for num_threads(threads) schedule(static) if (entries > 65536)
-  for (std::int64_t j = 0; j < entries; ++j) buffer[j] = values[order[j]];
-  return buffer;
-}
-
 }  // namespace
 
 template <class T>
-void run_pass(const Pass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& source,
+void run_tiled(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& source,
               const T* values, const T* bias, const Images<T>& dest, int threads) {
   const Units units(pass, batch);
   // With fewer units than threads can share evenly, the dest channels are split as well; each part packs for itself.
@@ -97,7 +86,7 @@ void run_pass(const Pass& pass, const Conv2dKernels<T>& kernels, std::int64_t ba
   static thread_local Scratch scratch;
   T* const memory = static_cast<T*>(scratch.reserve(
       sizeof(T) * static_cast<std::size_t>(values_size + threads * (packed_size + staging_size))));
-  const T* const ordered = ordered_values(pass, values, memory, threads);
+  const T* const ordered = ordered_values(pass.order, pass.order_is_identity, values, memory, threads);
 
   // Groups that share a cache line go to one thread.
   const auto line = std::max<std::int64_t>(1, kScratchAlignment / (pass.lane_group * static_cast<std::int64_t>(sizeof(T))));
@@ -126,9 +115,9 @@ void run_pass(const Pass& pass, const Conv2dKernels<T>& kernels, std::int64_t ba
   }
 }
 
-template void run_pass<float>(const Pass&, const Conv2dKernels<float>&, std::int64_t, const Images<const float>&,
+template void run_tiled<float>(const TiledPass&, const Conv2dKernels<float>&, std::int64_t, const Images<const float>&,
                               const float*, const float*, const Images<float>&, int);
-template void run_pass<double>(const Pass&, const Conv2dKernels<double>&, std::int64_t, const Images<const double>&,
+template void run_tiled<double>(const TiledPass&, const Conv2dKernels<double>&, std::int64_t, const Images<const double>&,
                                const double*, const double*, const Images<double>&, int);
 
 }  // namespace fedpai

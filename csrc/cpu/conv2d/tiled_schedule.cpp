@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/conv2d/tiled_schedule.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+#include "cpu/conv2d/partition.h"
+
+namespace fedpai {
+
+namespace {
+
+// The packed positions depend on the patch, so this runs after the tiling is chosen; before that, residues and halos
+// are known and slots is zero.
+void find_residues(TiledAxis& axis) {
+  axis.tap_slot.assign(axis.shift.size(), -1);
+  if (!axis.any_tap()) return;
+  axis.first_shift = std::numeric_limits<std::int64_t>::max();
+  for (const std::int64_t shift : axis.shift) {
+    if (shift != Axis::kNoTap) axis.first_shift = std::min(axis.first_shift, shift);
+  }
+  for (const std::int64_t shift : axis.shift) {
+    if (shift == Axis::kNoTap) continue;
+    const std::int64_t residue = (shift - axis.first_shift) % axis.source_step;
+    const std::int64_t reach = (shift - axis.first_shift) / axis.source_step;
+    auto found = std::find_if(axis.residues.begin(), axis.residues.end(),
+                              [&](const TiledAxis::Residue& r) { return r.residue == residue; });
+    if (found == axis.residues.end()) axis.residues.push_back({residue, reach, 0});
+    else found->halo = std::max(found->halo, reach);
+  }
+}
+
+void place_slots(TiledAxis& axis, std::int64_t tile, std::int64_t tiles_per_patch) {
+  axis.cuts = balanced_cuts(axis.grid, tile);
+  const std::int64_t tiles = static_cast<std::int64_t>(axis.cuts.size()) - 1;
+  axis.patch_cuts = balanced_cuts(tiles, tiles_per_patch);
+  std::int64_t extent = 0;
+  for (std::size_t i = 0; i + 1 < axis.patch_cuts.size(); ++i) {
+    extent = std::max(extent, axis.cuts[static_cast<std::size_t>(axis.patch_cuts[i + 1])] -
+                                  axis.cuts[static_cast<std::size_t>(axis.patch_cuts[i])]);
+  }
+  axis.slots = 0;
+  for (TiledAxis::Residue& residue : axis.residues) {
+    residue.slot = axis.slots;
+    axis.slots += extent + residue.halo;
+  }
+  for (std::size_t k = 0; k < axis.shift.size(); ++k) {
+    if (axis.shift[k] == Axis::kNoTap) continue;
+    const std::int64_t distance = axis.shift[k] - axis.first_shift;
+    for (const TiledAxis::Residue& residue : axis.residues) {
+      if (residue.residue == distance % axis.source_step) axis.tap_slot[k] = residue.slot + distance / axis.source_step;
+    }
+  }
+}
+
+std::int64_t largest_halo(const TiledAxis& axis) {
+  std::int64_t halo = 0;
+  for (const TiledAxis::Residue& residue : axis.residues) halo = std::max(halo, residue.halo);
+  return halo;
+}
+
+// The entries of `list` whose taps the pass has, cut into channel blocks. Offsets are relative to the block's patch.
+void lay_out_entries(TiledPass& pass, const EntryList& list, const std::vector<char>& channel_used) {
+  std::vector<std::int32_t> position(channel_used.size(), -1);
+  for (std::size_t c = 0; c < channel_used.size(); ++c) {
+    if (channel_used[c] == 0) continue;
+    position[c] = static_cast<std::int32_t>(pass.channels.size());
+    pass.channels.push_back(static_cast<std::int32_t>(c));
+  }
+  const auto channel_count = static_cast<std::int64_t>(pass.channels.size());
+  const std::int64_t channel_block = pass.tiling.channel_block;
+  const std::int64_t blocks = std::max<std::int64_t>(1, (channel_count + channel_block - 1) / channel_block);
+  for (std::int64_t b = 0; b < blocks; ++b) pass.block_channel_begin.push_back(b * channel_block);
+  pass.block_channel_begin.push_back(channel_count);
+
+  // Where each tap lies in a channel's patch; negative where the pass has no such tap.
+  std::vector<std::int64_t> tap_offset;
+  for (const std::int64_t slot_y : pass.y.tap_slot) {
+    for (const std::int64_t slot_x : pass.x.tap_slot) {
+      tap_offset.push_back(slot_y < 0 || slot_x < 0 ? -1 : slot_y * pass.source_row + slot_x * pass.lane_group);
+    }
+  }
+  std::vector<std::int32_t> cursor(list.row_begin.begin(), list.row_begin.end() - 1);
+  pass.offset.reserve(static_cast<std::size_t>(list.size()));
+  pass.order.reserve(static_cast<std::size_t>(list.size()));
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    pass.block_task_begin.push_back(static_cast<std::int64_t>(pass.tasks.size()));
+    const std::int64_t first = pass.block_channel_begin[static_cast<std::size_t>(b)];
+    const std::int64_t last = pass.block_channel_begin[static_cast<std::size_t>(b) + 1];
+    for (std::int64_t row = 0; row < list.rows(); ++row) {
+      const auto begin = static_cast<std::int32_t>(pass.offset.size());
+      auto j = static_cast<std::size_t>(cursor[static_cast<std::size_t>(row)]);
+      const auto end = static_cast<std::size_t>(list.row_begin[static_cast<std::size_t>(row) + 1]);
+      for (; j < end; ++j) {
+        const std::int64_t within = tap_offset[static_cast<std::size_t>(list.tap[j])];
+        if (within < 0) continue;
+        const std::int64_t local = position[static_cast<std::size_t>(list.column[j])];
+        if (local >= last) break;
+        pass.offset.push_back(static_cast<std::int32_t>((local - first) * pass.plane + within));
+        pass.order.push_back(list.value[j]);
+      }
+      cursor[static_cast<std::size_t>(row)] = static_cast<std::int32_t>(j);
+      const auto stop = static_cast<std::int32_t>(pass.offset.size());
+      // The first block visits every dest channel, so that a channel without entries still gets its bias or zero.
+      if (b == 0 || stop > begin) pass.tasks.push_back({static_cast<std::int32_t>(row), begin, stop});
+    }
+  }
+  pass.block_task_begin.push_back(static_cast<std::int64_t>(pass.tasks.size()));
+  pass.order_is_identity = true;
+  for (std::size_t j = 0; j < pass.order.size() && pass.order_is_identity; ++j) {
+    pass.order_is_identity = pass.order[j] == static_cast<std::int32_t>(j);
+  }
+}
+
+std::vector<char> used_channels(const PassAxes& axes, const EntryList& list, std::int64_t& entries) {
+  std::vector<char> used(static_cast<std::size_t>(list.columns), 0);
+  entries = 0;
+  for (std::size_t j = 0; j < list.column.size(); ++j) {
+    if (!axes.has(list.tap[j])) continue;
+    used[static_cast<std::size_t>(list.column[j])] = 1;
+    ++entries;
+  }
+  return used;
+}
+
+TiledAxis with_residues(const Axis& axis) {
+  TiledAxis result;
+  static_cast<Axis&>(result) = axis;
+  find_residues(result);
+  return result;
+}
+
+}  // namespace
+
+TilingProblem tiling_problem(const PassAxes& axes, const EntryList& list, std::int64_t batch, const VectorShape& vector,
+                             bool weight_grad) {
+  const TiledAxis y = with_residues(axes.y), x = with_residues(axes.x);
+  std::int64_t entries = 0;
+  const std::vector<char> used = used_channels(axes, list, entries);
+  return {y.grid,
+          x.grid,
+          largest_halo(y),
+          largest_halo(x),
+          std::max<std::int64_t>(1, static_cast<std::int64_t>(y.residues.size())),
+          std::max<std::int64_t>(1, static_cast<std::int64_t>(x.residues.size())),
+          batch,
+          list.rows(),
+          std::count(used.begin(), used.end(), 1),
+          entries,
+          vector.element_size,
+          vector.lanes,
+          vector.accumulators,
+          weight_grad};
+}
+
+TiledPass tiled_pass(const PassAxes& axes, const EntryList& list, const VectorShape& vector, const Tiling& tiling) {
+  TiledPass pass;
+  pass.y = with_residues(axes.y);
+  pass.x = with_residues(axes.x);
+  pass.tiling = tiling;
+  place_slots(pass.y, tiling.tile_rows, tiling.patch_rows);
+  place_slots(pass.x, tiling.tile_columns, tiling.patch_columns);
+  pass.dest_channels = list.rows();
+  pass.lane_group = static_cast<std::int64_t>(tiling.blocks) * vector.lanes;
+  pass.source_row = pass.x.slots * pass.lane_group;
+  pass.plane = pass.y.slots * pass.source_row;
+  // In double: the product may exceed 64 bits.
+  if (static_cast<double>(pass.y.slots) * static_cast<double>(pass.source_row) *
+          static_cast<double>(tiling.channel_block) >
+      std::numeric_limits<std::int32_t>::max()) {
+    throw std::length_error("input: one patch of the image exceeds 2^31 - 1 elements");
+  }
+  std::int64_t entries = 0;
+  lay_out_entries(pass, list, used_channels(axes, list, entries));
+  return pass;
+}
+
+}  // namespace fedpai

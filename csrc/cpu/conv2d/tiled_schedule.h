@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// A pass laid out for the tiled walk: everything that its loops would otherwise compute again each time.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/conv2d/axis.h"
+#include "cpu/conv2d/kernels.h"
+#include "cpu/conv2d/tiling.h"
+#include "plan/plan.h"
+
+namespace fedpai {
+
+// One spatial axis of a pass, and where its taps land in a packed patch. A source step s > 1 is removed by packing the
+// residues of the source coordinate one after the other: tap shift d has residue d % s and moves by d / s inside it.
+struct TiledAxis : Axis {
+  std::int64_t first_shift = 0;  // smallest shift in use
+
+  struct Residue {
+    std::int64_t residue;
+    std::int64_t halo;  // positions needed beyond a patch's own
+    std::int64_t slot;  // first packed position
+  };
+  std::vector<Residue> residues;
+  std::int64_t slots = 0;               // packed positions of a full patch
+  std::vector<std::int64_t> tap_slot;   // per kernel position along this axis; -1 where no entry uses it
+
+  std::vector<std::int64_t> cuts;        // register tiles: starts and the end
+  std::vector<std::int64_t> patch_cuts;  // patches: indices into cuts
+};
+
+struct TiledPass {
+  TiledAxis y, x;
+  Tiling tiling;
+  std::int64_t dest_channels = 0;
+  std::int64_t lane_group = 0;  // images per lane group, and elements per packed pixel
+  std::int64_t source_row = 0;  // elements between packed rows
+  std::int64_t plane = 0;       // elements between packed channels
+
+  // Entries in walking order: by channel block, dest channel, source channel.
+  std::vector<std::int32_t> offset;  // element offset in the packed block
+  std::vector<std::int32_t> order;   // index into the packed values
+  bool order_is_identity = false;
+
+  std::vector<std::int32_t> channels;             // source channels in use
+  std::vector<std::int64_t> block_channel_begin;  // per channel block, into channels; one more at the end
+  std::vector<RowTask> tasks;                     // per channel block, by dest channel
+  std::vector<std::int64_t> block_task_begin;     // per channel block, into tasks; one more at the end
+
+  std::int64_t blocks() const { return static_cast<std::int64_t>(block_task_begin.size()) - 1; }
+  std::int64_t entries() const { return static_cast<std::int64_t>(offset.size()); }
+  std::int64_t patches() const {
+    return static_cast<std::int64_t>((y.patch_cuts.size() - 1) * (x.patch_cuts.size() - 1));
+  }
+};
+
+struct VectorShape {
+  int lanes;
+  int accumulators;
+  std::int64_t element_size;
+};
+
+TilingProblem tiling_problem(const PassAxes& axes, const EntryList& list, std::int64_t batch, const VectorShape& vector,
+                             bool weight_grad);
+
+TiledPass tiled_pass(const PassAxes& axes, const EntryList& list, const VectorShape& vector, const Tiling& tiling);
+
+}  // namespace fedpai

@@ -17,9 +17,9 @@ Pass build_pass(const PassAxes& axes, const EntryList& list, const ScheduleKey& 
       tiling_problem(axes, list, key.geometry.batch, vector, key.direction == Direction::kWeightGrad);
   const bool possible = key.adjacent && key.walk != Walk::kTiled && can_stream(axes, list, key.source);
   const StreamChoice stream = choose_stream(problem);
-  if (possible && key.walk == Walk::kStreamed) return stream_pass(axes, list, key.source, stream.channel_block);
+  if (possible && key.walk == Walk::kStreamed) return stream_pass(axes, list, key.source, stream.blocks);
   const Tiling tiling = choose_tiling(problem);
-  if (possible && stream.cycles < tiling.cycles) return stream_pass(axes, list, key.source, stream.channel_block);
+  if (possible && stream.cycles < tiling.cycles) return stream_pass(axes, list, key.source, stream.blocks);
   return tiled_pass(axes, list, vector, tiling);
 }
 

@@ -9,8 +9,8 @@ namespace fedpai {
 
 // How the streamed walk would go.
 struct StreamChoice {
-  std::int64_t channel_block;  // source channels
-  double cycles;               // the whole pass on one core, to compare with Tiling::cycles
+  std::int64_t blocks;  // of source channels
+  double cycles;        // the whole pass on one core, to compare with Tiling::cycles
 };
 
 StreamChoice choose_stream(const TilingProblem& problem);

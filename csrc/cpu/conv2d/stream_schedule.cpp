@@ -56,10 +56,11 @@ bool can_stream(const PassAxes& axes, const EntryList& list, const SourceStrides
 }
 
 StreamPass stream_pass(const PassAxes& axes, const EntryList& list, const SourceStrides& source,
-                       std::int64_t channel_block) {
+                       std::int64_t blocks) {
   StreamPass pass;
   pass.axes = axes;
   pass.dest_channels = list.rows();
+  const std::int64_t channel_block = (list.columns + blocks - 1) / blocks;
   pass.blocks = (list.columns + channel_block - 1) / channel_block;
   const std::vector<std::int64_t> shifts_y = sorted_shifts(axes.y), shifts_x = sorted_shifts(axes.x);
   pass.taps_y = static_cast<std::int64_t>(shifts_y.size());

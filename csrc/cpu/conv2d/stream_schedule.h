@@ -53,6 +53,6 @@ struct StreamPass {
 bool can_stream(const PassAxes& axes, const EntryList& list, const SourceStrides& source);
 
 StreamPass stream_pass(const PassAxes& axes, const EntryList& list, const SourceStrides& source,
-                       std::int64_t channel_block);
+                       std::int64_t blocks);
 
 }  // namespace fedpai

@@ -207,6 +207,9 @@ def _weight_grad_fake(
 
 _ops: Any = torch.ops.fedpai
 
+# Inside a backward pass that nobody will differentiate again (no create_graph), the gradients are asked of the ops
+# themselves: an autograd node around each costs as much as a small layer.
+
 
 class _Forward(torch.autograd.Function):
     @staticmethod
@@ -223,10 +226,18 @@ class _Forward(torch.autograd.Function):
         x, values = ctx.saved_tensors
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
         dx = dvalues = dbias = None
+        again = torch.is_grad_enabled()
         if want_x:
-            dx = _InputGrad.apply(dy, values, ctx.plan, x.shape[2], x.shape[3], ctx.geometry)
+            image = (x.shape[2], x.shape[3])
+            if again:
+                dx = _InputGrad.apply(dy, values, ctx.plan, *image, ctx.geometry)
+            else:
+                dx = _ops.conv2d_input_grad(dy, values, ctx.plan.handle, *image, ctx.geometry)
         if want_values:
-            dvalues, dbias = _WeightGrad.apply(x, dy, ctx.plan, want_bias, ctx.geometry)
+            if again:
+                dvalues, dbias = _WeightGrad.apply(x, dy, ctx.plan, want_bias, ctx.geometry)
+            else:
+                dvalues, dbias = _ops.conv2d_weight_grad(x, dy, ctx.plan.handle, want_bias, ctx.geometry)
         elif want_bias:
             dbias = dy.sum((0, 2, 3))
         return dx, dvalues, dbias if want_bias else None, None, None

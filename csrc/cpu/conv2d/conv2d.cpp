@@ -2,7 +2,6 @@
 #include "cpu/conv2d/conv2d.h"
 
 #include <algorithm>
-#include <type_traits>
 #include <variant>
 
 #include "cpu/conv2d/run.h"
@@ -31,13 +30,13 @@ template <class T>
 void run_passes(const CompiledPlan& plan, const ScheduleKey& key, const Images<const T>& source, const T* values,
                 const T* bias, const Images<T>& dest, int threads) {
   const Conv2dKernels<T>& kernels = conv2d_kernels<T>();
-  const auto passes = plan.schedules.get(plan.plan, key);
-  for (const Pass& pass : *passes) {
-    if (const auto* streamed = std::get_if<StreamPass>(&pass)) {
-      run_streamed(*streamed, kernels, key.geometry.batch, source, values, bias, dest, threads);
-    } else {
-      run_tiled(std::get<TiledPass>(pass), kernels, key.geometry.batch, source, values, bias, dest, threads);
-    }
+  const auto schedule = plan.schedules.get(plan.plan, key);
+  if (const auto* streamed = std::get_if<std::vector<StreamPass>>(schedule.get())) {
+    run_streamed(*streamed, kernels, key.geometry.batch, source, values, bias, dest, threads);
+    return;
+  }
+  for (const TiledPass& pass : std::get<std::vector<TiledPass>>(*schedule)) {
+    run_tiled(pass, kernels, key.geometry.batch, source, values, bias, dest, threads);
   }
 }
 
@@ -67,19 +66,18 @@ void conv2d_weight_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry
     return;
   }
   const Conv2dKernels<T>& kernels = conv2d_kernels<T>();
-  const auto passes =
+  const auto schedule =
       plan.schedules.get(plan.plan, schedule_key<T>(Direction::kWeightGrad, geometry, x, dy.batch == 1));
-  std::visit(
-      [&](const auto& pass) {
-        // A tap that only ever reads padding is not in the pass: its gradient is zero.
-        if (pass.entries() < plan.plan.nnz()) std::fill(values_grad, values_grad + plan.plan.nnz(), T(0));
-        if constexpr (std::is_same_v<std::decay_t<decltype(pass)>, StreamPass>) {
-          run_streamed_grad(pass, kernels, geometry.batch, x, dy, values_grad, bias_grad, threads);
-        } else {
-          run_tiled_grad(pass, kernels, geometry.batch, x, dy, values_grad, bias_grad, threads);
-        }
-      },
-      passes->front());
+  const auto run = [&](const auto& pass, auto run_grad) {
+    // A tap that only ever reads padding is not in the pass: its gradient is zero.
+    if (pass.entries() < plan.plan.nnz()) std::fill(values_grad, values_grad + plan.plan.nnz(), T(0));
+    run_grad(pass, kernels, geometry.batch, x, dy, values_grad, bias_grad, threads);
+  };
+  if (const auto* streamed = std::get_if<std::vector<StreamPass>>(schedule.get())) {
+    run(streamed->front(), run_streamed_grad<T>);
+  } else {
+    run(std::get<std::vector<TiledPass>>(*schedule).front(), run_tiled_grad<T>);
+  }
 }
 
 #define FEDPAI_INSTANTIATE(T)                                                                                        \

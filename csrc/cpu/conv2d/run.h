@@ -21,9 +21,9 @@ template <class T>
 void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& x,
                     const Images<const T>& dy, T* values_grad, T* bias_grad, int threads);
 
-// The same by the streamed walk; all images adjacent.
+// The same by the streamed walk, for all passes of a direction; all images adjacent.
 template <class T>
-void run_streamed(const StreamPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch,
+void run_streamed(const std::vector<StreamPass>& passes, const Conv2dKernels<T>& kernels, std::int64_t batch,
                   const Images<const T>& source, const T* values, const T* bias, const Images<T>& dest, int threads);
 template <class T>
 void run_streamed_grad(const StreamPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch,

@@ -135,40 +135,68 @@ void for_each_zone(const StreamPass& pass, std::int64_t band, F&& visit) {
   }
 }
 
+// What the threads share of one pass.
+template <class T>
+struct StreamJob {
+  const StreamPass* pass;
+  Rectangles<const T, T> rectangles;
+  const T* values;                 // in walking order
+  std::vector<std::int64_t> cuts;  // dest channels of each part
+};
+
+// The dest channels of one part, in one band of rows of one lane block.
+template <class T>
+void accumulate_band(const StreamJob<T>& job, const Conv2dKernels<T>& kernels, const T* bias, ZoneEntries<T>& entries,
+                     std::size_t part, std::int64_t band, std::int64_t lane_block) {
+  for (std::int64_t block = 0; block < job.pass->blocks; ++block) {
+    for (std::int64_t c = job.cuts[part]; c < job.cuts[part + 1]; ++c) {
+      for_each_zone(*job.pass, band, [&](const StreamZone& y, const StreamZone& x) {
+        const EntryRun<T> run = entries.of(block, c, y, x);
+        kernels.stream.accumulate({job.rectangles.shape(lane_block, y.end - y.begin, x),
+                                   job.rectangles.source(lane_block, y.begin, x.begin), run.offset, run.value,
+                                   run.count, job.rectangles.dest(c, lane_block, y.begin, x.begin),
+                                   bias != nullptr ? bias[c] : T(0), block > 0});
+      });
+    }
+  }
+}
+
 }  // namespace
 
 template <class T>
-void run_streamed(const StreamPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch,
+void run_streamed(const std::vector<StreamPass>& passes, const Conv2dKernels<T>& kernels, std::int64_t batch,
                   const Images<const T>& source, const T* values, const T* bias, const Images<T>& dest, int threads) {
+  std::int64_t entries = 0, bands = 0;
+  for (const StreamPass& pass : passes) {
+    entries += pass.entries();
+    bands = std::max(bands, bands_of(pass));
+  }
   static thread_local Scratch scratch;
-  T* const buffer = static_cast<T*>(scratch.reserve(sizeof(T) * static_cast<std::size_t>(pass.entries())));
-  const T* const ordered = ordered_values(pass.order, pass.order_is_identity, values, buffer, threads);
+  T* buffer = static_cast<T*>(scratch.reserve(sizeof(T) * static_cast<std::size_t>(entries)));
 
-  const Rectangles<const T, T> rectangles(pass, batch, source, dest);
-  const std::int64_t bands = bands_of(pass);
-  const std::int64_t places = bands * rectangles.lane_blocks();
-  const std::int64_t wanted = threads == 1 ? 1 : kUnitsPerThread * threads;
-  const std::vector<std::int64_t> cuts = cut_channels(pass, (wanted + places - 1) / places);
-  const auto parts = static_cast<std::int64_t>(cuts.size()) - 1;
+  std::vector<StreamJob<T>> jobs;
+  for (const StreamPass& pass : passes) {
+    const Rectangles<const T, T> rectangles(pass, batch, source, dest);
+    const std::int64_t places = bands * rectangles.lane_blocks();
+    const std::int64_t wanted = threads == 1 ? 1 : kUnitsPerThread * threads;
+    jobs.push_back({&pass, rectangles, ordered_values(pass.order, pass.order_is_identity, values, buffer, threads),
+                    cut_channels(pass, (wanted + places - 1) / places)});
+    buffer += pass.entries();
+  }
+  const auto parts = static_cast<std::int64_t>(jobs.front().cuts.size()) - 1;
+  const std::int64_t lane_blocks = jobs.front().rectangles.lane_blocks();
 
 #pragma omp parallel num_threads(threads)
   {
-    ZoneEntries<T> entries(pass, ordered);
+    std::vector<ZoneEntries<T>> zone_entries;
+    for (const StreamJob<T>& job : jobs) zone_entries.emplace_back(*job.pass, job.values);
 #pragma omp for schedule(dynamic, 1)
-    for (std::int64_t unit = 0; unit < places * parts; ++unit) {
+    for (std::int64_t unit = 0; unit < bands * lane_blocks * parts; ++unit) {
       const auto part = static_cast<std::size_t>(unit % parts);
       const std::int64_t band = unit / parts % bands;
       const std::int64_t lane_block = unit / parts / bands;
-      for (std::int64_t block = 0; block < pass.blocks; ++block) {
-        for (std::int64_t c = cuts[part]; c < cuts[part + 1]; ++c) {
-          for_each_zone(pass, band, [&](const StreamZone& y, const StreamZone& x) {
-            const EntryRun<T> run = entries.of(block, c, y, x);
-            kernels.stream.accumulate({rectangles.shape(lane_block, y.end - y.begin, x),
-                                       rectangles.source(lane_block, y.begin, x.begin), run.offset, run.value,
-                                       run.count, rectangles.dest(c, lane_block, y.begin, x.begin),
-                                       bias != nullptr ? bias[c] : T(0), block > 0});
-          });
-        }
+      for (std::size_t p = 0; p < jobs.size(); ++p) {
+        accumulate_band(jobs[p], kernels, bias, zone_entries[p], part, band, lane_block);
       }
     }
   }
@@ -224,8 +252,8 @@ void run_streamed_grad(const StreamPass& pass, const Conv2dKernels<T>& kernels, 
 }
 
 #define FEDPAI_INSTANTIATE(T)                                                                                         \
-  template void run_streamed<T>(const StreamPass&, const Conv2dKernels<T>&, std::int64_t, const Images<const T>&,     \
-                                const T*, const T*, const Images<T>&, int);                                           \
+  template void run_streamed<T>(const std::vector<StreamPass>&, const Conv2dKernels<T>&, std::int64_t,               \
+                                const Images<const T>&, const T*, const T*, const Images<T>&, int);                \
   template void run_streamed_grad<T>(const StreamPass&, const Conv2dKernels<T>&, std::int64_t, const Images<const T>&, \
                                      const Images<const T>&, T*, T*, int);
 FEDPAI_INSTANTIATE(float)

@@ -11,30 +11,40 @@ namespace {
 
 std::atomic<Walk> forced_walk{Walk::kChoose};
 
-Pass build_pass(const PassAxes& axes, const EntryList& list, const ScheduleKey& key) {
-  const VectorShape vector{key.lanes, key.accumulators, key.element_size};
-  const TilingProblem problem =
-      tiling_problem(axes, list, key.geometry.batch, vector, key.direction == Direction::kWeightGrad);
-  const bool possible = key.adjacent && key.walk != Walk::kTiled && can_stream(axes, list, key.source);
-  const StreamChoice stream = choose_stream(problem);
-  if (possible && key.walk == Walk::kStreamed) return stream_pass(axes, list, key.source, stream.blocks);
-  const Tiling tiling = choose_tiling(problem);
-  if (possible && stream.cycles < tiling.cycles) return stream_pass(axes, list, key.source, stream.blocks);
-  return tiled_pass(axes, list, vector, tiling);
-}
-
 }  // namespace
 
-std::vector<Pass> build_passes(const Plan& plan, const ScheduleKey& key) {
-  std::vector<Pass> passes;
-  if (key.direction == Direction::kInputGrad) {
-    for (const PassAxes& axes : input_grad_axes(plan, key.geometry)) {
-      passes.push_back(build_pass(axes, plan.by_input(), key));
-    }
-  } else {
-    passes.push_back(build_pass(forward_axes(plan, key.geometry), plan.by_output(), key));
+Schedule build_schedule(const Plan& plan, const ScheduleKey& key) {
+  const bool input_grad = key.direction == Direction::kInputGrad;
+  const EntryList& list = input_grad ? plan.by_input() : plan.by_output();
+  const std::vector<PassAxes> passes =
+      input_grad ? input_grad_axes(plan, key.geometry) : std::vector<PassAxes>{forward_axes(plan, key.geometry)};
+  const VectorShape vector{key.lanes, key.accumulators, key.element_size};
+
+  bool can = key.adjacent && key.walk != Walk::kTiled;
+  std::vector<StreamChoice> streams;
+  std::vector<Tiling> tilings;
+  double stream_cycles = 0, tiled_cycles = 0;
+  for (const PassAxes& axes : passes) {
+    const TilingProblem problem =
+        tiling_problem(axes, list, key.geometry.batch, vector, key.direction == Direction::kWeightGrad);
+    can = can && can_stream(axes, list, key.source);
+    streams.push_back(choose_stream(problem));
+    stream_cycles += streams.back().cycles;
+    if (can && key.walk == Walk::kStreamed) continue;
+    tilings.push_back(choose_tiling(problem));
+    tiled_cycles += tilings.back().cycles;
   }
-  return passes;
+
+  if (can && (key.walk == Walk::kStreamed || stream_cycles < tiled_cycles)) {
+    std::vector<StreamPass> result;
+    for (std::size_t i = 0; i < passes.size(); ++i) {
+      result.push_back(stream_pass(passes[i], list, key.source, streams[i].blocks));
+    }
+    return result;
+  }
+  std::vector<TiledPass> result;
+  for (std::size_t i = 0; i < passes.size(); ++i) result.push_back(tiled_pass(passes[i], list, vector, tilings[i]));
+  return result;
 }
 
 Walk walk_in_force() { return forced_walk.load(std::memory_order_relaxed); }

@@ -36,9 +36,10 @@ struct ScheduleKey {
   }
 };
 
-using Pass = std::variant<TiledPass, StreamPass>;
+// One walk for all passes of a direction: together they write each row of the dest, best while it is in cache.
+using Schedule = std::variant<std::vector<TiledPass>, std::vector<StreamPass>>;
 
-std::vector<Pass> build_passes(const Plan& plan, const ScheduleKey& key);
+Schedule build_schedule(const Plan& plan, const ScheduleKey& key);
 
 // Which walk later schedules use: kChoose, unless a test or an experiment forces one for the whole process. A forced
 // streamed walk still gives way where it is impossible.

@@ -3,19 +3,19 @@
 
 namespace fedpai {
 
-ScheduleCache::Passes ScheduleCache::get(const Plan& plan, const ScheduleKey& key) {
+ScheduleCache::Shared ScheduleCache::get(const Plan& plan, const ScheduleKey& key) {
   // Building under the lock: two threads that need the same schedule should not both build it.
   const std::lock_guard<std::mutex> lock(mutex_);
   for (auto it = entries_.begin(); it != entries_.end(); ++it) {
     if (it->key == key) {
       entries_.splice(entries_.begin(), entries_, it);
-      return it->passes;
+      return it->schedule;
     }
   }
-  auto passes = std::make_shared<const std::vector<Pass>>(build_passes(plan, key));
-  entries_.push_front({key, passes});
+  auto schedule = std::make_shared<const Schedule>(build_schedule(plan, key));
+  entries_.push_front({key, schedule});
   if (entries_.size() > kCapacity) entries_.pop_back();
-  return passes;
+  return schedule;
 }
 
 }  // namespace fedpai

@@ -13,10 +13,10 @@ namespace fedpai {
 
 class ScheduleCache {
  public:
-  using Passes = std::shared_ptr<const std::vector<Pass>>;
+  using Shared = std::shared_ptr<const Schedule>;
 
   // Thread-safe; a schedule in use outlives its eviction.
-  Passes get(const Plan& plan, const ScheduleKey& key);
+  Shared get(const Plan& plan, const ScheduleKey& key);
 
  private:
   // A training run sees the full batch, the last batch and the evaluation batch, each in three directions.
@@ -24,7 +24,7 @@ class ScheduleCache {
 
   struct Entry {
     ScheduleKey key;
-    Passes passes;
+    Shared schedule;
   };
   std::mutex mutex_;
   std::list<Entry> entries_;  // most recently used first

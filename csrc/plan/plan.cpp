@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "plan/plan.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -10,6 +12,8 @@
 namespace fedpai {
 
 namespace {
+
+constexpr std::int64_t kLargest = std::numeric_limits<std::int32_t>::max();
 
 // Visits the non-zero bytes of [begin, end) in ascending order, eight at a time: at 98 % sparsity most words are zero.
 template <class F>
@@ -48,22 +52,36 @@ std::int64_t count_set(const std::uint8_t* mask, std::int64_t size) {
   return total;
 }
 
-EntryList list_by_output(const std::uint8_t* mask, const WeightShape& shape, std::int64_t nnz) {
-  const auto size = static_cast<std::size_t>(nnz);
+// Below so many weights a second thread costs more than it does.
+constexpr std::int64_t kParallelWeights = std::int64_t{1} << 18;
+
+// Empty when no weight survives, or more than 2^31 - 1 do; `nnz` says which.
+EntryList list_by_output(const std::uint8_t* mask, const WeightShape& shape, std::int64_t& nnz) {
+  const std::int64_t row_numel = shape.in_channels_per_group * shape.taps();
+  const std::int64_t rows = shape.out_channels;
+  std::vector<std::int64_t> counts(static_cast<std::size_t>(rows));
+#pragma omp parallel for schedule(static) if (shape.numel() > kParallelWeights)
+  for (std::int64_t row = 0; row < rows; ++row) {
+    counts[static_cast<std::size_t>(row)] = count_set(mask + row * row_numel, row_numel);
+  }
+  nnz = 0;
+  for (const std::int64_t count : counts) nnz += count;
+  if (nnz == 0 || nnz > kLargest) return {};
+
   EntryList list;
   list.columns = shape.in_channels();
-  list.row_begin.reserve(static_cast<std::size_t>(shape.out_channels) + 1);
-  list.column.resize(size);
-  list.tap.resize(size);
-  list.value.resize(size);
-  const std::int64_t row_numel = shape.in_channels_per_group * shape.taps();
-  const std::int64_t rows_per_group = shape.out_channels / shape.groups;
-  const auto taps = static_cast<std::uint32_t>(shape.taps());  // a division of 32 bits is several times faster
-  std::size_t next = 0;
   list.row_begin.push_back(0);
-  for (std::int64_t row = 0; row < shape.out_channels; ++row) {
+  for (const std::int64_t count : counts) list.row_begin.push_back(list.row_begin.back() + static_cast<std::int32_t>(count));
+  list.column.resize(static_cast<std::size_t>(nnz));
+  list.tap.resize(list.column.size());
+  list.value.resize(list.column.size());
+  const std::int64_t rows_per_group = rows / shape.groups;
+  const auto taps = static_cast<std::uint32_t>(shape.taps());  // a division of 32 bits is several times faster
+#pragma omp parallel for schedule(static) if (shape.numel() > kParallelWeights)
+  for (std::int64_t row = 0; row < rows; ++row) {
     const auto first_column = static_cast<std::int32_t>(row / rows_per_group * shape.in_channels_per_group);
     const std::int64_t begin = row * row_numel;
+    auto next = static_cast<std::size_t>(list.row_begin[static_cast<std::size_t>(row)]);
     for_each_set(mask, begin, begin + row_numel, [&](std::int64_t i) {
       const auto within = static_cast<std::uint32_t>(i - begin);
       list.column[next] = first_column + static_cast<std::int32_t>(within / taps);
@@ -71,13 +89,13 @@ EntryList list_by_output(const std::uint8_t* mask, const WeightShape& shape, std
       list.value[next] = static_cast<std::int32_t>(next);
       ++next;
     });
-    list.row_begin.push_back(static_cast<std::int32_t>(next));
   }
   return list;
 }
 
-// A counting sort by column; stable, so that inside a column the rows stay ascending.
-EntryList transpose(const EntryList& list) {
+// A counting sort by column; stable, so that inside a column the rows stay ascending. Several threads share it by
+// ranges of columns: each reads the whole list and writes its own part.
+EntryList transpose(const EntryList& list, std::int64_t weights) {
   const std::size_t size = list.column.size();
   EntryList result;
   result.columns = list.rows();
@@ -88,14 +106,22 @@ EntryList transpose(const EntryList& list) {
   for (const std::int32_t column : list.column) ++result.row_begin[static_cast<std::size_t>(column) + 1];
   for (std::size_t c = 1; c < result.row_begin.size(); ++c) result.row_begin[c] += result.row_begin[c - 1];
   std::vector<std::int32_t> next(result.row_begin.begin(), result.row_begin.end() - 1);
-  for (std::int64_t row = 0; row < list.rows(); ++row) {
-    for (std::int32_t j = list.row_begin[static_cast<std::size_t>(row)];
-         j < list.row_begin[static_cast<std::size_t>(row) + 1]; ++j) {
-      const auto from = static_cast<std::size_t>(j);
-      const auto to = static_cast<std::size_t>(next[static_cast<std::size_t>(list.column[from])]++);
-      result.column[to] = static_cast<std::int32_t>(row);
-      result.tap[to] = list.tap[from];
-      result.value[to] = list.value[from];
+#pragma omp parallel if (weights > kParallelWeights && list.columns > 1)
+  {
+    const std::int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+    const auto first = static_cast<std::int32_t>(list.columns * me / team);
+    const auto last = static_cast<std::int32_t>(list.columns * (me + 1) / team);
+    for (std::int64_t row = 0; row < list.rows(); ++row) {
+      const auto end = static_cast<std::size_t>(list.row_begin[static_cast<std::size_t>(row) + 1]);
+      for (auto from = static_cast<std::size_t>(list.row_begin[static_cast<std::size_t>(row)]); from < end; ++from) {
+        const std::int32_t column = list.column[from];
+        if (column < first) continue;
+        if (column >= last) break;  // a row's columns ascend
+        const auto to = static_cast<std::size_t>(next[static_cast<std::size_t>(column)]++);
+        result.column[to] = static_cast<std::int32_t>(row);
+        result.tap[to] = list.tap[from];
+        result.value[to] = list.value[from];
+      }
     }
   }
   return result;
@@ -112,18 +138,17 @@ Plan::Plan(const std::uint8_t* mask, const WeightShape& shape) : shape_(shape) {
     throw std::invalid_argument("groups: " + std::to_string(shape.groups) + " does not divide the mask's " +
                                 std::to_string(shape.out_channels) + " output channels");
   }
-  constexpr std::int64_t kLargest = std::numeric_limits<std::int32_t>::max();
   if (shape.taps() > kLargest || shape.in_channels() > kLargest || shape.in_channels() * shape.taps() > kLargest ||
       shape.out_channels > kLargest) {
     throw std::invalid_argument("mask: at most 2^31 - 1 output channels, and inputs per output, are supported");
   }
-  const std::int64_t nnz = count_set(mask, shape.numel());
+  std::int64_t nnz = 0;
+  by_output_ = list_by_output(mask, shape, nnz);
   if (nnz == 0) throw std::invalid_argument("mask: no weight survives; a layer needs at least one");
   if (nnz > kLargest) {
     throw std::invalid_argument("mask: " + std::to_string(nnz) + " surviving weights, at most 2^31 - 1 are supported");
   }
-  by_output_ = list_by_output(mask, shape, nnz);
-  by_input_ = transpose(by_output_);
+  by_input_ = transpose(by_output_, shape.numel());
 }
 
 void Plan::flat_indices(std::int64_t* out) const {

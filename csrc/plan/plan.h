@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "memory/index_vector.h"
+
 namespace fedpai {
 
 struct WeightShape {
@@ -27,9 +29,9 @@ struct WeightShape {
 // those of the other. Every array but row_begin has one element per non-zero.
 struct EntryList {
   std::vector<std::int32_t> row_begin;  // rows + 1
-  std::vector<std::int32_t> column;     // channel on the other side
-  std::vector<std::int32_t> tap;        // ky * kernel_w + kx
-  std::vector<std::int32_t> value;      // index into the packed values
+  IndexVector column;                   // channel on the other side
+  IndexVector tap;                      // ky * kernel_w + kx
+  IndexVector value;                    // index into the packed values
   std::int64_t columns = 0;             // how many channels the other side has
 
   std::int64_t rows() const { return static_cast<std::int64_t>(row_begin.size()) - 1; }

@@ -31,7 +31,7 @@ void run_streamed_grad(const StreamPass& pass, const Conv2dKernels<T>& kernels, 
 
 // Values in walking order: `values` itself or, gathered, `buffer`.
 template <class T>
-const T* ordered_values(const std::vector<std::int32_t>& order, bool order_is_identity, const T* values, T* buffer,
+const T* ordered_values(const IndexVector& order, bool order_is_identity, const T* values, T* buffer,
                         int threads) {
   if (order_is_identity) return values;
   const auto entries = static_cast<std::int64_t>(order.size());

@@ -36,8 +36,8 @@ struct StreamPass {
   std::int64_t taps_y = 0, taps_x = 0;
   std::vector<StreamZone> zones_y, zones_x;
 
-  std::vector<std::int32_t> offset;  // per entry: elements from a dest position's unshifted source, channel 0
-  std::vector<std::int32_t> order;   // index into the packed values
+  IndexVector offset;  // per entry: elements from a dest position's unshifted source, channel 0
+  IndexVector order;   // index into the packed values
   bool order_is_identity = false;
   // Where the entries of (block, dest channel, column tap, row tap) begin, in that order; one more at the end.
   std::vector<std::int32_t> piece_begin;

@@ -11,6 +11,9 @@ namespace fedpai {
 
 namespace {
 
+// From here on it pays to wake the other threads.
+constexpr std::int64_t kParallelEntries = 30000;
+
 // The packed positions depend on the patch, so this runs after the tiling is chosen; before that, residues and halos
 // are known and slots is zero.
 void find_residues(TiledAxis& axis) {
@@ -60,11 +63,47 @@ std::int64_t largest_halo(const TiledAxis& axis) {
   return halo;
 }
 
+// Whether each kernel tap belongs to the pass.
+std::vector<char> kept_taps(const PassAxes& axes) {
+  std::vector<char> kept;
+  for (const std::int64_t y : axes.y.shift) {
+    for (const std::int64_t x : axes.x.shift) kept.push_back(y != Axis::kNoTap && x != Axis::kNoTap);
+  }
+  return kept;
+}
+
+// The source channels that the pass's entries read.
+struct ChannelUse {
+  std::vector<char> used;
+  std::int64_t channels = 0;
+  std::int64_t entries = 0;
+};
+
+ChannelUse channel_use(const PassAxes& axes, const EntryList& list) {
+  ChannelUse use;
+  use.used.assign(static_cast<std::size_t>(list.columns), 0);
+  const std::vector<char> kept = kept_taps(axes);
+  const bool all_taps = std::find(kept.begin(), kept.end(), 0) == kept.end();
+  for (std::size_t j = 0; j < list.column.size(); ++j) {
+    if (kept[static_cast<std::size_t>(list.tap[j])] == 0) continue;
+    ++use.entries;
+    char& used = use.used[static_cast<std::size_t>(list.column[j])];
+    use.channels += used == 0;
+    used = 1;
+    if (all_taps && use.channels == list.columns) break;  // nothing left to find out
+  }
+  if (all_taps) use.entries = list.size();
+  return use;
+}
+
 // The entries of `list` whose taps the pass has, cut into channel blocks. Offsets are relative to the block's patch.
-void lay_out_entries(TiledPass& pass, const EntryList& list, const std::vector<char>& channel_used) {
-  std::vector<std::int32_t> position(channel_used.size(), -1);
-  for (std::size_t c = 0; c < channel_used.size(); ++c) {
-    if (channel_used[c] == 0) continue;
+// A row's entries ascend by source channel, so each block has one range of them: counted first, then every row writes
+// its own.
+void lay_out_entries(TiledPass& pass, const PassAxes& axes, const EntryList& list) {
+  const ChannelUse use = channel_use(axes, list);
+  std::vector<std::int32_t> position(use.used.size(), -1);
+  for (std::size_t c = 0; c < use.used.size(); ++c) {
+    if (use.used[c] == 0) continue;
     position[c] = static_cast<std::int32_t>(pass.channels.size());
     pass.channels.push_back(static_cast<std::int32_t>(c));
   }
@@ -74,54 +113,66 @@ void lay_out_entries(TiledPass& pass, const EntryList& list, const std::vector<c
   for (std::int64_t b = 0; b < blocks; ++b) pass.block_channel_begin.push_back(b * channel_block);
   pass.block_channel_begin.push_back(channel_count);
 
-  // Where each tap lies in a channel's patch; negative where the pass has no such tap.
-  std::vector<std::int64_t> tap_offset;
+  // Where each tap lies in a channel's patch; negative where the pass has no such tap. The same for the start of each
+  // source channel in its block.
+  std::vector<std::int64_t> tap_offset, channel_offset;
+  std::vector<std::int32_t> block_of;
   for (const std::int64_t slot_y : pass.y.tap_slot) {
     for (const std::int64_t slot_x : pass.x.tap_slot) {
       tap_offset.push_back(slot_y < 0 || slot_x < 0 ? -1 : slot_y * pass.source_row + slot_x * pass.lane_group);
     }
   }
-  std::vector<std::int32_t> cursor(list.row_begin.begin(), list.row_begin.end() - 1);
-  pass.offset.reserve(static_cast<std::size_t>(list.size()));
-  pass.order.reserve(static_cast<std::size_t>(list.size()));
+  for (const std::int32_t at : position) {
+    channel_offset.push_back(at < 0 ? 0 : at % channel_block * pass.plane);
+    block_of.push_back(at < 0 ? 0 : static_cast<std::int32_t>(at / channel_block));
+  }
+
+  const std::int64_t rows = list.rows();
+  const auto at = [rows](std::int64_t block, std::int64_t row) { return static_cast<std::size_t>(block * rows + row); };
+  const auto row_begin = [&](std::int64_t row) {
+    return static_cast<std::size_t>(list.row_begin[static_cast<std::size_t>(row)]);
+  };
+  std::vector<std::int32_t> begin(static_cast<std::size_t>(blocks * rows) + 1, 0);
+#pragma omp parallel for schedule(static) if (list.size() > kParallelEntries)
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::size_t j = row_begin(row); j < row_begin(row + 1); ++j) {
+      if (tap_offset[static_cast<std::size_t>(list.tap[j])] < 0) continue;
+      ++begin[at(block_of[static_cast<std::size_t>(list.column[j])], row) + 1];
+    }
+  }
+  for (std::size_t i = 1; i < begin.size(); ++i) begin[i] += begin[i - 1];
+  pass.offset.resize(static_cast<std::size_t>(begin.back()));
+  pass.order.resize(pass.offset.size());
+  bool identity = true;
+#pragma omp parallel for schedule(static) reduction(&& : identity) if (list.size() > kParallelEntries)
+  for (std::int64_t row = 0; row < rows; ++row) {
+    std::int64_t block = -1;
+    std::size_t to = 0;
+    for (std::size_t j = row_begin(row); j < row_begin(row + 1); ++j) {
+      const std::int64_t within = tap_offset[static_cast<std::size_t>(list.tap[j])];
+      if (within < 0) continue;
+      const auto column = static_cast<std::size_t>(list.column[j]);
+      if (block_of[column] != block) {
+        block = block_of[column];
+        to = static_cast<std::size_t>(begin[at(block, row)]);
+      }
+      pass.offset[to] = static_cast<std::int32_t>(channel_offset[column] + within);
+      pass.order[to] = list.value[j];
+      identity = identity && list.value[j] == static_cast<std::int32_t>(to);
+      ++to;
+    }
+  }
+  pass.order_is_identity = identity;
+
   for (std::int64_t b = 0; b < blocks; ++b) {
     pass.block_task_begin.push_back(static_cast<std::int64_t>(pass.tasks.size()));
-    const std::int64_t first = pass.block_channel_begin[static_cast<std::size_t>(b)];
-    const std::int64_t last = pass.block_channel_begin[static_cast<std::size_t>(b) + 1];
-    for (std::int64_t row = 0; row < list.rows(); ++row) {
-      const auto begin = static_cast<std::int32_t>(pass.offset.size());
-      auto j = static_cast<std::size_t>(cursor[static_cast<std::size_t>(row)]);
-      const auto end = static_cast<std::size_t>(list.row_begin[static_cast<std::size_t>(row) + 1]);
-      for (; j < end; ++j) {
-        const std::int64_t within = tap_offset[static_cast<std::size_t>(list.tap[j])];
-        if (within < 0) continue;
-        const std::int64_t local = position[static_cast<std::size_t>(list.column[j])];
-        if (local >= last) break;
-        pass.offset.push_back(static_cast<std::int32_t>((local - first) * pass.plane + within));
-        pass.order.push_back(list.value[j]);
-      }
-      cursor[static_cast<std::size_t>(row)] = static_cast<std::int32_t>(j);
-      const auto stop = static_cast<std::int32_t>(pass.offset.size());
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const std::int32_t first = begin[at(b, row)], last = begin[at(b, row) + 1];
       // The first block visits every dest channel, so that a channel without entries still gets its bias or zero.
-      if (b == 0 || stop > begin) pass.tasks.push_back({static_cast<std::int32_t>(row), begin, stop});
+      if (b == 0 || last > first) pass.tasks.push_back({static_cast<std::int32_t>(row), first, last});
     }
   }
   pass.block_task_begin.push_back(static_cast<std::int64_t>(pass.tasks.size()));
-  pass.order_is_identity = true;
-  for (std::size_t j = 0; j < pass.order.size() && pass.order_is_identity; ++j) {
-    pass.order_is_identity = pass.order[j] == static_cast<std::int32_t>(j);
-  }
-}
-
-std::vector<char> used_channels(const PassAxes& axes, const EntryList& list, std::int64_t& entries) {
-  std::vector<char> used(static_cast<std::size_t>(list.columns), 0);
-  entries = 0;
-  for (std::size_t j = 0; j < list.column.size(); ++j) {
-    if (!axes.has(list.tap[j])) continue;
-    used[static_cast<std::size_t>(list.column[j])] = 1;
-    ++entries;
-  }
-  return used;
 }
 
 TiledAxis with_residues(const Axis& axis) {
@@ -136,8 +187,7 @@ TiledAxis with_residues(const Axis& axis) {
 TilingProblem tiling_problem(const PassAxes& axes, const EntryList& list, std::int64_t batch, const VectorShape& vector,
                              bool weight_grad) {
   const TiledAxis y = with_residues(axes.y), x = with_residues(axes.x);
-  std::int64_t entries = 0;
-  const std::vector<char> used = used_channels(axes, list, entries);
+  const ChannelUse use = channel_use(axes, list);
   return {y.grid,
           x.grid,
           largest_halo(y),
@@ -146,8 +196,8 @@ TilingProblem tiling_problem(const PassAxes& axes, const EntryList& list, std::i
           std::max<std::int64_t>(1, static_cast<std::int64_t>(x.residues.size())),
           batch,
           list.rows(),
-          std::count(used.begin(), used.end(), 1),
-          entries,
+          use.channels,
+          use.entries,
           vector.element_size,
           vector.lanes,
           vector.accumulators,
@@ -171,8 +221,7 @@ TiledPass tiled_pass(const PassAxes& axes, const EntryList& list, const VectorSh
       std::numeric_limits<std::int32_t>::max()) {
     throw std::length_error("input: one patch of the image exceeds 2^31 - 1 elements");
   }
-  std::int64_t entries = 0;
-  lay_out_entries(pass, list, used_channels(axes, list, entries));
+  lay_out_entries(pass, axes, list);
   return pass;
 }
 

@@ -39,8 +39,8 @@ struct TiledPass {
   std::int64_t plane = 0;       // elements between packed channels
 
   // Entries in walking order: by channel block, dest channel, source channel.
-  std::vector<std::int32_t> offset;  // element offset in the packed block
-  std::vector<std::int32_t> order;   // index into the packed values
+  IndexVector offset;  // element offset in the packed block
+  IndexVector order;   // index into the packed values
   bool order_is_identity = false;
 
   std::vector<std::int32_t> channels;             // source channels in use

@@ -36,8 +36,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=["tiled", "streamed"])
 def walk(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once per walk of the convolution, instead of the one that its cost model would choose."""
-    before = _C.walk_in_force()
-    _C.force_walk(getattr(_C.Walk, request.param.upper()))
+    before = _C.walk()
+    _C.force_walk(request.param)
     yield request.param
     _C.force_walk(before)
 

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/conv2d/conv2d.h"
 
+#include <algorithm>
 #include <array>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 
 #include "bindings/bind.h"
 #include <pybind11/stl.h>
@@ -60,16 +64,19 @@ void bind_dtype(py::module_& m, const std::string& dtype) {
   m.def(("conv2d_weight_grad_" + dtype).c_str(), &weight_grad<T>);
 }
 
+// In the order of fedpai::Walk.
+constexpr std::array<std::string_view, 3> kWalks{"choose", "tiled", "streamed"};
+
 }  // namespace
 
 void fedpai::bind_conv2d(py::module_& m) {
   bind_dtype<float>(m, "f32");
   bind_dtype<double>(m, "f64");
-  py::enum_<fedpai::Walk>(m, "Walk", "How a convolution's entries are walked; csrc/cpu/conv2d/schedule.h.")
-      .value("CHOOSE", fedpai::Walk::kChoose)
-      .value("TILED", fedpai::Walk::kTiled)
-      .value("STREAMED", fedpai::Walk::kStreamed);
-  m.def("walk_in_force", &fedpai::walk_in_force);
-  m.def("force_walk", &fedpai::force_walk, py::arg("walk"),
-        "For tests and experiments: the whole process uses one walk wherever it is possible.");
+  m.def("walk", [] { return std::string(kWalks[static_cast<std::size_t>(fedpai::walk_in_force())]); },
+        "How convolutions walk their entries: choose (by the cost models), tiled or streamed.");
+  m.def("force_walk", [](const std::string& name) {
+    const auto found = std::find(kWalks.begin(), kWalks.end(), name);
+    if (found == kWalks.end()) throw std::invalid_argument("walk: expected choose, tiled or streamed, got " + name);
+    fedpai::force_walk(static_cast<fedpai::Walk>(found - kWalks.begin()));
+  }, py::arg("name"), "For tests and experiments: one walk for the whole process, wherever it is possible.");
 }

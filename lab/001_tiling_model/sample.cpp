@@ -85,13 +85,12 @@ void sample(const Layer& layer, int tilings, std::mt19937& random) {
   for (int i = 0; i < tilings; ++i) {
     const Tiling t = random_tiling(random, layer, out, kernels.accumulators);
     for (const bool weight_grad : {false, true}) {
-      const Pass pass = weight_grad ? weight_grad_pass(plan.plan, geometry, vector, &t)
-                                    : forward_pass(plan.plan, geometry, vector, &t);
+      const TiledPass pass = tiled_pass(forward_axes(plan.plan, geometry), plan.plan.by_output(), vector, t);
       const double best = fastest([&] {
         if (weight_grad) {
-          run_weight_grad<float>(pass, kernels, kBatch, source, dest_grad, grad.data(), nullptr, 1);
+          run_tiled_grad<float>(pass, kernels, kBatch, source, dest_grad, grad.data(), nullptr, 1);
         } else {
-          run_pass<float>(pass, kernels, kBatch, source, values.data(), nullptr, dest, 1);
+          run_tiled<float>(pass, kernels, kBatch, source, values.data(), nullptr, dest, 1);
         }
       });
       std::printf("%ld,%ld,%ld,%ld,%ld,%ld,%ld,%d,%ld,%ld,%ld,%ld,%ld,%d,%.4f\n", layer.in, layer.out, layer.image, out,

@@ -34,6 +34,9 @@ Schedule build_schedule(const Plan& plan, const ScheduleKey& key) {
     tilings.push_back(choose_tiling(problem));
     tiled_cycles += tilings.back().cycles;
   }
+  // Tiled passes sweep over the dest one after the other, each touching a part of every line or page.
+  constexpr double kSeparateSweeps = 1.8;
+  if (passes.size() > 1) tiled_cycles *= kSeparateSweeps;
 
   if (can && (key.walk == Walk::kStreamed || stream_cycles < tiled_cycles)) {
     std::vector<StreamPass> result;

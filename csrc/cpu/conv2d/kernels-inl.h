@@ -9,7 +9,8 @@
 // Why it is fast: each non-zero costs one broadcast, one index load and rows * run FMAs whose other operand folds into
 // the FMA's load. With A accumulators that is (A + 2) / A loads per FMA and no stores, so a CPU with two loads and two
 // FMAs per cycle runs at A / (A + 2) of its peak while the patch stays in L1. The weight gradient pins the tile of dest
-// instead and carries one vector sum per non-zero: (A + 2) loads and one store per A FMAs.
+// instead and adds one number per non-zero to its sum: the lanes are added at once, which hides behind the loads, since a
+// vector per non-zero would come from L2 or beyond.
 //
 // Preconditions, established by run_tiled*.cpp: source aligned to a vector, offsets and rows multiples of the vector.
 #pragma once
@@ -117,9 +118,8 @@ FEDPAI_UNROLL
 
     for (std::int64_t j = task.begin; j < task.end; ++j) {
       const std::int64_t offset = a.offset[j];
-      T* const total = a.sums + j * V::lanes;
       // Two chains hide half of the FMA latency; neighbouring non-zeros, which are independent, hide the rest.
-      reg even = a.accumulate ? V::load(total) : V::zero();
+      reg even = V::zero();
       reg odd = V::zero();
 FEDPAI_UNROLL
       for (int r = 0; r < Rows; ++r) {
@@ -129,7 +129,7 @@ FEDPAI_UNROLL
           chain = V::fma(grad[r][k], V::load(source[r] + offset + k * V::lanes), chain);
         }
       }
-      V::store(total, V::add(even, odd));
+      a.sums[j] += V::reduce_add(V::add(even, odd));
     }
   }
 }

@@ -56,8 +56,7 @@ struct GradTileArgs {
   std::int64_t dest_channel;
   std::int64_t dest_row;
   const std::int64_t* dest_run;
-  T* sums;          // [entry][lane], one partial sum per lane
-  bool accumulate;  // add to sums instead of overwriting them
+  T* sums;          // [entry], added to
   T* bias_sums;     // [channel][lane] or null; always added to
 };
 

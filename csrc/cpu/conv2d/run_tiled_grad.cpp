@@ -17,7 +17,7 @@ namespace {
 template <class T>
 void grad_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t block, const TaskRange& range,
                const PatchBox& box, const std::vector<PackSegment>& segments, std::int64_t first_image, int lanes_valid,
-               const Images<const T>& x, const Images<const T>& dy, bool accumulate, T* sums, T* bias_sums, T* packed,
+               const Images<const T>& x, const Images<const T>& dy, T* sums, T* bias_sums, T* packed,
                T* staging) {
   pack_block(pass, kernels, block, x, first_image, lanes_valid, segments, packed);
 
@@ -56,13 +56,11 @@ void grad_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int6
   args.dest_row = view.row;
   args.dest_run = dest_run;
   args.sums = sums;
-  args.accumulate = accumulate;
   args.bias_sums = block == 0 ? bias_sums : nullptr;
   for_each_tile(pass, box, [&](std::int64_t rows, std::int64_t columns, std::int64_t y, std::int64_t x_pixel) {
     args.source = packed + (y - box.y) * pass.source_row + (x_pixel - box.x) * pass.lane_group;
     args.dest = view.origin + y * view.row + x_pixel * view.column;
     kernels.grad_tile[rows - 1][columns * pass.tiling.blocks - 1](args);
-    args.accumulate = true;
   });
 }
 
@@ -78,13 +76,13 @@ void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std:
   // Threads share the units, each with sums of its own, or the dest channels, with one set of sums but every thread
   // packing every patch. The first costs an extra pass over the sums per thread, so it is for few non-zeros.
   constexpr std::int64_t kPrivateSumsBytes = 1 << 20;
-  const std::int64_t sums_bytes = entries * lanes * static_cast<std::int64_t>(sizeof(T));
+  const std::int64_t sums_bytes = entries * static_cast<std::int64_t>(sizeof(T));
   const bool share_units = units.count >= threads && (sums_bytes <= kPrivateSumsBytes || pass.dest_channels < threads);
   const std::int64_t parts =
       share_units ? std::min<std::int64_t>(threads, units.count) : std::min<std::int64_t>(threads, pass.dest_channels);
   const std::vector<std::int64_t> cuts = cut_channels(pass, share_units ? 1 : parts);
 
-  const std::int64_t sums_size = aligned_elements<T>(entries * lanes);
+  const std::int64_t sums_size = aligned_elements<T>(entries);
   const std::int64_t bias_size = bias_grad != nullptr ? aligned_elements<T>(pass.dest_channels * lanes) : 0;
   const std::int64_t sum_sets = share_units ? parts : 1;
   const std::int64_t packed_size = aligned_elements<T>(pass.plane * pass.tiling.channel_block);
@@ -97,7 +95,7 @@ void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std:
       static_cast<std::size_t>(sum_sets * (sums_size + bias_size) + parts * (packed_size + staging_size))));
   T* const bias_sums = sums + sum_sets * sums_size;
   T* const buffers = bias_sums + sum_sets * bias_size;
-  std::fill(bias_sums, buffers, T(0));
+  std::fill(sums, buffers, T(0));
 
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (std::int64_t part = 0; part < parts; ++part) {
@@ -122,19 +120,18 @@ void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std:
         }
         const std::int64_t first_image = units.group(unit) * pass.lane_group;
         const int lanes_valid = static_cast<int>(std::min(pass.lane_group, batch - first_image));
-        grad_unit(pass, kernels, block, range, box, segments, first_image, lanes_valid, x, dy, unit > first_unit,
+        grad_unit(pass, kernels, block, range, box, segments, first_image, lanes_valid, x, dy,
                   sums + set * sums_size, bias_grad != nullptr ? bias_sums + set * bias_size : nullptr, packed,
                   staging);
       }
     }
   }
 
-  const std::int32_t* const order = pass.order_is_identity ? nullptr : pass.order.data();
-#pragma omp parallel num_threads(threads)
-  {
-    const std::int64_t team = omp_get_num_threads();
-    const std::int64_t me = omp_get_thread_num();
-    kernels.reduce(sums, sum_sets, sums_size, order, entries * me / team, entries * (me + 1) / team, values_grad);
+#pragma omp parallel for num_threads(threads) schedule(static) if (entries > 65536)
+  for (std::int64_t j = 0; j < entries; ++j) {
+    T total = sums[j];
+    for (std::int64_t set = 1; set < sum_sets; ++set) total += sums[set * sums_size + j];
+    values_grad[pass.order[static_cast<std::size_t>(j)]] = total;
   }
   if (bias_grad != nullptr) kernels.reduce(bias_sums, sum_sets, bias_size, nullptr, 0, pass.dest_channels, bias_grad);
 }

@@ -20,8 +20,8 @@ constexpr double kTask = 8.0;         // the loop exit is mispredicted once per 
 constexpr double kStore = 1.5;        // per dest vector and task
 constexpr double kReload = 1.0;       // per dest vector and task after the first channel block
 constexpr double kDestMiss = 5.0;     // more, when a patch's dest leaves L2 between channel blocks
-constexpr double kSum = 3.0;          // per entry and tile: read and write its running sum in L1
-constexpr double kSumFromL2 = 4.5;    // the same in L2 or beyond
+constexpr double kSum = 3.0;          // per entry and tile: add its lanes, read and write its sum in L1
+constexpr double kSumFromL2 = 3.5;    // the same in L2 or beyond
 constexpr double kPack = 3.0;         // per packed vector
 constexpr double kSourceLine = 4.0;   // per cache line of the source that a patch reads
 constexpr double kDestLine = 4.0;     // per cache line of the dest that a patch writes (or reads, for its gradient)
@@ -102,7 +102,7 @@ double estimate(const TilingProblem& p, const Tiling& t) {
     cycles += static_cast<double>(p.grid_h * p.grid_w * p.dest_channels * t.blocks) * dest_rounds * kPack;
   }
   if (p.weight_grad) {
-    const double sum_bytes = entries / static_cast<double>(channel_blocks) * vector_bytes;
+    const double sum_bytes = entries / static_cast<double>(channel_blocks) * static_cast<double>(p.element_size);
     cycles += entries * static_cast<double>(tiles) * (sum_bytes + tile_bytes <= kL1Bytes ? kSum : kSumFromL2);
     cycles += tasks * static_cast<double>(tiles) * tile_vectors * kReload;
   } else {

@@ -20,7 +20,10 @@ constexpr double kBandRows = 4.0;   // as in run_streamed.cpp
 constexpr double kL2Bytes = 320 * 1024;
 
 double estimate(const TilingProblem& p, std::int64_t block_count, double channel_bytes) {
-  const double vectors = static_cast<double>((p.batch + p.lanes - 1) / p.lanes * p.grid_h * p.grid_w);
+  // A row is one run of all its pixels' images where it can be, else one run per pixel.
+  const std::int64_t row_vectors = p.rows_join ? (p.batch * p.grid_w + p.lanes - 1) / p.lanes
+                                               : (p.batch + p.lanes - 1) / p.lanes * p.grid_w;
+  const double vectors = static_cast<double>(row_vectors * p.grid_h);
   const double channels = static_cast<double>(p.dest_channels);
   const double entries = static_cast<double>(p.entries);
   const auto blocks = static_cast<double>(block_count);

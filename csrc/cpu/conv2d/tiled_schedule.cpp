@@ -201,7 +201,8 @@ TilingProblem tiling_problem(const PassAxes& axes, const EntryList& list, std::i
           vector.element_size,
           vector.lanes,
           vector.accumulators,
-          weight_grad};
+          weight_grad,
+          axes.x.source_step == 1 && axes.x.dest_step == 1};
 }
 
 TiledPass tiled_pass(const PassAxes& axes, const EntryList& list, const VectorShape& vector, const Tiling& tiling) {

@@ -19,6 +19,7 @@ struct TilingProblem {
   int lanes;
   int accumulators;
   bool weight_grad;  // one running sum per entry instead of one per dest vector
+  bool rows_join;    // neighbouring pixels of a row are neighbours on both sides: no steps between columns
 };
 
 struct Tiling {

@@ -228,6 +228,26 @@ FEDPAI_SUITE(conv2d) {
   force_walk(Walk::kChoose);
 }
 
+// Few non-zeros per channel are streamed, many are tiled; and what cannot be streamed is tiled.
+FEDPAI_SUITE(walk_choice) {
+  const auto walk_of = [](int kept_of_100, bool adjacent) {
+    const WeightShape shape{64, 64, 3, 3, 1};
+    std::vector<std::uint8_t> mask(64 * 64 * 9);
+    for (std::size_t i = 0; i < mask.size(); ++i) mask[i] = static_cast<int>(i * 37 % 100) < kept_of_100;
+    const Plan plan(mask.data(), shape);
+    const Conv2dGeometry geometry{64, 32, 32, 32, 32, 1, 1, 1, 1, 1, 1};
+    const SourceStrides strides{32 * 32 * 64, 32 * 64, 64};
+    const Schedule schedule = build_schedule(
+        plan, {Direction::kForward, geometry, 8, 14, 4, adjacent, strides, Walk::kChoose});
+    return std::holds_alternative<std::vector<StreamPass>>(schedule) ? Walk::kStreamed : Walk::kTiled;
+  };
+  begin_case("by density");
+  CHECK(walk_of(1, true) == Walk::kStreamed, "1 %");
+  CHECK(walk_of(40, true) == Walk::kTiled, "40 %");
+  begin_case("images that are not adjacent");
+  CHECK(walk_of(1, false) == Walk::kTiled, "");
+}
+
 // The output gradient that sum() gives: one element, seen everywhere.
 FEDPAI_SUITE(conv2d_expanded_gradient) {
   ConvCase c{"expanded", 19, 5, 7, 6, 8, 3, 3};
@@ -283,7 +303,7 @@ FEDPAI_SUITE(plan) {
   begin_case("the lists by output and by input hold the same entries");
   CHECK(plan.by_output().rows() == 2, "");
   CHECK(plan.by_input().rows() == 3, "");
-  std::vector<std::int32_t> values = plan.by_input().value;
+  IndexVector values = plan.by_input().value;
   std::sort(values.begin(), values.end());
   CHECK(values == plan.by_output().value, "");
 

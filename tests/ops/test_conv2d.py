@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedpai_kernels import Plan, to_batch_last
+from fedpai_kernels import _C, Plan, to_batch_last
 from fedpai_kernels.ops import reference, sparse_conv2d
 from tests.cases import CONV2D, Conv2dCase, batch_sweep, conv2d_named
 from tests.checking import LAYOUTS, check_op, differentiate, operands, runs
@@ -92,6 +92,13 @@ def test_forward_and_dx_do_not_depend_on_the_number_of_threads(
         for other in results[1:]:
             assert torch.equal(results[0].fwd, other.fwd), case.name
             assert torch.equal(results[0].dx, other.dx), case.name
+
+
+def test_unknown_walk_is_refused() -> None:
+    before = _C.walk()
+    with pytest.raises(ValueError, match="walk: expected choose, tiled or streamed, got sideways"):
+        _C.force_walk("sideways")
+    assert _C.walk() == before
 
 
 # -------------------------------------------------------------------------------------------- random geometries

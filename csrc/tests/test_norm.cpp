@@ -17,12 +17,13 @@ constexpr double kEps = 1e-5;
 
 struct Channel {
   double mean = 0, invstd = 0, var = 0, dweight = 0, dbias = 0;
-  std::vector<double> y, dx;
+  std::vector<double> y, g, dx;
 };
 
-// One channel of `row` elements. `relu` cuts y at 0 and the gradient with it. Given statistics are used when not null.
-Channel expected_channel(const double* x, const double* dy, std::int64_t row, double weight, double bias, bool relu,
-                         const double* given_mean, const double* given_var) {
+// One channel of `row` elements. `relu` cuts y at 0 and the gradient with it. A residual r is added before that; it and
+// given statistics are used when not null.
+Channel expected_channel(const double* x, const double* r, const double* dy, std::int64_t row, double weight,
+                         double bias, bool relu, const double* given_mean, const double* given_var) {
   const auto size = static_cast<std::size_t>(row);
   const auto count = static_cast<double>(row);
   Channel c;
@@ -35,18 +36,18 @@ Channel expected_channel(const double* x, const double* dy, std::int64_t row, do
     c.mean = *given_mean;
     c.invstd = 1 / std::sqrt(*given_var + kEps);
   }
-  std::vector<double> normal(size), g(size);
+  std::vector<double> normal(size);
   for (std::size_t i = 0; i < size; ++i) {
     normal[i] = (x[i] - c.mean) * c.invstd;
-    const double y = normal[i] * weight + bias;
+    const double y = normal[i] * weight + bias + (r != nullptr ? r[i] : 0);
     c.y.push_back(relu && y < 0 ? 0 : y);
-    g[i] = relu && y <= 0 ? 0 : dy[i];
-    c.dbias += g[i];
-    c.dweight += g[i] * normal[i];
+    c.g.push_back(relu && y <= 0 ? 0 : dy[i]);
+    c.dbias += c.g[i];
+    c.dweight += c.g[i] * normal[i];
   }
   for (std::size_t i = 0; i < size; ++i) {
     const double pull = given_mean != nullptr ? 0 : c.dbias / count + normal[i] * c.dweight / count;
-    c.dx.push_back((g[i] - pull) * c.invstd * weight);
+    c.dx.push_back((c.g[i] - pull) * c.invstd * weight);
   }
   return c;
 }
@@ -67,9 +68,10 @@ Buffer<T> rounded(const std::vector<double>& values) {
 }
 
 template <class T>
-void check_norm(std::int64_t channels, std::int64_t row, bool relu, bool train, int threads) {
-  begin_case(std::to_string(channels) + "x" + std::to_string(row) + (relu ? " relu" : "") + (train ? " train" : " eval") +
-             (sizeof(T) == 4 ? " f32" : " f64") + " threads=" + std::to_string(threads));
+void check_norm(std::int64_t channels, std::int64_t row, bool residual, bool relu, bool train, int threads) {
+  begin_case(std::to_string(channels) + "x" + std::to_string(row) + (residual ? " residual" : "") +
+             (relu ? " relu" : "") + (train ? " train" : " eval") + (sizeof(T) == 4 ? " f32" : " f64") +
+             " threads=" + std::to_string(threads));
   Random random(static_cast<std::uint64_t>(row * 8 + channels));
   // Multiples of 1/64, exact in both types, so that reference and kernel see the same numbers; the bias lies between
   // them, so that rounding cannot put an element on the other side of the ReLU.
@@ -79,32 +81,40 @@ void check_norm(std::int64_t channels, std::int64_t row, bool relu, bool train, 
     return values;
   };
   const std::vector<double> x_values = draw(channels * row), dy_values = draw(channels * row);
+  const std::vector<double> r_values = draw(channels * row);
   std::vector<double> weight_values = draw(channels), bias_values = draw(channels), mean_values = draw(channels);
   std::vector<double> var_values(static_cast<std::size_t>(channels), 1.5);
   for (double& bias : bias_values) bias += 0.0123;
 
-  const Buffer<T> x = rounded<T>(x_values), dy = rounded<T>(dy_values);
+  const Buffer<T> x = rounded<T>(x_values), dy = rounded<T>(dy_values), r_buffer = rounded<T>(r_values);
+  const T* const r = residual ? r_buffer.data() : nullptr;
   const Buffer<T> weight = rounded<T>(weight_values), bias = rounded<T>(bias_values);
-  Buffer<T> y(channels * row), dx(channels * row), invstd(channels), var(channels), dweight(channels), dbias(channels);
+  Buffer<T> y(channels * row), dx(channels * row), dr(channels * row);
+  Buffer<T> invstd(channels), var(channels), dweight(channels), dbias(channels);
   Buffer<T> mean = rounded<T>(mean_values);
   const NormShape shape{channels, row};
   if (train) {
-    batch_norm_train<T>(shape, x.data(), weight.data(), bias.data(), kEps, relu, y.data(), mean.data(), invstd.data(),
-                        var.data(), threads);
+    batch_norm_train<T>(shape, x.data(), r, weight.data(), bias.data(), kEps, relu, y.data(), mean.data(),
+                        invstd.data(), var.data(), threads);
   } else {
     const Buffer<T> given_var = rounded<T>(var_values);
-    batch_norm_eval<T>(shape, x.data(), weight.data(), bias.data(), mean.data(), given_var.data(), kEps, relu, y.data(),
-                       invstd.data(), threads);
+    batch_norm_eval<T>(shape, x.data(), r, weight.data(), bias.data(), mean.data(), given_var.data(), kEps, relu,
+                       y.data(), invstd.data(), threads);
   }
-  batch_norm_backward<T>(shape, dy.data(), x.data(), weight.data(), bias.data(), mean.data(), invstd.data(), train, relu,
-                         dx.data(), dweight.data(), dbias.data(), threads);
+  const T* const z = residual && relu ? y.data() : nullptr;
+  const auto backward = [&](T* to_dx, T* to_dr, T* to_dweight, T* to_dbias) {
+    batch_norm_backward<T>(shape, dy.data(), x.data(), z, weight.data(), bias.data(), mean.data(), invstd.data(), train,
+                           relu, to_dx, to_dr, to_dweight, to_dbias, threads);
+  };
+  backward(dx.data(), z != nullptr ? dr.data() : nullptr, dweight.data(), dbias.data());
 
   for (std::int64_t c = 0; c < channels; ++c) {
     const auto at = static_cast<std::size_t>(c);
     const double* const x_row = x_values.data() + c * row;
     const Channel expected =
-        expected_channel(x_row, dy_values.data() + c * row, row, static_cast<double>(weight[c]),
-                         static_cast<double>(bias[c]), relu, train ? nullptr : &mean_values[at], &var_values[at]);
+        expected_channel(x_row, residual ? r_values.data() + c * row : nullptr, dy_values.data() + c * row, row,
+                         static_cast<double>(weight[c]), static_cast<double>(bias[c]), relu,
+                         train ? nullptr : &mean_values[at], &var_values[at]);
     const auto count = static_cast<double>(row);
     const std::string where = " of channel " + std::to_string(c);
     if (train) expect_near("mean" + where, mean[c], expected.mean, 4);
@@ -116,14 +126,32 @@ void check_norm(std::int64_t channels, std::int64_t row, bool relu, bool train, 
     for (std::int64_t i = 0; i < row; ++i) {
       expect_near("y" + where, y[c * row + i], expected.y[static_cast<std::size_t>(i)], 2 + 2 * scale);
       expect_near("dx" + where, dx[c * row + i], expected.dx[static_cast<std::size_t>(i)], 2 * scale * scale);
+      if (z != nullptr) {
+        CHECK(static_cast<double>(dr[c * row + i]) == expected.g[static_cast<std::size_t>(i)], "dr" + where);
+      }
     }
+  }
+
+  // What is left out changes no bit of the rest.
+  Buffer<T> alone(channels * row), dweight_alone(channels), dbias_alone(channels);
+  backward(alone.data(), nullptr, nullptr, nullptr);
+  for (std::int64_t i = 0; i < channels * row; ++i) CHECK(alone[i] == dx[i], "dx alone");
+  backward(nullptr, nullptr, dweight_alone.data(), dbias_alone.data());
+  for (std::int64_t c = 0; c < channels; ++c) {
+    CHECK(dweight_alone[c] == dweight[c] && dbias_alone[c] == dbias[c], "dweight and dbias alone");
+  }
+  if (z != nullptr) {
+    backward(nullptr, alone.data(), nullptr, nullptr);
+    for (std::int64_t i = 0; i < channels * row; ++i) CHECK(alone[i] == dr[i], "dr alone");
   }
 }
 
 template <class T>
 void check_rows(std::int64_t channels, std::int64_t row, int threads) {
   for (const bool relu : {false, true}) {
-    for (const bool train : {true, false}) check_norm<T>(channels, row, relu, train, threads);
+    for (const bool train : {true, false}) {
+      for (const bool residual : {true, false}) check_norm<T>(channels, row, residual, relu, train, threads);
+    }
   }
 }
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch norm of batch-last activations, with an optional ReLU in the same pass.
+"""Batch norm of batch-last activations, with an optional residual and an optional ReLU in the same pass.
 
 Forward reads the activation twice (the second time from cache) and writes once; backward reads gradient and
-activation twice and writes once. The mean is subtracted before anything is squared. A result has the same
-bits on every run and at every thread count.
+activation twice and writes once. A residual adds its own read, and the write of its gradient. The mean is
+subtracted before anything is squared. A result has the same bits on every run and at every thread count.
 """
 
 from __future__ import annotations
@@ -28,16 +28,20 @@ _BACKWARD = {torch.float32: _C.batch_norm_backward_f32, torch.float64: _C.batch_
 
 # stats: (3, C) mean, 1 / sqrt(var + eps), unbiased variance; of given statistics (2, C), without the last.
 LIBRARY.define(
-    "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, float eps, bool relu) -> (Tensor, Tensor)"
-)
-LIBRARY.define(
-    "batch_norm_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, bool relu)"
+    "batch_norm_train(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool relu)"
     " -> (Tensor, Tensor)"
 )
-# (dx, (2, C) gradients of weight and bias); what is not needed comes back with no elements.
 LIBRARY.define(
-    "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats,"
-    " bool through_statistics, bool relu, bool need_x, bool need_affine) -> (Tensor, Tensor)"
+    "batch_norm_eval(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var,"
+    " float eps, bool relu) -> (Tensor, Tensor)"
+)
+# (dx, (2, C) gradients of weight and bias, gradient of the residual); what is not needed comes back with no
+# elements. z: what the forward op returned, where that had a residual and a ReLU; only then is the residual's
+# gradient another tensor than dy, and need_residual allowed.
+LIBRARY.define(
+    "batch_norm_backward(Tensor dy, Tensor x, Tensor? z, Tensor? weight, Tensor? bias, Tensor stats,"
+    " bool through_statistics, bool relu, bool need_x, bool need_affine, bool need_residual)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -53,31 +57,52 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+def _batch_last(t: Tensor | None) -> Tensor | None:
+    return None if t is None else to_batch_last(t)
+
+
 def _train(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    x, weight, bias = to_batch_last(x), _contiguous(weight), _contiguous(bias)
+    x, residual, weight, bias = (
+        to_batch_last(x),
+        _batch_last(residual),
+        _contiguous(weight),
+        _contiguous(bias),
+    )
     y = empty_batch_last(x.shape, dtype=x.dtype, device=x.device)
     stats = x.new_empty(3, x.shape[1])
     mean, row_bytes = stats.data_ptr(), stats.shape[1] * stats.element_size()
     _TRAIN[x.dtype](
-        x.shape[1], _row(x), x.data_ptr(), _address(weight), _address(bias), eps, relu, y.data_ptr(), mean,
-        mean + row_bytes, mean + 2 * row_bytes, torch.get_num_threads(),
+        x.shape[1], _row(x), x.data_ptr(), _address(residual), _address(weight), _address(bias), eps, relu,
+        y.data_ptr(), mean, mean + row_bytes, mean + 2 * row_bytes, torch.get_num_threads(),
     )  # fmt: skip
     return y, stats
 
 
 def _eval(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, relu: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    x, weight, bias, var = to_batch_last(x), _contiguous(weight), _contiguous(bias), var.contiguous()
-    y = empty_batch_last(x.shape, dtype=x.dtype, device=x.device)
+    x, residual, weight, bias = (
+        to_batch_last(x),
+        _batch_last(residual),
+        _contiguous(weight),
+        _contiguous(bias),
+    )
+    y, var = empty_batch_last(x.shape, dtype=x.dtype, device=x.device), var.contiguous()
     stats = x.new_empty(2, x.shape[1])
     stats[0] = mean
     _EVAL[x.dtype](
-        x.shape[1], _row(x), x.data_ptr(), _address(weight), _address(bias), stats.data_ptr(), var.data_ptr(),
-        eps, relu, y.data_ptr(), stats.data_ptr() + stats.shape[1] * stats.element_size(),
-        torch.get_num_threads(),
+        x.shape[1], _row(x), x.data_ptr(), _address(residual), _address(weight), _address(bias),
+        stats.data_ptr(), var.data_ptr(), eps, relu, y.data_ptr(),
+        stats.data_ptr() + stats.shape[1] * stats.element_size(), torch.get_num_threads(),
     )  # fmt: skip
     return y, stats
 
@@ -85,6 +110,7 @@ def _eval(
 def _backward(
     dy: Tensor,
     x: Tensor,
+    z: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     stats: Tensor,
@@ -92,18 +118,31 @@ def _backward(
     relu: bool,
     need_x: bool,
     need_affine: bool,
-) -> tuple[Tensor, Tensor]:
-    dy, x, weight, bias = to_batch_last(dy), to_batch_last(x), _contiguous(weight), _contiguous(bias)
+    need_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dy, x, z = to_batch_last(dy), to_batch_last(x), _batch_last(z)
+    weight, bias = _contiguous(weight), _contiguous(bias)
     channels, row_bytes = x.shape[1], x.shape[1] * x.element_size()
-    dx = empty_batch_last(x.shape if need_x else (0, 0, 0, 0), dtype=x.dtype, device=x.device)
-    affine = x.new_empty(2 if need_affine else 0, channels)
+    dx, affine, dresidual = _gradients(x, need_x, need_affine, need_residual)
     dweight = affine.data_ptr() if need_affine else 0
     _BACKWARD[x.dtype](
-        channels, _row(x), dy.data_ptr(), x.data_ptr(), _address(weight), _address(bias), stats.data_ptr(),
-        stats.data_ptr() + row_bytes, through_statistics, relu, dx.data_ptr() if need_x else 0, dweight,
+        channels, _row(x), dy.data_ptr(), x.data_ptr(), _address(z), _address(weight), _address(bias),
+        stats.data_ptr(), stats.data_ptr() + row_bytes, through_statistics, relu,
+        dx.data_ptr() if need_x else 0, dresidual.data_ptr() if need_residual else 0, dweight,
         dweight + row_bytes if need_affine else 0, torch.get_num_threads(),
     )  # fmt: skip
-    return dx, affine
+    return dx, affine, dresidual
+
+
+def _gradients(
+    x: Tensor, need_x: bool, need_affine: bool, need_residual: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised outputs of the backward op."""
+    dx, dresidual = (
+        empty_batch_last(x.shape if need else (0, 0, 0, 0), dtype=x.dtype, device=x.device)
+        for need in (need_x, need_residual)
+    )
+    return dx, x.new_empty(2 if need_affine else 0, x.shape[1]), dresidual
 
 
 LIBRARY.impl("batch_norm_train", _train, "CPU")
@@ -112,13 +151,22 @@ LIBRARY.impl("batch_norm_backward", _backward, "CPU")
 
 
 @torch.library.register_fake("fedpai::batch_norm_train", lib=LIBRARY)
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+) -> tuple[Tensor, Tensor]:
     return empty_batch_last(x.shape, dtype=x.dtype, device=x.device), x.new_empty(3, x.shape[1])
 
 
 @torch.library.register_fake("fedpai::batch_norm_eval", lib=LIBRARY)
 def _(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, relu: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
 ) -> tuple[Tensor, Tensor]:
     return empty_batch_last(x.shape, dtype=x.dtype, device=x.device), x.new_empty(2, x.shape[1])
 
@@ -127,6 +175,7 @@ def _(
 def _(
     dy: Tensor,
     x: Tensor,
+    z: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     stats: Tensor,
@@ -134,9 +183,9 @@ def _(
     relu: bool,
     need_x: bool,
     need_affine: bool,
-) -> tuple[Tensor, Tensor]:
-    dx = empty_batch_last(x.shape if need_x else (0, 0, 0, 0), dtype=x.dtype, device=x.device)
-    return dx, x.new_empty(2 if need_affine else 0, x.shape[1])
+    need_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(x, need_x, need_affine, need_residual)
 
 
 # ---- autograd
@@ -144,13 +193,14 @@ def _(
 
 
 class _BatchNorm(torch.autograd.Function):
-    """(x, weight, bias, mean | None, var | None, eps, relu) -> (y, stats); given mean and var are
-    constants.
+    """(x, residual | None, weight, bias, mean | None, var | None, eps, relu) -> (y, stats); given mean and
+    var are constants.
     """
 
     @staticmethod
     def forward(
         x: Tensor,
+        residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         mean: Tensor | None,
@@ -158,48 +208,57 @@ class _BatchNorm(torch.autograd.Function):
         eps: float,
         relu: bool,
     ) -> tuple[Tensor, Tensor]:
+        ops = torch.ops.fedpai
         if mean is None or var is None:
-            result: tuple[Tensor, Tensor] = torch.ops.fedpai.batch_norm_train(x, weight, bias, eps, relu)
+            result: tuple[Tensor, Tensor] = ops.batch_norm_train(x, residual, weight, bias, eps, relu)
         else:
-            result = torch.ops.fedpai.batch_norm_eval(x, weight, bias, mean, var, eps, relu)
+            result = ops.batch_norm_eval(x, residual, weight, bias, mean, var, eps, relu)
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, mean, _, ctx.eps, ctx.relu = inputs
-        ctx.save_for_backward(x, weight, bias, output[1])
+        x, residual, weight, bias, mean, _, ctx.eps, ctx.relu = inputs
+        # With a residual, the ReLU's mask is read from its result. The residual itself is not kept.
+        z = output[0] if residual is not None and ctx.relu else None
+        ctx.save_for_backward(x, z, weight, bias, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.through_statistics = mean is None
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] = [None] * 7
         if dy is None:
-            return tuple(grads)
-        x, weight, bias, stats = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+            return (None,) * 8
+        x, z, weight, bias, stats = ctx.saved_tensors
+        need_x, need_residual, *need_affine = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            y = _twin(x, weight, bias, None if ctx.through_statistics else stats, ctx.eps, ctx.relu)
+            g = dy if z is None else dy * (z.detach() > 0)
+            given = None if ctx.through_statistics else stats
+            y = _twin(x, weight, bias, given, ctx.eps, ctx.relu and z is None)
+            needs = (need_x, *need_affine)
             wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            return tuple(next(found) if need else None for need in needs) + (None,) * 4
-        dx, affine = torch.ops.fedpai.batch_norm_backward(
-            dy, x, weight, bias, stats, ctx.through_statistics, ctx.relu, needs[0], needs[1] or needs[2]
-        )
-        if needs[0]:
-            grads[0] = dx
-        if needs[1]:
-            grads[1] = affine[0]
-        if needs[2]:
-            grads[2] = affine[1]
-        return tuple(grads)
+            found = iter(torch.autograd.grad(y, wanted, g, create_graph=True) if wanted else ())
+            dx, dweight, dbias = (next(found) if need else None for need in needs)
+            return (dx, g if need_residual else None, dweight, dbias, None, None, None, None)
+        dx, affine, dresidual = torch.ops.fedpai.batch_norm_backward(
+            dy, x, z, weight, bias, stats, ctx.through_statistics, ctx.relu, need_x, any(need_affine),
+            need_residual and z is not None,
+        )  # fmt: skip
+        if z is None:
+            dresidual = dy
+        return (
+            dx if need_x else None,
+            dresidual if need_residual else None,
+            affine[0] if need_affine[0] else None,
+            affine[1] if need_affine[1] else None,
+            None, None, None, None,
+        )  # fmt: skip
 
 
 def _twin(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor | None, eps: float, relu: bool
 ) -> Tensor:
-    """The same function in plain torch, for gradients of gradients."""
+    """The same function in plain torch, without a residual, for gradients of gradients."""
     if stats is None:
         y = torch.nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
     else:
@@ -216,17 +275,20 @@ def _twin(
 # -----------------------------------------------------------------------------------------------------
 
 
-def _check(x: Tensor, parameters: dict[str, Tensor | None]) -> None:
+def _check(x: Tensor, residual: Tensor | None, parameters: dict[str, Tensor | None]) -> None:
     if x.dim() != 4:
         raise ValueError(f"x: expected a shape (N, C, H, W), got {tuple(x.shape)}")
     if x.dtype not in _TRAIN:
         raise TypeError(f"x: expected dtype float32 or float64, got {x.dtype}")
     if x.device.type != "cpu":
         raise ValueError(f"x: expected a tensor on the CPU, got one on {x.device}")
-    for name, p in parameters.items():
+    for name, p in {"residual": residual, **parameters}.items():
         if p is None:
             continue
-        if p.shape != (x.shape[1],):
+        if p is residual:
+            if p.shape != x.shape:
+                raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(p.shape)}")
+        elif p.shape != (x.shape[1],):
             raise ValueError(
                 f"{name}: expected shape ({x.shape[1]},), one value per channel of x, got {tuple(p.shape)}"
             )
@@ -249,8 +311,10 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     relu: bool = False,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.batch_norm` of a 4-D tensor, returned batch-last; with `relu`, followed by a ReLU.
+    """`torch.nn.functional.batch_norm` of a 4-D tensor, returned batch-last; with `residual`, plus that; with
+    `relu`, followed by a ReLU: ``relu(batch_norm(x) + residual)``.
 
     Args:
         x: (N, C, H, W), float32 or float64, on the CPU; batch-last is read as it is, other strides are
@@ -263,29 +327,37 @@ def batch_norm(
         unbiased).
         eps: added to the variance.
         relu: y = max(y, 0) in the same pass.
+        residual: (N, C, H, W), added before the ReLU in the same pass. With a ReLU too, the result is kept
+        for the gradient, as by `torch.relu`, and changing it in place is an error then.
 
-    Differentiable in `x`, `weight` and `bias`; gradients of gradients are left to torch. An empty `x` changes
-    no statistics.
+    Differentiable in `x`, `residual`, `weight` and `bias`; gradients of gradients are left to torch. An empty
+    `x` changes no statistics.
 
     Raises:
-        TypeError: a dtype other than the above, or parameters of another dtype than `x`.
+        TypeError: a dtype other than the above, or parameters or a residual of another dtype than `x`.
         ValueError: another device or shape; one value per channel in training; no statistics to evaluate
         with.
     """
-    _check(x, {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias})
+    _check(
+        x,
+        residual,
+        {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias},
+    )
     if not training and (running_mean is None or running_var is None):
         raise ValueError("running_mean, running_var: both are needed when training is False")
     if x.numel() == 0:
         y = torch.nn.functional.batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps
         )
+        if residual is not None:
+            y = y + residual
         return to_batch_last(torch.relu(y) if relu else y)
     if not training:
-        out: Tensor = _BatchNorm.apply(x, weight, bias, running_mean, running_var, eps, relu)[0]
+        out: Tensor = _BatchNorm.apply(x, residual, weight, bias, running_mean, running_var, eps, relu)[0]
         return out
     if _row(x) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-    y, stats = _BatchNorm.apply(x, weight, bias, None, None, eps, relu)
+    y, stats = _BatchNorm.apply(x, residual, weight, bias, None, None, eps, relu)
     with torch.no_grad():
         if running_mean is not None:
             running_mean.lerp_(stats[0], momentum)

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 import fedpai_kernels as fk
 from fedpai_kernels.ops.norm import batch_norm
+from tests.ops.norms import check, ours, run, upstream
 
 SHAPES = {
     "n_is_1": (1, 3, 5, 5),
@@ -24,99 +24,6 @@ SHAPES = {
     "whole_blocks": (64, 4, 8, 4),
     "rows_cut_among_threads": (64, 2, 40, 40),
 }
-
-
-def upstream(kind: str, like: Tensor) -> Tensor:
-    n, c, h, w = like.shape
-    if kind == "batch_last":
-        return fk.to_batch_last(torch.randn(like.shape, dtype=like.dtype))
-    if kind == "contiguous":
-        return torch.randn(like.shape, dtype=like.dtype)
-    if kind == "expanded":
-        return torch.randn(1, c, 1, 1, dtype=like.dtype).expand(n, c, h, w)
-    return torch.randn(n, 2 * c, h, w, dtype=like.dtype)[:, ::2]
-
-
-Run = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-NAMES = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
-
-
-def settings(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Running mean and variance, weight, bias; float32 numbers in any dtype."""
-    draw = torch.Generator().manual_seed(1)
-    mean, weight, bias = (torch.randn(channels, generator=draw).to(dtype) for _ in range(3))
-    return mean, (torch.rand(channels, generator=draw) + 0.5).to(dtype), weight, bias
-
-
-def run(f: Callable[..., Tensor], x: Tensor, dy: Tensor, training: bool) -> Run:
-    """f(x, running_mean, running_var, weight, bias, training), its gradients and the statistics after it."""
-    x = x.detach().requires_grad_()
-    mean, var, weight, bias = settings(x.shape[1], x.dtype)
-    weight.requires_grad_()
-    bias.requires_grad_()
-    y = f(x, mean, var, weight, bias, training)
-    y.backward(dy)
-    assert x.grad is not None
-    assert weight.grad is not None
-    assert bias.grad is not None
-    return y.detach(), x.grad, weight.grad, bias.grad, mean, var
-
-
-def exact(x: Tensor, dy: Tensor, training: bool, relu: bool) -> list[np.ndarray]:
-    """What `run` returns, in long double."""
-
-    def wide(t: Tensor) -> np.ndarray:
-        return t.detach().double().numpy().astype(np.longdouble)
-
-    def per_channel(v: np.ndarray) -> np.ndarray:
-        return v[:, None, None]
-
-    mean, var, weight, bias = (wide(t) for t in settings(x.shape[1], x.dtype))
-    a, g, axes = wide(x), wide(dy), (0, 2, 3)
-    count = a.size // a.shape[1]
-    running_mean, running_var = mean, var
-    if training:
-        mean = a.mean(axes)
-        var = ((a - per_channel(mean)) ** 2).mean(axes)
-        running_mean = 0.9 * running_mean + np.longdouble(0.1) * mean
-        running_var = 0.9 * running_var + np.longdouble(0.1) * var * count / (count - 1)
-    inverse = per_channel(1 / np.sqrt(var + np.longdouble(1e-5)))
-    normed = (a - per_channel(mean)) * inverse
-    y = normed * per_channel(weight) + per_channel(bias)
-    if relu:
-        g, y = g * (y > 0), y * (y > 0)
-    dweight, dbias = (g * normed).sum(axes), g.sum(axes)
-    dx = g
-    if training:
-        dx = g - per_channel(dbias) / count - normed * per_channel(dweight) / count
-    return [y, dx * inverse * per_channel(weight), dweight, dbias, running_mean, running_var]
-
-
-def ours(relu: bool) -> Callable[..., Tensor]:
-    return lambda *args: batch_norm(*args, relu=relu)
-
-
-def torchs(relu: bool) -> Callable[..., Tensor]:
-    return lambda *args: torch.relu(F.batch_norm(*args)) if relu else F.batch_norm(*args)
-
-
-def check(x: Tensor, dy: Tensor, training: bool, relu: bool) -> None:
-    """max error <= 2 x torch's own in the same dtype (3 x for gradients) + a floor of 16 eps x magnitude."""
-    reference = exact(x, dy, training, relu)
-    torch_run, our_run = run(torchs(relu), x, dy, training), run(ours(relu), x, dy, training)
-    eps = torch.finfo(x.dtype).eps
-    for name, r, t, o in zip(NAMES, reference, torch_run, our_run, strict=True):
-        factor = 3 if name.startswith("d") else 2
-        scale = abs(r).max()
-        if name == "running_mean":
-            scale += float(x.abs().max())
-        if name == "dx":  # a difference of terms of this size
-            scale += float(dy.abs().max())
-        limit = factor * abs(t.double().numpy() - r).max() + 16 * eps * scale
-        error = abs(o.double().numpy() - r).max()
-        assert error <= limit, f"{name}: error {error:.3g}, limit {limit:.3g}"
-    assert fk.is_batch_last(our_run[0])
-    assert fk.is_batch_last(our_run[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -264,15 +171,17 @@ def test_opcheck() -> None:
     x, dy = (fk.to_batch_last(torch.randn(5, 3, 4, 2)) for _ in range(2))
     weight, bias, mean, var = torch.randn(3), torch.randn(3), torch.zeros(3), torch.ones(3)
     ops: Any = torch.ops.fedpai
-    _, stats = ops.batch_norm_train(x, weight, bias, 1e-5, True)
-    torch.library.opcheck(ops.batch_norm_train.default, (x, weight, bias, 1e-5, True))
-    torch.library.opcheck(ops.batch_norm_eval.default, (x, weight, None, mean, var, 1e-5, False))
-    torch.library.opcheck(
-        ops.batch_norm_backward.default, (dy, x, weight, bias, stats, True, True, True, True)
-    )
-    torch.library.opcheck(
-        ops.batch_norm_backward.default, (dy, x, None, None, stats, False, False, False, True)
-    )
+    for residual in (None, fk.to_batch_last(torch.randn_like(x)), torch.randn(5, 3, 4, 2)):
+        z, stats = ops.batch_norm_train(x, residual, weight, bias, 1e-5, True)
+        torch.library.opcheck(ops.batch_norm_train.default, (x, residual, weight, bias, 1e-5, True))
+        torch.library.opcheck(
+            ops.batch_norm_eval.default, (x, residual, weight, None, mean, var, 1e-5, False)
+        )
+    backward = ops.batch_norm_backward.default
+    torch.library.opcheck(backward, (dy, x, None, weight, bias, stats, True, True, True, True, False))
+    torch.library.opcheck(backward, (dy, x, None, None, None, stats, False, False, False, True, False))
+    torch.library.opcheck(backward, (dy, x, z, weight, bias, stats, True, True, True, True, True))
+    torch.library.opcheck(backward, (dy, x, z, None, None, stats, False, True, False, False, True))
 
 
 def test_an_empty_batch_changes_no_statistics() -> None:

@@ -8,6 +8,19 @@
 // Bound: memory. Forward reads x twice (the second time from L2: the host walks a row at once) and writes y once;
 // backward reads dy and x twice and writes dx once. Arithmetic is 2 to 4 operations a load and never the limit.
 //
+// A residual r joins in the same passes: z = relu(y + r), g = dy where z > 0, dr = g. Rows moved, r + w, where torch
+// adds, cuts and takes the cut's gradient in passes of its own:
+//
+//                                           as separate passes                      here
+//   forward                                 norm 2+1, add 2+1, ReLU 1+1             x twice, r; z          5+3 -> 3+1
+//   backward, residual with a gradient      ReLU 2+1, norm 4+1                      dy, x, z; g | g, x; dx 6+2 -> 5+2
+//   backward, residual without              as above                                g lies in dx meanwhile 6+2 -> 5+2
+//
+// and of the backward reads, the last two are of rows that were touched a moment ago. The first look writes g, so that
+// the second needs neither dy nor the mask again, and g is the residual's gradient as it stands. The mask is read from
+// z: the next layer keeps z for its own gradient, while r may be needed by nobody else, and recomputing y + r from x
+// and r would cost the same read and two operations more.
+//
 // Precision: a block's mean is taken first and the squares are then summed about it, while the block lies in L1, with
 // the sum of the deviations kept to correct for the rounding of that mean. E[x^2] - E[x]^2 would cancel.
 // A vector's tail is walked one element at a time: sums of a masked load would need the lanes cleared again.
@@ -66,22 +79,35 @@ NormMoments norm_moments(const T* x, std::int64_t n) {
   return {static_cast<double>(centre) + off, m2 < 0.0 ? 0.0 : m2};
 }
 
-template <class T, bool Relu>
-void norm_apply(const T* x, T* y, std::int64_t n, NormAffine<T> p) {
+// r is read with Add only. Rounded as in torch: the norm first, then its sum with r.
+template <class T, bool Add, bool Relu>
+FEDPAI_INLINE void norm_apply_rows(const T* x, const T* r, T* y, std::int64_t n, NormAffine<T> p) {
   using V = Vec<T>;
   using reg = typename V::reg;
   const reg mean = V::set1(p.mean), scale = V::set1(p.scale), shift = V::set1(p.shift), zero = V::zero();
   std::int64_t i = 0;
   for (; i + V::lanes <= n; i += V::lanes) {
     reg v = V::fma(V::sub(V::loadu(x + i), mean), scale, shift);
+    if constexpr (Add) v = V::add(v, V::loadu(r + i));
     if constexpr (Relu) v = V::max(zero, v);  // in this order NaN stays NaN
     V::storeu(y + i, v);
   }
   for (; i < n; ++i) {
     T v = norm_affine_scalar(x[i], p);
+    if constexpr (Add) v += r[i];
     if constexpr (Relu) v = T(0) > v ? T(0) : v;
     y[i] = v;
   }
+}
+
+template <class T, bool Relu>
+void norm_apply(const T* x, T* y, std::int64_t n, NormAffine<T> p) {
+  norm_apply_rows<T, false, Relu>(x, nullptr, y, n, p);
+}
+
+template <class T, bool Relu>
+void norm_apply_add(const T* x, const T* r, T* y, std::int64_t n, NormAffine<T> p) {
+  norm_apply_rows<T, true, Relu>(x, r, y, n, p);
 }
 
 // The gradient after the ReLU's mask: dy where (x - mean) * scale + shift > 0.
@@ -127,6 +153,14 @@ NormSums norm_sums(const T* dy, const T* x, std::int64_t n, NormAffine<T> p) {
   return sums;
 }
 
+template <class T>
+void norm_cut(const T* dy, const T* z, T* g, std::int64_t n) {
+  using V = Vec<T>;
+  std::int64_t i = 0;
+  for (; i + V::lanes <= n; i += V::lanes) V::storeu(g + i, V::select_gt0(V::loadu(z + i), V::loadu(dy + i)));
+  for (; i < n; ++i) g[i] = z[i] > T(0) ? dy[i] : T(0);
+}
+
 template <class T, bool Relu>
 void norm_dx(const T* dy, const T* x, T* dx, std::int64_t n, NormAffine<T> p, NormPull<T> pull) {
   using V = Vec<T>;
@@ -166,8 +200,10 @@ void norm_dx_fixed(const T* dy, const T* x, T* dx, std::int64_t n, NormAffine<T>
 template <class T>
 constexpr NormKernels<T> make_norm_kernels() {
   return {
-      norm_moments<T>,    norm_apply<T, false>, norm_apply<T, true>,     norm_sums<T, false>,    norm_sums<T, true>,
-      norm_dx<T, false>, norm_dx<T, true>,     norm_dx_fixed<T, false>, norm_dx_fixed<T, true>,
+      norm_moments<T>,          norm_apply<T, false>, norm_apply<T, true>, norm_apply_add<T, false>,
+      norm_apply_add<T, true>,  norm_sums<T, false>,  norm_sums<T, true>,  norm_cut<T>,
+      norm_dx<T, false>,        norm_dx<T, true>,     norm_dx_fixed<T, false>,
+      norm_dx_fixed<T, true>,
   };
 }
 

@@ -42,8 +42,12 @@ struct NormKernels {
   NormMoments (*moments)(const T* x, std::int64_t n);  // n >= 1, one block
   void (*apply)(const T* x, T* y, std::int64_t n, NormAffine<T> affine);
   void (*apply_relu)(const T* x, T* y, std::int64_t n, NormAffine<T> affine);
+  // With r added before the ReLU. y may be r.
+  void (*apply_add)(const T* x, const T* r, T* y, std::int64_t n, NormAffine<T> affine);
+  void (*apply_add_relu)(const T* x, const T* r, T* y, std::int64_t n, NormAffine<T> affine);
   NormSums (*sums)(const T* dy, const T* x, std::int64_t n, NormAffine<T> affine);  // one block
   NormSums (*sums_relu)(const T* dy, const T* x, std::int64_t n, NormAffine<T> affine);
+  void (*cut)(const T* dy, const T* z, T* g, std::int64_t n);  // g = dy where z > 0, else 0
   void (*dx)(const T* dy, const T* x, T* dx, std::int64_t n, NormAffine<T> affine, NormPull<T> pull);
   void (*dx_relu)(const T* dy, const T* x, T* dx, std::int64_t n, NormAffine<T> affine, NormPull<T> pull);
   // Fixed statistics: dx = g * scale.

@@ -90,13 +90,28 @@ NormAffine<T> affine(const T* weight, const T* bias, T mean, T invstd, std::int6
   return {mean, weight != nullptr ? weight[channel] * invstd : invstd, bias != nullptr ? bias[channel] : T(0)};
 }
 
+// y = norm(x) [+ r] [cut at 0]; r may be null.
+template <class T>
+void apply(const T* x, const T* r, bool relu, T* y, std::int64_t n, NormAffine<T> p) {
+  const NormKernels<T>& k = norm_kernels<T>();
+  if (r != nullptr) {
+    (relu ? k.apply_add_relu : k.apply_add)(x, r, y, n, p);
+  } else {
+    (relu ? k.apply_relu : k.apply)(x, y, n, p);
+  }
+}
+
+template <class T>
+const T* offset(const T* row, std::int64_t by) {
+  return row != nullptr ? row + by : nullptr;
+}
+
 }  // namespace
 
 template <class T>
-void batch_norm_train(NormShape shape, const T* x, const T* weight, const T* bias, double eps, bool relu, T* y,
-                      T* mean, T* invstd, T* var, int threads) {
+void batch_norm_train(NormShape shape, const T* x, const T* r, const T* weight, const T* bias, double eps, bool relu,
+                      T* y, T* mean, T* invstd, T* var, int threads) {
   const NormKernels<T>& k = norm_kernels<T>();
-  const auto apply = relu ? k.apply_relu : k.apply;
   const Cut c = cut(shape, threads);
   const auto block = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
     return k.moments(x + channel * shape.row + begin, n);
@@ -108,7 +123,7 @@ void batch_norm_train(NormShape shape, const T* x, const T* weight, const T* bia
   };
   const auto normalise = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
     const std::int64_t at = channel * shape.row + begin;
-    apply(x + at, y + at, n, affine(weight, bias, mean[channel], invstd[channel], channel));
+    apply(x + at, offset(r, at), relu, y + at, n, affine(weight, bias, mean[channel], invstd[channel], channel));
   };
 
   if (c.whole_rows) {
@@ -136,27 +151,28 @@ void batch_norm_train(NormShape shape, const T* x, const T* weight, const T* bia
 }
 
 template <class T>
-void batch_norm_eval(NormShape shape, const T* x, const T* weight, const T* bias, const T* mean, const T* var,
-                     double eps, bool relu, T* y, T* invstd, int threads) {
-  const NormKernels<T>& k = norm_kernels<T>();
-  const auto apply = relu ? k.apply_relu : k.apply;
+void batch_norm_eval(NormShape shape, const T* x, const T* r, const T* weight, const T* bias, const T* mean,
+                     const T* var, double eps, bool relu, T* y, T* invstd, int threads) {
   for (std::int64_t channel = 0; channel < shape.channels; ++channel) {
     invstd[channel] = static_cast<T>(1.0 / std::sqrt(static_cast<double>(var[channel]) + eps));
   }
   for_pieces(shape, cut(shape, threads), [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
     const std::int64_t at = channel * shape.row + begin;
-    apply(x + at, y + at, n, affine(weight, bias, mean[channel], invstd[channel], channel));
+    apply(x + at, offset(r, at), relu, y + at, n, affine(weight, bias, mean[channel], invstd[channel], channel));
   });
 }
 
 template <class T>
-void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* weight, const T* bias, const T* mean,
-                         const T* invstd, bool through_statistics, bool relu, T* dx, T* dweight, T* dbias,
-                         int threads) {
+void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* z, const T* weight, const T* bias,
+                         const T* mean, const T* invstd, bool through_statistics, bool relu, T* dx, T* dr, T* dweight,
+                         T* dbias, int threads) {
   const NormKernels<T>& k = norm_kernels<T>();
-  const auto sums = relu ? k.sums_relu : k.sums;
-  const auto pull_dx = relu ? k.dx_relu : k.dx;
-  const auto fixed_dx = relu ? k.dx_fixed_relu : k.dx_fixed;
+  const bool recompute = relu && z == nullptr;  // the mask, from x
+  const auto sums = recompute ? k.sums_relu : k.sums;
+  const auto pull_dx = recompute ? k.dx_relu : k.dx;
+  const auto fixed_dx = recompute ? k.dx_fixed_relu : k.dx_fixed;
+  T* const kept = dr != nullptr ? dr : dx;  // where the cut gradient stays for the second look; null: nowhere
+  const T* const g = z != nullptr ? kept : dy;
   const Cut c = cut(shape, threads);
   const bool want_sums = dweight != nullptr || (dx != nullptr && through_statistics);
   std::vector<NormPull<T>> pulls(static_cast<std::size_t>(shape.channels));
@@ -166,7 +182,11 @@ void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* weig
   };
   const auto block = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
     const std::int64_t at = channel * shape.row + begin;
-    return sums(dy + at, x + at, n, params(channel));
+    if (z == nullptr) return sums(dy + at, x + at, n, params(channel));
+    T scratch[kNormBlock];
+    T* const cut_block = kept != nullptr ? kept + at : scratch;
+    k.cut(dy + at, z + at, cut_block, n);
+    return sums(cut_block, x + at, n, params(channel));
   };
   const auto finish = [&](std::int64_t channel, const SumsFold& f) {
     const double inv = static_cast<double>(invstd[channel]), count = static_cast<double>(shape.row);
@@ -180,42 +200,51 @@ void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* weig
   const auto write_dx = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
     const std::int64_t at = channel * shape.row + begin;
     if (through_statistics) {
-      pull_dx(dy + at, x + at, dx + at, n, params(channel), pulls[static_cast<std::size_t>(channel)]);
+      pull_dx(g + at, x + at, dx + at, n, params(channel), pulls[static_cast<std::size_t>(channel)]);
     } else {
-      fixed_dx(dy + at, x + at, dx + at, n, params(channel));
+      fixed_dx(g + at, x + at, dx + at, n, params(channel));
+    }
+  };
+  // Without sums there was no first look that cut the gradient.
+  const auto cut_and_write = [&](std::int64_t channel, std::int64_t begin, std::int64_t size) {
+    for (std::int64_t i = begin; i < begin + size; i += kNormBlock) {
+      const std::int64_t at = channel * shape.row + i, n = std::min(kNormBlock, begin + size - i);
+      if (kept != nullptr && z != nullptr) k.cut(dy + at, z + at, kept + at, n);
+      if (dx != nullptr) write_dx(channel, i, n);
     }
   };
 
+  if (!want_sums) {
+    for_pieces(shape, c, cut_and_write);
+    return;
+  }
   if (c.whole_rows) {
     for_rows(shape, c, [&](std::int64_t channel) {
-      if (want_sums) {
-        SumsFold fold;
-        for (std::int64_t b = 0; b < c.blocks; ++b) {
-          fold.add(block(channel, b * kNormBlock, block_size(shape.row, b)));
-        }
-        finish(channel, fold);
+      SumsFold fold;
+      for (std::int64_t b = 0; b < c.blocks; ++b) {
+        fold.add(block(channel, b * kNormBlock, block_size(shape.row, b)));
       }
+      finish(channel, fold);
       if (dx != nullptr) write_dx(channel, 0, shape.row);
     });
     return;
   }
-  if (want_sums) {
-    const std::vector<NormSums> blocks = for_blocks<NormSums>(shape, c, block);
-    for (std::int64_t channel = 0; channel < shape.channels; ++channel) {
-      SumsFold fold;
-      for (std::int64_t b = 0; b < c.blocks; ++b) fold.add(blocks[static_cast<std::size_t>(channel * c.blocks + b)]);
-      finish(channel, fold);
-    }
+  const std::vector<NormSums> blocks = for_blocks<NormSums>(shape, c, block);
+  for (std::int64_t channel = 0; channel < shape.channels; ++channel) {
+    SumsFold fold;
+    for (std::int64_t b = 0; b < c.blocks; ++b) fold.add(blocks[static_cast<std::size_t>(channel * c.blocks + b)]);
+    finish(channel, fold);
   }
   if (dx != nullptr) for_pieces(shape, c, write_dx);
 }
 
-#define FEDPAI_INSTANTIATE(T)                                                                                      \
-  template void batch_norm_train<T>(NormShape, const T*, const T*, const T*, double, bool, T*, T*, T*, T*, int);  \
-  template void batch_norm_eval<T>(NormShape, const T*, const T*, const T*, const T*, const T*, double, bool, T*, \
-                                   T*, int);                                                                      \
-  template void batch_norm_backward<T>(NormShape, const T*, const T*, const T*, const T*, const T*, const T*,     \
-                                       bool, bool, T*, T*, T*, int);
+#define FEDPAI_INSTANTIATE(T)                                                                                       \
+  template void batch_norm_train<T>(NormShape, const T*, const T*, const T*, const T*, double, bool, T*, T*, T*,    \
+                                    T*, int);                                                                       \
+  template void batch_norm_eval<T>(NormShape, const T*, const T*, const T*, const T*, const T*, const T*, double,   \
+                                   bool, T*, T*, int);                                                              \
+  template void batch_norm_backward<T>(NormShape, const T*, const T*, const T*, const T*, const T*, const T*,       \
+                                       const T*, bool, bool, T*, T*, T*, T*, int);
 FEDPAI_INSTANTIATE(float)
 FEDPAI_INSTANTIATE(double)
 #undef FEDPAI_INSTANTIATE

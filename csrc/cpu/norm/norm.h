@@ -14,22 +14,24 @@ struct NormShape {
   std::int64_t row;  // elements per channel, H*W*N
 };
 
-// x, y: [channels, row]. weight, bias: [channels] or null (1 and 0). Writes mean, invstd and var (unbiased, what the
-// running variance takes in): [channels] each. Needs row >= 1.
+// x, y: [channels, row]; r, a residual added before the ReLU, likewise or null. weight, bias: [channels] or null (1 and
+// 0). Writes mean, invstd and var (unbiased, what the running variance takes in): [channels] each. Needs row >= 1.
 template <class T>
-void batch_norm_train(NormShape shape, const T* x, const T* weight, const T* bias, double eps, bool relu, T* y,
-                      T* mean, T* invstd, T* var, int threads);
+void batch_norm_train(NormShape shape, const T* x, const T* r, const T* weight, const T* bias, double eps, bool relu,
+                      T* y, T* mean, T* invstd, T* var, int threads);
 
 // As above with given statistics; writes invstd.
 template <class T>
-void batch_norm_eval(NormShape shape, const T* x, const T* weight, const T* bias, const T* mean, const T* var,
-                     double eps, bool relu, T* y, T* invstd, int threads);
+void batch_norm_eval(NormShape shape, const T* x, const T* r, const T* weight, const T* bias, const T* mean,
+                     const T* var, double eps, bool relu, T* y, T* invstd, int threads);
 
 // dx: [channels, row] or null (not wanted); dweight, dbias: [channels] each, or both null. `through_statistics` tells
-// whether mean and invstd came from x itself (batch_norm_train) or were given.
+// whether mean and invstd came from x itself (batch_norm_train) or were given. z: [channels, row], the result of the
+// forward pass, needed where that had a residual and a ReLU, else null. dr: [channels, row], the residual's gradient, or
+// null (not wanted); given with z only, for without a ReLU it is dy itself.
 template <class T>
-void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* weight, const T* bias, const T* mean,
-                         const T* invstd, bool through_statistics, bool relu, T* dx, T* dweight, T* dbias,
-                         int threads);
+void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* z, const T* weight, const T* bias,
+                         const T* mean, const T* invstd, bool through_statistics, bool relu, T* dx, T* dr, T* dweight,
+                         T* dbias, int threads);
 
 }  // namespace fedpai

@@ -3,6 +3,7 @@
 
 from .choice import KernelChoice, LayerInfo, choose_kernel
 from .conv2d import BatchLastConv2d, MaskedConv2d, SparseConv2d
+from .deferred import DeferrableBatchNorm2d
 from .linear import MaskedLinear, SparseLinear
 from .norm import AbsorbedReLU, BatchLastBatchNorm2d, BatchLastBatchNormReLU2d
 from .packed import PackedWeight
@@ -16,6 +17,7 @@ __all__ = [
     "BatchLastBatchNormReLU2d",
     "BatchLastConv2d",
     "BatchLastMaxPool2d",
+    "DeferrableBatchNorm2d",
     "KernelChoice",
     "LayerInfo",
     "MaskedConv2d",

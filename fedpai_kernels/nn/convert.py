@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..plan import Plan
 from .choice import KernelChoice, LayerInfo, choose_kernel
 from .conv2d import BatchLastConv2d, MaskedConv2d, SparseConv2d
-from .fuse import copy_memo, norm_relu_pairs
+from .deferred import DeferrableBatchNorm2d, attach, detach
+from .fuse import Fusions, copy_memo, find_fusions
 from .linear import MaskedLinear, SparseLinear
 from .masks import checked_mask, is_pruned, mask_of, remove_pruning, unpruned_weight
 from .norm import AbsorbedReLU, BatchLastBatchNorm2d, BatchLastBatchNormReLU2d
@@ -45,6 +46,7 @@ _BATCH_LAST: dict[type[nn.Module], type[nn.Module]] = {
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     **{ours: theirs for theirs, ours in _BATCH_LAST.items()},
     BatchLastBatchNormReLU2d: nn.BatchNorm2d,
+    DeferrableBatchNorm2d: nn.BatchNorm2d,
     AbsorbedReLU: nn.ReLU,
 }
 _KIND: dict[type[nn.Module], Literal["conv2d", "linear"]] = {
@@ -91,9 +93,10 @@ def sparsify_(
             no weight. Without `masks`, a layer's mask is the one that `torch.nn.utils.prune` gave it (whose
             hooks and buffers are then removed), else the exact zeros of its weight; layers that are sparse
             already stay as they are.
-        fuse: computes a batch norm and the ReLU that alone reads it in one pass. Which pairs these are is
-            proven by tracing the model with `torch.fx`; a model that cannot be traced keeps them apart, and
-            the report says so.
+        fuse: computes a batch norm, the sum that alone reads it (``norm(x) + shortcut``) and the ReLU that
+            alone reads either in one pass. Where that is so is proven by tracing the model with `torch.fx`
+            (:func:`find_fusions`); the report names every batch norm that stays by itself, and why. The
+            modules' forwards run as they are; under hooks on the norm or its ReLU the steps are separate.
         filter_fn: called as ``filter_fn(module, name)``; a module for which it returns False is left as it
         is.
 
@@ -114,13 +117,11 @@ def sparsify_(
         for module in names.values()
     ) or any(layer.choice.kernel == "sparse" and layer.plan.kind == "conv2d" for layer in layers)
     groups = _shared_parameters(model, layers)
-    pairs, untraced = norm_relu_pairs(model) if fuse and batch_last else ([], "")
+    fusions = find_fusions(model) if fuse and batch_last else Fusions()
 
     for group in groups:
         _convert(group)
-    notes = _surround(names, wanted, pairs) if batch_last else []
-    if untraced:
-        notes.append(f"batch norm and ReLU not fused: {untraced}")
+    notes = _surround(names, wanted, fusions) if batch_last else []
     return Report(_rows(names, {id(layer.module): layer for layer in layers}, wanted), notes)
 
 
@@ -146,6 +147,7 @@ def densify_(model: Model) -> Model:
     """
     weights: dict[int, nn.Parameter] = {}  # by the id of the packed parameter, for layers that share one
     for module in list(model.modules()):
+        detach(module)
         if isinstance(module, PackedWeight):
             shared, key = weights.get(id(module.values)), id(module.values)
             weights[key] = module.retype_dense(shared)._parameters["weight"]  # type: ignore[assignment]
@@ -290,9 +292,7 @@ def _convert(group: list[_Layer]) -> None:
         values = target.retype(module, layer.plan, values).values
 
 
-def _surround(
-    names: dict[str, nn.Module], wanted: Filter, pairs: list[tuple[nn.Module, nn.Module]]
-) -> list[str]:
+def _surround(names: dict[str, nn.Module], wanted: Filter, fusions: Fusions) -> list[str]:
     """Gives the modules around sparse convolutions their batch-last forms; what it did, for the report."""
     name_of = {id(module): name for name, module in names.items()}
     counts: dict[str, int] = {}
@@ -302,13 +302,29 @@ def _surround(
         elif type(module) in _BATCH_LAST and wanted(module, name):
             counts[type(module).__name__] = counts.get(type(module).__name__, 0) + 1
             module.__class__ = _BATCH_LAST[type(module)]
-    fused = 0
-    for norm, relu in pairs:
-        if all(wanted(module, name_of[id(module)]) for module in (norm, relu)):
-            norm.__class__, relu.__class__ = BatchLastBatchNormReLU2d, AbsorbedReLU
-            fused += 1
     notes = [f"batch-last: {', '.join(f'{n} {kind}' for kind, n in counts.items())}"] if counts else []
-    return [*notes, f"fused: {fused} batch norms with the ReLU after them"] if fused else notes
+    fused: dict[str, int] = {}
+    alone = dict(fusions.others)
+
+    def may(what: str, norm: nn.Module, *others: nn.Module) -> bool:
+        if not all(wanted(module, name_of[id(module)]) for module in (norm, *others)):
+            alone[name_of[id(norm)]] = "left out by filter_fn"
+            return False
+        fused[what] = fused.get(what, 0) + 1
+        return True
+
+    for norm, relu in fusions.pairs:
+        if may("the ReLU", norm, relu):
+            norm.__class__, relu.__class__ = BatchLastBatchNormReLU2d, AbsorbedReLU
+    for owner, site in fusions.sites:
+        if may(site.what, *site.computed(owner)):
+            attach(owner, site)
+    notes += [f"fused: {n} batch norms with {what} after them" for what, n in fused.items()]
+    if fusions.untraced:
+        return [*notes, f"batch norms not fused: {fusions.untraced}"]
+    if alone:
+        notes.append("not fused: " + ", ".join(f"{name} ({reason})" for name, reason in alone.items()))
+    return notes
 
 
 def _rows(names: dict[str, nn.Module], planned: dict[int, _Layer], wanted: Filter) -> list[LayerRow]:

@@ -1,24 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds batch norms whose only reader is a ReLU, by tracing the model with `torch.fx`."""
+"""Finds what is computed in one pass with a batch norm, by tracing the model with `torch.fx`.
+
+Three things are found: a ReLU that alone reads the norm; a sum that alone reads it, as at the end of a residual
+block; and a sum that alone reads it with a ReLU that alone reads the sum.
+"""
 
 from __future__ import annotations
 
 import copy
+import itertools
+import operator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
-__all__ = ["copy_memo", "norm_relu_pairs"]
+from .deferred import Site
+from .packed import PackedWeight
+
+__all__ = ["Fusions", "copy_memo", "find_fusions"]
 
 
-class _Tracer(fx.Tracer):
-    """Looks into every module but torch's own and this package's."""
+@dataclass
+class Fusions:
+    """What :func:`find_fusions` found.
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m).__module__.startswith("fedpai_kernels.nn") or super().is_leaf_module(
-            m, module_qualified_name
-        )
+    Attributes:
+        pairs: (BatchNorm2d, ReLU), both modules.
+        sites: (owner, site): norms that are added or cut by the code of the owner's forward.
+        others: reason by name, for every other BatchNorm2d.
+        untraced: why nothing was found, where the model cannot be traced; else empty.
+    """
+
+    pairs: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
+    sites: list[tuple[nn.Module, Site]] = field(default_factory=list)
+    others: dict[str, str] = field(default_factory=dict)
+    untraced: str = ""
 
 
 def copy_memo(model: nn.Module) -> dict[int, Any]:
@@ -34,32 +53,48 @@ def copy_memo(model: nn.Module) -> dict[int, Any]:
     return memo
 
 
-def norm_relu_pairs(model: nn.Module) -> tuple[list[tuple[nn.Module, nn.Module]], str]:
-    """Pairs (BatchNorm2d, ReLU) of `model` where nothing but the ReLU sees what the batch norm computes.
+def find_fusions(model: nn.Module) -> Fusions:
+    """What can be computed in one pass with each BatchNorm2d of `model`, in training and in evaluation mode
+    alike.
 
-    A pair counts if, in training and in evaluation mode alike, each of the two is called once, the ReLU is
-    the batch norm's only reader, and neither has hooks. The model is traced as a copy, without its hooks, and
-    not changed.
-
-    Returns:
-        The pairs, and why there are none where the model cannot be traced (else an empty string).
+    The norm must be called once, and what reads it must be its only reader. A ReLU module forms a pair with the
+    norm if it too is called once and neither has hooks. Everything else is a site: a sum of the norm with
+    another tensor, in any spelling (``+``, ``+=``, `torch.add`), and a ReLU, function or module; both must be
+    called by the forward of one module, which the norm is a part of and is called from, directly or through
+    other modules. The model is traced as a copy, without its hooks, and not changed.
     """
     by_name = dict(model.named_modules())
-    if not any(type(m) is nn.BatchNorm2d for m in by_name.values()):
-        return [], ""
-    found: list[set[tuple[str, str]]] = []
+    norms = [name for name, m in by_name.items() if type(m) is nn.BatchNorm2d]
+    if not norms:
+        return Fusions()
+    found: list[dict[str, _Found]] = []
     try:
         with torch.random.fork_rng(devices=[]):
             for training in (True, False):
                 traced = copy.deepcopy(model, copy_memo(model)).train(training)
                 for module in traced.modules():
                     _clear_hooks(module)
-                found.append(_pairs_in(_Tracer().trace(traced), dict(traced.named_modules())))
+                found.append(_Reading(traced).found)
     except Exception as error:  # tracing runs the user's forward, which may raise anything
         reason = str(error).strip().splitlines()
-        return [], f"torch.fx cannot trace the model ({type(error).__name__}: {reason[0] if reason else ''})"
-    pairs = [(by_name[norm], by_name[relu]) for norm, relu in sorted(found[0] & found[1])]
-    return [pair for pair in pairs if not any(_has_hooks(m) for m in pair)], ""
+        untraced = f"torch.fx cannot trace the model ({type(error).__name__}: {reason[0] if reason else ''})"
+        return Fusions(others=dict.fromkeys(norms, "not traced"), untraced=untraced)
+    fusions = Fusions()
+    for name in norms:
+        what, again = (modes.get(name, "not called") for modes in found)
+        if what != again:
+            fusions.others[name] = "training and evaluation differ"
+        elif isinstance(what, str):
+            fusions.others[name] = what
+        elif isinstance(what, _Pair):
+            pair = (by_name[name], by_name[what.relu])
+            if any(_has_hooks(m) for m in pair):
+                fusions.others[name] = "has hooks"
+            else:
+                fusions.pairs.append(pair)
+        else:
+            fusions.sites.append((by_name[what.owner], what.site))
+    return fusions
 
 
 _HOOKS = (
@@ -82,20 +117,157 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in _HOOKS)
 
 
-def _pairs_in(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[tuple[str, str]]:
-    calls: dict[int, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            calls.setdefault(id(modules[str(node.target)]), []).append(node)
-    pairs = set()
-    for nodes in calls.values():
-        norm = nodes[0]
-        if type(modules[str(norm.target)]) is not nn.BatchNorm2d or len(nodes) != 1 or len(norm.users) != 1:
-            continue
+# ---- reading a trace
+# ----------------------------------------------------------------------------------------------------------------
+
+# The modules whose forward was running, outermost first: path, and which call of all.
+Calls = tuple[tuple[str, int], ...]
+
+
+class _Tracer(fx.Tracer):
+    """Looks into every module but torch's own and this package's; notes who called what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: Calls = (("", 0),)
+        self._count = itertools.count(1)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m).__module__.startswith("fedpai_kernels.nn") or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        path, before = self.path_of_module(m), self._calls
+        if not self.is_leaf_module(m, path):
+            self._calls = (*before, (path, next(self._count)))
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        finally:
+            self._calls = before
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["calls"] = self._calls
+        return node
+
+
+@dataclass(frozen=True)
+class _Pair:
+    relu: str
+
+
+@dataclass(frozen=True)
+class _Place:
+    owner: str
+    site: Site
+
+
+_Found = _Pair | _Place | str  # a string: why there is nothing
+
+_ADDS = {torch.add, operator.add, "add"}
+_ADDS_IN_PLACE = {operator.iadd, "add_"}
+_RELUS = {torch.relu, F.relu, torch.relu_, F.relu_, "relu", "relu_"}
+
+
+class _Reading:
+    """What one trace says about each batch norm: `found`, by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        graph = _Tracer().trace(model)
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._order = {node: i for i, node in enumerate(graph.nodes)}
+        self._calls: dict[int, list[fx.Node]] = {}
+        for node in graph.nodes:
+            if node.op == "call_module":
+                self._calls.setdefault(id(self._module(node)), []).append(node)
+        self.found: dict[str, _Found] = {}
+        sums: dict[fx.Node, fx.Node] = {}  # the sum's norm
+        # A sum of two norms goes with the later one: less lies between the norm and the sum.
+        for nodes in sorted(self._calls.values(), key=lambda nodes: -self._order[nodes[0]]):
+            norm = nodes[0]
+            if type(self._module(norm)) is nn.BatchNorm2d:
+                name = str(norm.target)
+                self.found[name] = what = self._read(norm, len(nodes), sums)
+                if isinstance(what, _Place):
+                    sums[next(iter(norm.users))] = norm
+
+    def _module(self, node: fx.Node) -> nn.Module:
+        return self._modules[str(node.target)]
+
+    def _read(self, norm: fx.Node, calls: int, sums: dict[fx.Node, fx.Node]) -> _Found:
+        if calls != 1:
+            return f"called {calls} times"
+        if len(norm.users) != 1:
+            return f"read {len(norm.users)} times"
         (reader,) = norm.users
-        if reader.op != "call_module" or reader.args != (norm,) or reader.kwargs:
-            continue
-        relu = modules[str(reader.target)]
-        if type(relu) is nn.ReLU and len(calls[id(relu)]) == 1:
-            pairs.add((str(norm.target), str(reader.target)))
-    return pairs
+        if self._is_relu(reader):
+            if reader.op == "call_module" and len(self._calls[id(self._module(reader))]) == 1:
+                return _Pair(str(reader.target))
+            return self._place(norm, None, reader)
+        if not self._is_sum_of(reader, norm):
+            return f"followed by {self._title(reader)}"
+        if reader in sums:
+            return f"its sum goes with {sums[reader].target}"
+        relu = next(iter(reader.users)) if len(reader.users) == 1 else None
+        # Directly after the sum, so that nothing can change the summands in between, and in the same forward.
+        follows = relu is not None and relu is reader.next and _caller(relu) == _caller(reader)
+        if relu is None or not follows or not self._is_relu(relu):
+            relu = None
+        return self._place(norm, reader, relu)
+
+    def _is_relu(self, node: fx.Node) -> bool:
+        if len(node.args) != 1 or not node.kwargs.keys() <= {"inplace"}:
+            return False
+        if node.op == "call_module":
+            return type(self._module(node)) is nn.ReLU
+        return node.op in ("call_function", "call_method") and node.target in _RELUS
+
+    def _is_sum_of(self, node: fx.Node, norm: fx.Node) -> bool:
+        if node.op not in ("call_function", "call_method") or len(node.args) != 2 or node.kwargs:
+            return False
+        a, b = node.args
+        if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
+            return False
+        # In place it is the first operand that changes, and others may see it.
+        return node.target in _ADDS or (node.target in _ADDS_IN_PLACE and a is norm)
+
+    def _place(self, norm: fx.Node, added: fx.Node | None, relu: fx.Node | None) -> _Found:
+        last = relu if added is None else added
+        assert last is not None
+        owner, stack = _caller(last), norm.meta["calls"]
+        if owner not in stack:
+            return f"followed by {self._title(last)} in another module"
+        if not self._may_wait(norm, last):
+            return "its input may change before its result is read"
+        between = [path for path, _ in stack[stack.index(owner) + 1 :]]
+        relu_module = str(relu.target) if relu is not None and relu.op == "call_module" else ""
+        prefix = f"{owner[0]}." if owner[0] else ""
+        paths = [str(norm.target), *between, relu_module]
+        if not all(path.startswith(prefix) for path in paths if path):
+            return f"not a part of {owner[0]}, which reads it"
+        name, *through, cut = (path[len(prefix) :] for path in paths)
+        return _Place(owner[0], Site(name, tuple(through), cut, added is not None, relu is not None))
+
+    def _may_wait(self, norm: fx.Node, until: fx.Node) -> bool:
+        """Whether the norm's input is sure to be the same later: nothing happens, or nobody else has it."""
+        if norm.next is until:
+            return True
+        x = norm.args[0] if norm.args else None
+        return (
+            isinstance(x, fx.Node)
+            and len(x.users) == 1
+            and x.op == "call_module"
+            and isinstance(self._module(x), (nn.Conv2d, PackedWeight))
+        )
+
+    def _title(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            return type(self._module(node)).__name__
+        return str(getattr(node.target, "__name__", node.target))
+
+
+def _caller(node: fx.Node) -> tuple[str, int]:
+    """Whose forward made the node."""
+    caller: tuple[str, int] = node.meta["calls"][-1]
+    return caller

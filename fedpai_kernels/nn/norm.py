@@ -11,6 +11,9 @@ from ..ops.norm import batch_norm
 
 __all__ = ["AbsorbedReLU", "BatchLastBatchNorm2d", "BatchLastBatchNormReLU2d"]
 
+# (running_mean, running_var, weight, bias, training, momentum, eps), as `batch_norm` takes them after x.
+Settings = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float]
+
 
 class BatchLastBatchNorm2d(nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d`; a batch-last input on the CPU is normalised in place of layout.
@@ -26,6 +29,10 @@ class BatchLastBatchNorm2d(nn.BatchNorm2d):
         if not self._is_ours(input):
             y = super().forward(input)
             return torch.relu(y) if self._relu else y
+        return batch_norm(input, *self._settings(), relu=self._relu)
+
+    def _settings(self) -> Settings:
+        """What to normalise with now; counts the batch."""
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -33,17 +40,8 @@ class BatchLastBatchNorm2d(nn.BatchNorm2d):
                 momentum = 1.0 / float(self.num_batches_tracked)
         from_batch = self.training or (self.running_mean is None and self.running_var is None)
         keep = not self.training or self.track_running_stats
-        return batch_norm(
-            input,
-            self.running_mean if keep else None,
-            self.running_var if keep else None,
-            self.weight,
-            self.bias,
-            from_batch,
-            momentum,
-            self.eps,
-            relu=self._relu,
-        )
+        mean, var = (self.running_mean, self.running_var) if keep else (None, None)
+        return mean, var, self.weight, self.bias, from_batch, momentum, self.eps
 
     def _is_ours(self, x: Tensor) -> bool:
         if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.numel() == 0:

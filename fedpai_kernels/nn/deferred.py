@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batch norm that waits for the sum and the ReLU after it, where those are no modules that could be replaced.
+
+``relu(norm(x) + shortcut)`` stands in somebody's `forward`, and that code stays: it may branch, draw random
+numbers, keep things. So the norm returns a :class:`PendingNorm` there, a tensor that has not been computed yet.
+Adding the shortcut to it and taking the ReLU of that computes all three in one pass; anything else that is done
+with it computes just what is asked for first. Either way the numbers are those of the separate steps.
+
+A norm puts its work off only on a permit, which is valid for one call, within the thread and the call of the module
+(the site's owner) whose forward was proven (:mod:`fedpai_kernels.nn.fuse`) to add and cut the result. Two hooks on
+the owner give the permit and withdraw it. None is given while anybody could look at a step in between: under hooks,
+tracing, `torch.compile` and `torch.func`. So a norm that is called by hand, or under hooks, is a plain one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_map_only
+
+from ..layout import is_batch_last
+from ..ops.norm import batch_norm
+from .norm import BatchLastBatchNorm2d, Settings
+
+__all__ = ["DeferrableBatchNorm2d", "PendingNorm", "Site", "attach", "detach"]
+
+
+# ---- permits
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class _Permits(threading.local):
+    def __init__(self) -> None:
+        self.relu_follows: dict[nn.Module, bool] = {}
+
+
+_PERMITS = _Permits()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the forward of a module, the owner, where a batch norm's result is added to, cut, or both.
+
+    Attributes:
+        norm: path of the norm from the owner.
+        between: paths of the modules, outermost first, through whose forward the norm is called.
+        relu_module: path of the ReLU, or "" where it is a function or there is none.
+        adds: whether the norm is added to something.
+        relu: whether a ReLU comes last.
+    """
+
+    norm: str
+    between: tuple[str, ...]
+    relu_module: str
+    adds: bool
+    relu: bool
+
+    @property
+    def what(self) -> str:
+        """What comes after the norm, in words."""
+        return " and ".join(["the sum"] * self.adds + ["the ReLU"] * self.relu)
+
+    def computed(self, owner: nn.Module) -> list[nn.Module]:
+        """The modules that are computed in one: the norm first."""
+        return [owner.get_submodule(path) for path in (self.norm, self.relu_module) if path]
+
+    def watched(self, owner: nn.Module) -> list[nn.Module]:
+        """The modules whose hooks would see what is not computed."""
+        return [*self.computed(owner), *(owner.get_submodule(path) for path in self.between)]
+
+
+@dataclass(frozen=True)
+class _Permit:
+    """Forward pre-hook of the owner."""
+
+    site: Site
+
+    def __call__(self, owner: nn.Module, args: Any) -> None:
+        if _is_watched_by_torch() or torch_module._has_any_global_hook():
+            return
+        try:
+            norm = owner.get_submodule(self.site.norm)
+            if any(_has_hooks(m) for m in self.site.watched(owner)):
+                return
+        except AttributeError:  # somebody took a module out
+            return
+        if type(norm) is DeferrableBatchNorm2d:
+            _PERMITS.relu_follows[norm] = self.site.relu
+
+
+@dataclass(frozen=True)
+class _Withdraw:
+    """Forward hook of the owner, after errors too."""
+
+    site: Site
+
+    def __call__(self, owner: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        with contextlib.suppress(AttributeError):
+            _PERMITS.relu_follows.pop(owner.get_submodule(self.site.norm), None)
+
+
+def _is_watched_by_torch() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    if module._backward_hooks or module._backward_pre_hooks:
+        return True
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not isinstance(hook, (_Permit, _Withdraw)) for hook in hooks)
+
+
+def attach(owner: nn.Module, site: Site) -> None:
+    """Lets the norm of `site`, a batch-last one, wait in calls of `owner`."""
+    owner.get_submodule(site.norm).__class__ = DeferrableBatchNorm2d
+    owner.register_forward_pre_hook(_Permit(site))
+    owner.register_forward_hook(_Withdraw(site), always_call=True)
+
+
+def detach(module: nn.Module) -> None:
+    """Removes the hooks that :func:`attach` gave `module`."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [k for k, hook in hooks.items() if isinstance(hook, (_Permit, _Withdraw))]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+
+
+# ---- the norm and what it returns
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class DeferrableBatchNorm2d(BatchLastBatchNorm2d):
+    """:class:`BatchLastBatchNorm2d`, which a surrounding module may let wait for the sum and ReLU after it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(input)
+        relu_follows = _PERMITS.relu_follows.pop(self, None)
+        if relu_follows is None or type(input) is not Tensor or input.dim() != 4 or not self._is_ours(input):
+            return super().forward(input)
+        return PendingNorm(_Norm(input, self._settings()), None, relu_follows)
+
+
+def _version(t: Tensor | None) -> int:
+    return 0 if t is None or t.is_inference() else t._version
+
+
+def _modes() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+class _Norm:
+    """A batch norm that was called but not computed."""
+
+    def __init__(self, x: Tensor, settings: Settings) -> None:
+        self.x, self.settings, self.modes = x, settings, _modes()
+        self._read = (x, *settings[2:4]) if settings[4] else (x, *settings[:4])
+        self._versions = [_version(t) for t in self._read]
+        self._counted = False
+
+    def compute(self, residual: Tensor | None, relu: bool) -> Tensor:
+        """[relu](norm(x) [+ residual]); the running statistics take the batch in the first time only."""
+        if [_version(t) for t in self._read] != self._versions:
+            raise RuntimeError(
+                "the input or a parameter of a batch norm was changed in place before the sum after it was "
+                "taken; convert the model with fuse=False"
+            )
+        mean, var, weight, bias, training, momentum, eps = self.settings
+        if training and self._counted:
+            mean = var = None
+        z = batch_norm(self.x, mean, var, weight, bias, training, momentum, eps, relu=relu, residual=residual)
+        self._counted = True
+        return z
+
+    def takes(self, residual: Any) -> bool:
+        x = self.x
+        return (
+            type(residual) is Tensor
+            and residual.shape == x.shape
+            and residual.dtype == x.dtype
+            and residual.device == x.device
+            and is_batch_last(residual)
+        )
+
+
+_ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
+_ADDS_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
+_RELUS = {torch.relu, Tensor.relu, F.relu}
+_RELUS_IN_PLACE = {torch.relu_, Tensor.relu_, F.relu_}
+# Known without computing.
+_SHAPES = {
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device")),
+}
+
+
+_ASTRAY = (
+    "a batch norm that waits for the sum after it was used where torch cannot ask for its value; "
+    "convert the model with fuse=False"
+)
+
+
+def _gradient_astray(gradient: Tensor) -> None:
+    raise RuntimeError(_ASTRAY)
+
+
+class PendingNorm(Tensor):
+    """norm(x), or norm(x) + residual, computed when it is used; see the module's text.
+
+    Of the shape, dtype and device of x. Any operation on it is one on the computed tensor.
+    """
+
+    _norm: _Norm
+    _residual: Tensor | None
+    _relu_follows: bool
+    _value: Tensor | None
+
+    @staticmethod
+    def __new__(cls, norm: _Norm, residual: Tensor | None, relu_follows: bool) -> PendingNorm:
+        x = norm.x
+        made: PendingNorm = Tensor._make_wrapper_subclass(
+            cls, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device, requires_grad=norm.modes[0]
+        )
+        if norm.modes[0]:
+            # An autograd.Function takes it without asking and would then differentiate it as a leaf.
+            with torch._C.DisableTorchFunctionSubclass():
+                made.register_hook(_gradient_astray)
+        return made
+
+    def __init__(self, norm: _Norm, residual: Tensor | None, relu_follows: bool) -> None:
+        self._norm, self._residual, self._relu_follows, self._value = norm, residual, relu_follows, None
+
+    def computed(self) -> Tensor:
+        """The tensor that this stands for; the same one each time."""
+        if self._value is None:
+            grad, inference = self._norm.modes
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+                self._value = self._norm.compute(self._residual, False)
+        return self._value
+
+    def _is_open(self) -> bool:
+        return self._value is None and self._norm.modes == _modes()
+
+    def _plus(self, residual: Tensor, in_place: bool) -> Tensor:
+        if not self._relu_follows:
+            z = self._norm.compute(residual, False)
+            if in_place:
+                self._value = z
+            return z
+        if not in_place:
+            return PendingNorm(self._norm, residual, True)
+        self._residual = residual
+        return self
+
+    def _cut(self, in_place: bool) -> Tensor:
+        z = self._norm.compute(self._residual, True)
+        if in_place:
+            self._value = z
+        return z
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _SHAPES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        # What a norm gives up when it is asked for something else is a fused pass, never a number.
+        if len(args) == 2 and not kwargs and (func in _ADDS or func in _ADDS_IN_PLACE):
+            a, b = args
+            if func in _ADDS and isinstance(b, cls) and not isinstance(a, cls):
+                a, b = b, a
+            if isinstance(a, cls) and a._is_open() and a._residual is None and a._norm.takes(b):
+                return a._plus(b, func in _ADDS_IN_PLACE)
+        cuts_in_place = func in _RELUS_IN_PLACE or bool(kwargs.get("inplace"))
+        if (func in _RELUS or func in _RELUS_IN_PLACE) and len(args) == 1 and kwargs.keys() <= {"inplace"}:
+            (a,) = args
+            if a._relu_follows and a._is_open():
+                return a._cut(cuts_in_place)
+        args, kwargs = tree_map_only(cls, cls.computed, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has it as an instance's method
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        raise TypeError(f"{func}: {_ASTRAY}")

@@ -38,7 +38,12 @@ __all__ = ["DeferrableBatchNorm2d", "PendingNorm", "Site", "attach", "detach"]
 
 class _Permits(threading.local):
     def __init__(self) -> None:
-        self.relu_follows: dict[nn.Module, bool] = {}
+        # Whether a ReLU follows, and the hooks on saved tensors that were in force when the permit was given.
+        self.given: dict[nn.Module, tuple[bool, Any]] = {}
+
+
+def _saving_hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 _PERMITS = _Permits()
@@ -92,7 +97,7 @@ class _Permit:
         except AttributeError:  # somebody took a module out
             return
         if type(norm) is DeferrableBatchNorm2d:
-            _PERMITS.relu_follows[norm] = self.site.relu
+            _PERMITS.given[norm] = self.site.relu, _saving_hooks()
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class _Withdraw:
         if torch.compiler.is_compiling():
             return
         with contextlib.suppress(AttributeError):
-            _PERMITS.relu_follows.pop(owner.get_submodule(self.site.norm), None)
+            _PERMITS.given.pop(owner.get_submodule(self.site.norm), None)
 
 
 def _is_watched_by_torch() -> bool:
@@ -149,8 +154,12 @@ class DeferrableBatchNorm2d(BatchLastBatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return super().forward(input)
-        relu_follows = _PERMITS.relu_follows.pop(self, None)
-        if relu_follows is None or type(input) is not Tensor or input.dim() != 4 or not self._is_ours(input):
+        permit = _PERMITS.given.pop(self, None)
+        if permit is None or type(input) is not Tensor or input.dim() != 4 or not self._is_ours(input):
+            return super().forward(input)
+        relu_follows, saving_hooks = permit
+        # A part of the owner's forward is checkpointed: it will run again without the owner, and must do the same.
+        if saving_hooks != _saving_hooks():
             return super().forward(input)
         return PendingNorm(_Norm(input, self._settings()), None, relu_follows)
 

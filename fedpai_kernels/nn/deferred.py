@@ -9,7 +9,11 @@ with it computes just what is asked for first. Either way the numbers are those 
 A norm puts its work off only on a permit, which is valid for one call, within the thread and the call of the module
 (the site's owner) whose forward was proven (:mod:`fedpai_kernels.nn.fuse`) to add and cut the result. Two hooks on
 the owner give the permit and withdraw it. None is given while anybody could look at a step in between: under hooks,
-tracing, `torch.compile` and `torch.func`. So a norm that is called by hand, or under hooks, is a plain one.
+tracing, `torch.compile` and `torch.func`. So a norm that is called by hand, or under hooks, is a plain one, as is one
+in a part of the forward that is checkpointed by itself.
+
+Replacing the owner's forward by the traced graph would be the other way. It would be wrong wherever the forward does
+what a trace does not hold: keep things, draw numbers, branch on attributes that change later.
 """
 
 from __future__ import annotations
@@ -38,12 +42,19 @@ __all__ = ["DeferrableBatchNorm2d", "PendingNorm", "Site", "attach", "detach"]
 
 class _Permits(threading.local):
     def __init__(self) -> None:
-        # Whether a ReLU follows, and the hooks on saved tensors that were in force when the permit was given.
-        self.given: dict[nn.Module, tuple[bool, Any]] = {}
+        # Whether a ReLU follows, and the surroundings in which the permit holds.
+        self.given: dict[nn.Module, tuple[bool, tuple[Any, ...]]] = {}
 
 
-def _saving_hooks() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+def _modes() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """Gradient modes, and the hooks on saved tensors. A part of a forward that has its own, such as one that is
+    checkpointed, may run again without the rest, and must do the same then.
+    """
+    return *_modes(), torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 _PERMITS = _Permits()
@@ -97,7 +108,7 @@ class _Permit:
         except AttributeError:  # somebody took a module out
             return
         if type(norm) is DeferrableBatchNorm2d:
-            _PERMITS.given[norm] = self.site.relu, _saving_hooks()
+            _PERMITS.given[norm] = self.site.relu, _surroundings()
 
 
 @dataclass(frozen=True)
@@ -157,19 +168,14 @@ class DeferrableBatchNorm2d(BatchLastBatchNorm2d):
         permit = _PERMITS.given.pop(self, None)
         if permit is None or type(input) is not Tensor or input.dim() != 4 or not self._is_ours(input):
             return super().forward(input)
-        relu_follows, saving_hooks = permit
-        # A part of the owner's forward is checkpointed: it will run again without the owner, and must do the same.
-        if saving_hooks != _saving_hooks():
+        relu_follows, surroundings = permit
+        if surroundings != _surroundings():
             return super().forward(input)
         return PendingNorm(_Norm(input, self._settings()), None, relu_follows)
 
 
 def _version(t: Tensor | None) -> int:
     return 0 if t is None or t.is_inference() else t._version
-
-
-def _modes() -> tuple[bool, bool]:
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 class _Norm:

@@ -124,6 +124,13 @@ def _has_hooks(module: nn.Module) -> bool:
 Calls = tuple[tuple[str, int], ...]
 
 
+class _Proxy(fx.Proxy):
+    """torch.fx would take ``x += y`` for ``x = x + y``, but it changes x."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Looks into every module but torch's own and this package's; notes who called what."""
 
@@ -145,6 +152,9 @@ class _Tracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         finally:
             self._calls = before
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)

@@ -60,6 +60,12 @@ def adds_to_the_other(m: Any, x: Tensor) -> Tensor:
     return torch.relu(y)
 
 
+def two_norms_the_first_changes(m: Any, x: Tensor) -> Tensor:
+    y = m.norm(m.conv(x))
+    y += m.other(x)
+    return torch.relu(y)
+
+
 def changes_the_input(m: Any, x: Tensor) -> Tensor:
     y = x * 2
     z = m.norm(y)
@@ -98,8 +104,8 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "method_add": (lambda m, x: m.norm(m.conv(x)).add(x).relu_(), "the sum and the ReLU"),
     "method_add_in_place": (lambda m, x: m.norm(m.conv(x)).add_(x).relu(), "the sum and the ReLU"),
     "sum_in_place": (adds, "the sum and the ReLU"),
-    # To torch.fx this is a sum like any other; the norm is computed as soon as it meets another tensor's ``+=``.
-    "sum_in_place_of_the_other": (adds_to_the_other, "the sum and the ReLU"),
+    "sum_in_place_of_the_other": (adds_to_the_other, "followed by iadd"),
+    "two_norms_the_first_changes": (two_norms_the_first_changes, "the sum and the ReLU"),
     "sum_without_relu": (lambda m, x: torch.sigmoid(m.norm(m.conv(x)) + x), "the sum"),
     "sum_read_twice": (sum_read_twice, "the sum"),
     "summand_changes": (changes_the_summand, "the sum"),

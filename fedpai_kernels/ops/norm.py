@@ -8,7 +8,7 @@ subtracted before anything is squared. A result has the same bits on every run a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -192,9 +192,25 @@ def _(
 # ---------------------------------------------------------------------------------------------------
 
 
+class _Running(NamedTuple):
+    """The statistics that take a batch in."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    momentum: float
+
+    def update(self, stats: Tensor) -> None:
+        with torch.no_grad():
+            if self.mean is not None:
+                self.mean.lerp_(stats[0], self.momentum)
+            if self.var is not None:
+                self.var.lerp_(stats[2], self.momentum)
+
+
 class _BatchNorm(torch.autograd.Function):
-    """(x, residual | None, weight, bias, mean | None, var | None, eps, relu) -> (y, stats); given mean and
-    var are constants.
+    """(x, residual | None, weight, bias, mean | None, var | None, eps, relu, running | None) -> (y, stats);
+    given mean and var are constants. The running statistics are updated before anything is saved: a recomputation
+    by `torch.utils.checkpoint` may stop there, and torch's batch norm has updated them by then.
     """
 
     @staticmethod
@@ -207,17 +223,20 @@ class _BatchNorm(torch.autograd.Function):
         var: Tensor | None,
         eps: float,
         relu: bool,
+        running: _Running | None,
     ) -> tuple[Tensor, Tensor]:
         ops = torch.ops.fedpai
         if mean is None or var is None:
             result: tuple[Tensor, Tensor] = ops.batch_norm_train(x, residual, weight, bias, eps, relu)
         else:
             result = ops.batch_norm_eval(x, residual, weight, bias, mean, var, eps, relu)
+        if running is not None:
+            running.update(result[1])
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, residual, weight, bias, mean, _, ctx.eps, ctx.relu = inputs
+        x, residual, weight, bias, mean, _, ctx.eps, ctx.relu, _ = inputs
         # With a residual, the ReLU's mask is read from its result. The residual itself is not kept.
         z = output[0] if residual is not None and ctx.relu else None
         ctx.save_for_backward(x, z, weight, bias, output[1])
@@ -228,7 +247,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 8
+            return (None,) * 9
         x, z, weight, bias, stats = ctx.saved_tensors
         need_x, need_residual, *need_affine = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
@@ -239,7 +258,7 @@ class _BatchNorm(torch.autograd.Function):
             wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True) if wanted else ())
             dx, dweight, dbias = (next(found) if need else None for need in needs)
-            return (dx, g if need_residual else None, dweight, dbias, None, None, None, None)
+            return (dx, g if need_residual else None, dweight, dbias, None, None, None, None, None)
         dx, affine, dresidual = torch.ops.fedpai.batch_norm_backward(
             dy, x, z, weight, bias, stats, ctx.through_statistics, ctx.relu, need_x, any(need_affine),
             need_residual and z is not None,
@@ -251,7 +270,7 @@ class _BatchNorm(torch.autograd.Function):
             dresidual if need_residual else None,
             affine[0] if need_affine[0] else None,
             affine[1] if need_affine[1] else None,
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -353,14 +372,16 @@ def batch_norm(
             y = y + residual
         return to_batch_last(torch.relu(y) if relu else y)
     if not training:
-        out: Tensor = _BatchNorm.apply(x, residual, weight, bias, running_mean, running_var, eps, relu)[0]
+        out: Tensor = _BatchNorm.apply(x, residual, weight, bias, running_mean, running_var, eps, relu, None)[
+            0
+        ]
         return out
     if _row(x) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-    y, stats = _BatchNorm.apply(x, residual, weight, bias, None, None, eps, relu)
-    with torch.no_grad():
-        if running_mean is not None:
-            running_mean.lerp_(stats[0], momentum)
-        if running_var is not None:
-            running_var.lerp_(stats[2], momentum)
+    running = _Running(running_mean, running_var, momentum)
+    compiling = torch.compiler.is_compiling()  # which takes tensors as arguments only, and stops nowhere
+    arguments = x, residual, weight, bias, None, None, eps, relu, None if compiling else running
+    y, stats = _BatchNorm.apply(*arguments)
+    if compiling:
+        running.update(stats)
     return y

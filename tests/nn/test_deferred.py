@@ -131,7 +131,7 @@ def test_checkpointing(part: str, reentrant: bool) -> None:
         leaf = x.clone().requires_grad_()
         z = checkpoint(b, leaf, use_reentrant=reentrant) if part == "block" else b(leaf)
         z.backward(torch.ones_like(z) * 0.5)
-        all_results.append([z, leaf.grad, *(p.grad for p in b.parameters())])
+        all_results.append([z, leaf.grad, *(p.grad for p in b.parameters()), *b.buffers()])
     for ours, theirs in zip(*all_results, strict=True):
         torch.testing.assert_close(ours, theirs)
 

@@ -28,7 +28,8 @@ Masks = dict[str, Tensor]
 def trained(run: Run, state: State, masks: Masks, number: int, client: int) -> State:
     """One client's local training with dense tensors: pruned weights and their gradients times 0."""
     config = run.config
-    model = create_model(config, run.data)
+    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    model = create_model(config, run.data).to(dtype)
     model.load_state_dict(state)
     model.train()
     weights = {name: model.get_submodule(name).weight for name in masks}
@@ -42,7 +43,7 @@ def trained(run: Run, state: State, masks: Masks, number: int, client: int) -> S
     for batch in np.split(order, range(config.batch, part.size, config.batch)):
         x, y = run.data.batch(batch)
         optimiser.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
+        nn.functional.cross_entropy(model(x.to(dtype)), y).backward()
         for name, weight in weights.items():
             weight.grad *= masks[name]
         optimiser.step()
@@ -61,13 +62,13 @@ def merged(state: State, answers: list[tuple[int, State, Masks]]) -> State:
             mask = masks.get(key.removesuffix(".weight"), torch.ones(old.shape, dtype=torch.bool))
             top += n * mask * answer[key].double()
             bottom += n * mask
-        new[key] = torch.where(bottom > 0, (top / bottom).float(), old)
+        new[key] = torch.where(bottom > 0, (top / bottom).to(old.dtype), old)
     return new
 
 
-def restated(run: Run, masks_of: dict[int, Masks], sampled: list[list[int]]) -> State:
-    """The global model after the given rounds, pruned weights at 0."""
-    state = create_model(run.config, run.data).state_dict()
+def restated(run: Run, masks_of: dict[int, Masks], sampled: list[list[int]], dtype: torch.dtype) -> State:
+    """The global model after the given rounds, pruned weights at 0, by dense torch in `dtype`."""
+    state = create_model(run.config, run.data).to(dtype).state_dict()
     for name in masks_of[0]:
         kept = torch.stack([masks[name] for masks in masks_of.values()]).any(0)
         state[f"{name}.weight"] = state[f"{name}.weight"] * kept
@@ -119,10 +120,15 @@ def check(run: Run, masks_of: dict[int, Masks], rows: list[dict[str, Any]]) -> N
         assert mask is not None
         for name, flags in mask.masks().items():
             assert torch.equal(flags, masks[name]), (client, name)
-    expected = restated(run, masks_of, [row["sampled"] for row in rows[1:]])
+    sampled = [row["sampled"] for row in rows[1:]]
+    expected, dense = (restated(run, masks_of, sampled, dtype) for dtype in (torch.float64, torch.float32))
     actual = run.layout.scatter(*server.dense())
     for key, tensor in expected.items():
-        torch.testing.assert_close(actual[key], tensor, rtol=2e-3, atol=2e-5, msg=key)
+        # Some of these trainings amplify rounding; how much, dense torch's own distance from float64 says.
+        amplified = 4 * float((dense[key].double() - tensor.double()).abs().max())
+        torch.testing.assert_close(
+            actual[key].double(), tensor.double(), rtol=2e-3, atol=2e-5 + amplified, msg=key
+        )
 
 
 @pytest.mark.parametrize("criterion", ["grasp", "snip", "synflow"])

@@ -29,12 +29,13 @@ def seconds(work: Callable[[], object]) -> float:
     ("channels", "size", "density", "steps"),
     [
         (64, 32, 0.02, 1),
+        (64, 32, 0.3, 1),
         (64, 16, 0.3, 1),
         (128, 16, 0.05, 1),
         (256, 8, 0.02, 1),
         (512, 4, 0.02, 1),
-        # 2.4 million weights on four pixels, the most unfavourable layer of VGG19: 0.7 of a step when measured alone,
-        # too near to one for a machine that does other work.
+        # 2.4 million weights on four pixels, the most unfavourable layer of VGG19, misses the goal: 0.8 to 1.3 steps.
+        # The bound keeps it from getting worse.
         (512, 2, 0.02, 1.5),
     ],
     ids=str,

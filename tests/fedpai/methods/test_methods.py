@@ -24,12 +24,15 @@ Make = Callable[..., RunConfig]
 State = dict[str, Tensor]
 Masks = dict[str, Tensor]
 
+# Learning rate. At the default these few steps on noise amplify float32 rounding, dense torch's as much as ours, beyond
+# any bound that would still find a wrong merge.
+GENTLE = 0.003
+
 
 def trained(run: Run, state: State, masks: Masks, number: int, client: int) -> State:
     """One client's local training with dense tensors: pruned weights and their gradients times 0."""
     config = run.config
-    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    model = create_model(config, run.data).to(dtype)
+    model = create_model(config, run.data).double()
     model.load_state_dict(state)
     model.train()
     weights = {name: model.get_submodule(name).weight for name in masks}
@@ -43,7 +46,7 @@ def trained(run: Run, state: State, masks: Masks, number: int, client: int) -> S
     for batch in np.split(order, range(config.batch, part.size, config.batch)):
         x, y = run.data.batch(batch)
         optimiser.zero_grad()
-        nn.functional.cross_entropy(model(x.to(dtype)), y).backward()
+        nn.functional.cross_entropy(model(x.double()), y).backward()
         for name, weight in weights.items():
             weight.grad *= masks[name]
         optimiser.step()
@@ -66,9 +69,9 @@ def merged(state: State, answers: list[tuple[int, State, Masks]]) -> State:
     return new
 
 
-def restated(run: Run, masks_of: dict[int, Masks], sampled: list[list[int]], dtype: torch.dtype) -> State:
-    """The global model after the given rounds, pruned weights at 0, by dense torch in `dtype`."""
-    state = create_model(run.config, run.data).to(dtype).state_dict()
+def restated(run: Run, masks_of: dict[int, Masks], sampled: list[list[int]]) -> State:
+    """The global model after the given rounds, pruned weights at 0, in float64."""
+    state = create_model(run.config, run.data).double().state_dict()
     for name in masks_of[0]:
         kept = torch.stack([masks[name] for masks in masks_of.values()]).any(0)
         state[f"{name}.weight"] = state[f"{name}.weight"] * kept
@@ -120,20 +123,15 @@ def check(run: Run, masks_of: dict[int, Masks], rows: list[dict[str, Any]]) -> N
         assert mask is not None
         for name, flags in mask.masks().items():
             assert torch.equal(flags, masks[name]), (client, name)
-    sampled = [row["sampled"] for row in rows[1:]]
-    expected, dense = (restated(run, masks_of, sampled, dtype) for dtype in (torch.float64, torch.float32))
+    expected = restated(run, masks_of, [row["sampled"] for row in rows[1:]])
     actual = run.layout.scatter(*server.dense())
     for key, tensor in expected.items():
-        # Some of these trainings amplify rounding; how much, dense torch's own distance from float64 says.
-        amplified = 4 * float((dense[key].double() - tensor.double()).abs().max())
-        torch.testing.assert_close(
-            actual[key].double(), tensor.double(), rtol=2e-3, atol=2e-5 + amplified, msg=key
-        )
+        torch.testing.assert_close(actual[key].to(tensor.dtype), tensor, rtol=2e-3, atol=2e-5, msg=key)
 
 
 @pytest.mark.parametrize("criterion", ["grasp", "snip", "synflow"])
 def test_fedpai_u_shared(images: Dataset, tiny: Make, criterion: str) -> None:
-    run = Run(tiny(method="fedpai-u", criterion=criterion, alpha=0.7), data=images)
+    run = Run(tiny(lr=GENTLE, method="fedpai-u", criterion=criterion, alpha=0.7), data=images)
     rows = run.finish()
     if criterion == "synflow":
         model = create_model(run.config, run.data)
@@ -149,7 +147,9 @@ def test_fedpai_u_shared(images: Dataset, tiny: Make, criterion: str) -> None:
 
 @pytest.mark.parametrize("criterion", ["grasp", "random"])
 def test_fedpai_u_personal(images: Dataset, tiny: Make, criterion: str) -> None:
-    config = tiny(method="fedpai-u", criterion=criterion, mask_mode="personal", alpha=0.7, sample=2)
+    config = tiny(
+        lr=GENTLE, method="fedpai-u", criterion=criterion, mask_mode="personal", alpha=0.7, sample=2
+    )
     run = Run(config, data=images)
     rows = run.finish()
     masks_of = {client: own_masks(run, client) for client in range(4)}
@@ -162,7 +162,7 @@ def test_fedpai_u_personal(images: Dataset, tiny: Make, criterion: str) -> None:
 
 @pytest.mark.parametrize("name", ["random", "magnitude"])
 def test_fixed_masks(images: Dataset, tiny: Make, name: str) -> None:
-    run = Run(tiny(method=name), data=images)
+    run = Run(tiny(lr=GENTLE, method=name), data=images)
     rows = run.finish()
     model = create_model(run.config, run.data)
     masks = pruning.prune(model, run.config.sparsity, name, seed=derive(0, "mask"))
@@ -170,7 +170,7 @@ def test_fixed_masks(images: Dataset, tiny: Make, name: str) -> None:
 
 
 def test_mask_travels_once_and_values_packed(images: Dataset, tiny: Make) -> None:
-    run = Run(tiny(method="magnitude", sample=4), data=images)
+    run = Run(tiny(lr=GENTLE, method="magnitude", sample=4), data=images)
     rows = run.finish()
     server = run.arms[0].federation.server
     values = HEADER_BYTES + 4 * run.layout.float_count(server.mask) + 8 * run.layout.int_count

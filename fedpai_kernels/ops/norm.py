@@ -61,15 +61,18 @@ def _batch_last(t: Tensor | None) -> Tensor | None:
     return None if t is None else to_batch_last(t)
 
 
+def _as_kernels_read(
+    x: Tensor, other: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The operands with the strides that the kernels take: activations batch-last, parameters contiguous.
+    `other` is the residual, or in the backward op the result."""
+    return to_batch_last(x), _batch_last(other), _contiguous(weight), _contiguous(bias)
+
+
 def _train(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    x, residual, weight, bias = (
-        to_batch_last(x),
-        _batch_last(residual),
-        _contiguous(weight),
-        _contiguous(bias),
-    )
+    x, residual, weight, bias = _as_kernels_read(x, residual, weight, bias)
     y = empty_batch_last(x.shape, dtype=x.dtype, device=x.device)
     stats = x.new_empty(3, x.shape[1])
     mean, row_bytes = stats.data_ptr(), stats.shape[1] * stats.element_size()
@@ -90,12 +93,7 @@ def _eval(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    x, residual, weight, bias = (
-        to_batch_last(x),
-        _batch_last(residual),
-        _contiguous(weight),
-        _contiguous(bias),
-    )
+    x, residual, weight, bias = _as_kernels_read(x, residual, weight, bias)
     y, var = empty_batch_last(x.shape, dtype=x.dtype, device=x.device), var.contiguous()
     stats = x.new_empty(2, x.shape[1])
     stats[0] = mean
@@ -120,8 +118,7 @@ def _backward(
     need_affine: bool,
     need_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy, x, z = to_batch_last(dy), to_batch_last(x), _batch_last(z)
-    weight, bias = _contiguous(weight), _contiguous(bias)
+    dy, (x, z, weight, bias) = to_batch_last(dy), _as_kernels_read(x, z, weight, bias)
     channels, row_bytes = x.shape[1], x.shape[1] * x.element_size()
     dx, affine, dresidual = _gradients(x, need_x, need_affine, need_residual)
     dweight = affine.data_ptr() if need_affine else 0

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fits the constants of csrc/cpu/conv2d/tiling.cpp to the rows of sample.cpp, by non-negative least squares.
 
-Usage: python fit.py rows.csv GHZ LANES
+Usage: python fit.py GHZ LANES rows.csv [more.csv ...]
+
+A shared machine slows down and speeds up for seconds at a time, so every problem gets a speed of its own: only how its
+tilings compare is fitted, and the mean of all speeds is 1.
 """
 
 import math
@@ -12,72 +15,99 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-L1_BYTES, L2_BYTES, LINE, PAGE, TLB_BYTES, BATCH = 26 * 1024, 320 * 1024, 64, 4096, 8e6, 64
-NAMES = ["fma", "fetch_l2", "fetch_l3", "entry", "task", "store", "reload", "dest_miss", "pack", "source_line"]
-NAMES += ["dest_line", "page", "tile", "sum"]
+L1_RAMP, L2_RAMP, LINE, ELEMENT = (24e3, 80e3), (250e3, 500e3), 64, 4
+PROBLEM = ["batch", "channels_in", "out", "image", "kernel", "stride", "nnz", "grad"]
 
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def features(r: "pd.Series", lanes: int) -> list[float]:
-    """How often each cost of the model occurs; the same arithmetic as estimate() in tiling.cpp."""
-    vector = 4 * lanes
-    shifts = range(int(r.kernel))
+def spilled(size: float, ramp: tuple[float, float]) -> float:
+    return min(1.0, max(0.0, (size - ramp[0]) / (ramp[1] - ramp[0])))
+
+
+def features(r: "pd.core.frame.Pandas", lanes: int) -> dict[str, float]:
+    """How often each cost of the model occurs; the same arithmetic as Costs::cycles() in tiling.cpp."""
+    vector, entry = ELEMENT * lanes, 4 + ELEMENT
     halos: dict[int, int] = {}
-    for shift in shifts:
-        residue, reach = shift % int(r.stride), shift // int(r.stride)
+    for shift in range(r.kernel):
+        residue, reach = shift % r.stride, shift // r.stride
         halos[residue] = max(halos.get(residue, 0), reach)
-    phases, halo, grid = len(halos), max(halos.values()), int(r.out_image)
-    groups = ceil_div(BATCH, int(r.blocks) * lanes)
-    rows, columns = ceil_div(grid, int(r.rows)), ceil_div(grid, int(r.columns))
-    tiles = rows * columns * groups
-    patches = ceil_div(rows, int(r.patch_rows)) * ceil_div(columns, int(r.patch_columns)) * groups
-    channel_blocks = ceil_div(int(r["in"]), int(r.channel_block))
+    phases, halo, grid = len(halos), max(halos.values()), r.out_image
+    groups = ceil_div(r.batch, r.blocks * lanes)
+    bundles = ceil_div(groups, r.groups)
+    rows, columns = ceil_div(grid, r.rows), ceil_div(grid, r.columns)
+    boxes = ceil_div(rows, r.patch_rows) * ceil_div(columns, r.patch_columns)
+    tiles, blocks = rows * columns * groups, ceil_div(r.channels_in, r.channel_block)
     dest_vectors = grid * grid * groups * r.blocks
     height, width = min(grid, r.rows * r.patch_rows), min(grid, r.columns * r.patch_columns)
-    patch_pixels = phases * phases * (height + halo) * (width + halo)
-    packed = patch_pixels * r.blocks * r["in"] * patches
-    tile_bytes = (r.rows + halo) * (r.columns + halo) * phases**2 * r.channel_block * r.blocks * vector
-    patch_bytes = patch_pixels * r.channel_block * r.blocks * vector
-    taps_per_pair = max(1.0, 0.7 * r.nnz / (r.out * r["in"]))
-    tasks = r.out if channel_blocks == 1 else r.out + r.out * channel_blocks * (1 - math.exp(-r.nnz / (r.out * channel_blocks)))
-    lines = max(1.0, r.blocks * vector / LINE)
-    rounds = channel_blocks if r.grad else 1
-    pixel = BATCH * 4
-    source_pages = patches * r["in"] * phases * (height + halo) * (1 + (width + halo) * phases * pixel / PAGE)
-    dest_pages = patches * rounds * r.out * height * (1 + width * pixel / PAGE)
-    pages = source_pages * (r["in"] * r.image**2 * pixel > TLB_BYTES) + dest_pages * (r.out * grid**2 * pixel > TLB_BYTES)
-    spilled = tile_bytes > L1_BYTES
-    fetches = r.nnz * dest_vectors / taps_per_pair * spilled
-    reloads = (tasks - r.out) * dest_vectors * (1 - r.grad)
-    return [
-        r.nnz * dest_vectors, fetches * (patch_bytes <= L2_BYTES), fetches * (patch_bytes > L2_BYTES), r.nnz * tiles,
-        tasks * tiles, tasks * dest_vectors, reloads, reloads * (height * width * r.out * lines * LINE > L2_BYTES),
-        packed, packed / r.blocks * lines, grid * grid * groups * r.out * lines * rounds, pages, tiles * channel_blocks,
-        r.nnz * tiles * r.grad,
-    ]  # fmt: skip
+    patch_pixels = phases**2 * (height + halo) * (width + halo)
+    tile_pixels = phases**2 * (r.rows + halo) * (r.columns + halo)
+
+    taps = r.nnz / (r.out * r.channels_in)
+    taps_per_pair = max(1.0, 0.65 * taps / (1 - math.exp(-taps)))
+    entry_bytes = r.nnz / blocks * entry
+    block_bytes = min(r.channel_block, r.channels_in) * r.blocks * vector
+    window = spilled(tile_pixels * block_bytes + 0.5 * entry_bytes, L1_RAMP)
+    patch = spilled(patch_pixels * block_bytes + entry_bytes, L2_RAMP)
+    dest = spilled(height * width * r.out * r.blocks * r.groups * vector, L2_RAMP)
+    revisits = r.out * (blocks - 1) * (1 - math.exp(-r.nnz / (r.out * blocks)))
+    tasks = r.out + revisits
+    lines = max(1.0, r.blocks * r.groups * vector / LINE)
+    patches = r.channels_in * boxes * bundles
+    half = r.blocks * vector < LINE and r.batch > lanes
+    return {
+        "Fma": r.nnz * dest_vectors,
+        "FetchL2": r.nnz * dest_vectors * window * (1 - patch) / taps_per_pair,
+        "FetchL3": r.nnz * dest_vectors * window * patch / taps_per_pair,
+        "EntryL2": r.nnz * tiles * spilled(entry_bytes, L1_RAMP),
+        "Task": tasks * tiles,
+        "Reload": revisits * dest_vectors * (1 - r.grad),
+        "Load": tasks * dest_vectors * r.grad,
+        "LoadL3": revisits * dest_vectors * dest * r.grad,
+        "Sum": r.nnz * tiles * r.grad,
+        "HalfLine": tasks * dest_vectors * half,
+        "SourceLine": patches * patch_pixels * lines,
+        "SourceRun": patches * phases * (height + halo),
+        "DestLine": r.out * grid**2 * groups * max(1.0, r.blocks * vector / LINE),
+        "DestRun": r.out * boxes * bundles * height,
+        "Tile": tiles * blocks,
+    }
 
 
 def main() -> None:
-    rows = pd.read_csv(sys.argv[1])
-    lanes = int(sys.argv[3])
-    rows = rows[rows.blocks * lanes * 4 >= LINE]  # the others lose always
-    x = np.array([features(r, lanes) for _, r in rows.iterrows()], dtype=float)
-    cycles = rows.ms.to_numpy() * 1e6 * float(sys.argv[2])
-    constants, _ = nnls(x / cycles[:, None], np.ones(len(cycles)))
-    for name, value in zip(NAMES, constants, strict=True):
-        print(f"{name:12s} {value:8.2f}")
+    ghz, lanes = float(sys.argv[1]), int(sys.argv[2])
+    table = pd.concat([pd.read_csv(path) for path in sys.argv[3:]]).rename(columns={"in": "channels_in"})
+    rows = list(table.itertuples())
+    problems = [tuple(getattr(r, name) for name in PROBLEM) for r in rows]
+    found = [features(r, lanes) for r in rows]
+    x = np.array([list(f.values()) for f in found], dtype=float)
+    cycles = table.ms.to_numpy() * 1e6 * ghz
+    speed = dict.fromkeys(problems, 1.0)
+    for _ in range(6):
+        scaled = cycles * np.array([speed[p] for p in problems])
+        constants, _ = nnls(x / scaled[:, None], np.ones(len(scaled)))
+        ratios = defaultdict(list)
+        for problem, ratio in zip(problems, np.log(x @ constants / cycles), strict=True):
+            ratios[problem].append(ratio)
+        centre = np.mean([np.median(v) for v in ratios.values()])
+        speed = {p: math.exp(np.clip(np.median(v) - centre, -0.3, 0.3)) for p, v in ratios.items()}
+    for name, value in zip(found[0], constants, strict=True):
+        print(f"k{name:12s} {value:8.2f}")
     predicted = x @ constants
-    print("predicted / measured, 5 25 50 75 95 %:", np.quantile(predicted / cycles, [0.05, 0.25, 0.5, 0.75, 0.95]).round(2))
-    problems = defaultdict(list)
-    for (_, r), p in zip(rows.iterrows(), predicted, strict=True):
-        problems[(r["in"], r.out, r.image, r.kernel, r.stride, r.nnz, r.grad)].append((p, r.ms))
+    spread = np.quantile(predicted / scaled, [0.05, 0.25, 0.5, 0.75, 0.95]).round(2)
+    print("predicted / measured, 5 25 50 75 95 %:", spread)
+    choices = defaultdict(list)
+    for problem, p, ms in zip(problems, predicted, table.ms, strict=True):
+        choices[problem].append((p, ms))
     print("loss of the model's choice among the samples:")
-    for problem, found in problems.items():
-        best = min(ms for _, ms in found)
-        print(f"  {tuple(int(v) for v in problem)}: best {best:.2f} ms, chosen {min(found)[1] / best:.2f} x")
+    losses = []
+    for problem, tilings in choices.items():
+        best = min(ms for _, ms in tilings)
+        losses.append(min(tilings)[1] / best)
+        print(f"  {tuple(int(v) for v in problem)}: best {best:.2f} ms, chosen {losses[-1]:.2f} x")
+    print(f"geometric mean {np.exp(np.mean(np.log(losses))):.3f}")
 
 
 if __name__ == "__main__":

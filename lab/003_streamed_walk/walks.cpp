@@ -68,7 +68,8 @@ int main(int argc, char** argv) {
       const auto chosen = [&](Direction direction, const Images<float>& source) {
         const Conv2dKernels<float>& kernels = conv2d_kernels<float>();
         const Schedule schedule = build_schedule(
-            plan.plan, {direction, geometry, kernels.lanes, kernels.accumulators, sizeof(float), true,
+            plan.plan, {direction, geometry, kernels.lanes,
+                        direction == Direction::kWeightGrad ? kernels.pinned : kernels.accumulators, sizeof(float), true,
                         {source.channel, source.row, source.column}, Walk::kChoose});
         return std::holds_alternative<std::vector<TiledPass>>(schedule) ? "tiled" : "streamed";
       };

@@ -19,7 +19,7 @@ ScheduleKey schedule_key(Direction direction, const Conv2dGeometry& geometry, co
   return {direction,
           geometry,
           kernels.lanes,
-          kernels.accumulators,
+          direction == Direction::kWeightGrad ? kernels.pinned : kernels.accumulators,
           static_cast<std::int64_t>(sizeof(T)),
           adjacent,
           adjacent ? SourceStrides{source.channel, source.row, source.column} : SourceStrides{0, 0, 0},

@@ -73,7 +73,7 @@ struct PackSegment {
 
 template <class T>
 struct PackArgs {
-  const T* source;  // first image of the lane group
+  const T* source;  // first image of the lane groups
   std::int64_t source_channel;
   std::int64_t source_lane;      // 1 in batch-last layout
   const std::int32_t* channels;  // which source channels, in packed order; null: 0, 1, 2, ...
@@ -83,7 +83,9 @@ struct PackArgs {
   T* packed;
   std::int64_t plane;
   int blocks;
-  int lanes_valid;  // images present in this lane group; the rest is packed as zero
+  int groups;                 // neighbouring lane groups that are packed together,
+  std::int64_t packed_group;  // this many elements apart
+  std::int64_t images;        // present in these lane groups; the rest is packed as zero
 };
 
 // The inverse of packing, for the cases that a tile cannot store directly: a lane group that the batch does not fill,
@@ -112,8 +114,9 @@ struct Conv2dKernels {
   using GradTile = void (*)(const GradTileArgs<T>&);
 
   int lanes;
-  int accumulators;
-  // [rows - 1][run - 1]; null where rows * run exceeds the register budget.
+  int accumulators;  // vectors that a tile may have,
+  int pinned;        // and a weight gradient's tile
+  // [rows - 1][run - 1]; null where rows * run is more.
   Tile tile[kMaxTileRows][kMaxTileRun];
   GradTile grad_tile[kMaxTileRows][kMaxTileRun];
   void (*pack)(const PackArgs<T>&);

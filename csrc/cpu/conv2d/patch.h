@@ -3,6 +3,7 @@
 // tiles of a patch address the dest.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -32,43 +33,76 @@ PatchBox patch_box(const TiledPass& pass, std::int64_t patch);
 // The pixels of the largest patch.
 std::int64_t largest_patch_pixels(const TiledPass& pass);
 
-// A unit of work is one patch of one lane group. Lane groups vary fastest: neighbours share cache lines and pages.
+// The work is cut into units: one patch of `Tiling::groups` neighbouring lane groups. Lane groups vary fastest, since
+// neighbours share cache lines and pages.
 struct Units {
-  std::int64_t groups, count;
+  std::int64_t images, per_patch, count;
 
   Units(const TiledPass& pass, std::int64_t batch)
-      : groups((batch + pass.lane_group - 1) / pass.lane_group), count(groups * pass.patches()) {}
-  std::int64_t patch(std::int64_t unit) const { return unit / groups; }
-  std::int64_t group(std::int64_t unit) const { return unit % groups; }
+      : images(pass.lane_group * pass.tiling.groups),
+        per_patch((batch + images - 1) / images),
+        count(per_patch * pass.patches()) {}
+};
+
+// The unit that a thread works on.
+struct Unit {
+  std::int64_t patch = -1;
+  PatchBox box{};
+  std::vector<PackSegment> segments;  // of the source
+  std::int64_t first_image = 0, images = 0;
+
+  std::int64_t groups(const TiledPass& pass) const { return (images + pass.lane_group - 1) / pass.lane_group; }
+  int lanes_valid(const TiledPass& pass, std::int64_t group) const {
+    return static_cast<int>(std::min(pass.lane_group, images - group * pass.lane_group));
+  }
 };
 
 // Where the packed pixels of a patch come from: one segment per packed row and column residue.
 void list_segments(const TiledPass& pass, const PatchBox& box, std::int64_t source_row, std::int64_t source_column,
                    std::vector<PackSegment>& segments);
 
-// Packs one channel block of one unit.
 template <class T>
-void pack_block(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t block, const Images<const T>& source,
-                std::int64_t first_image, int lanes_valid, const std::vector<PackSegment>& segments, T* packed) {
-  const std::int64_t begin = pass.block_channel_begin[static_cast<std::size_t>(block)];
-  const std::int64_t end = pass.block_channel_begin[static_cast<std::size_t>(block) + 1];
+void move_to(Unit& unit, std::int64_t index, const Units& units, const TiledPass& pass, std::int64_t batch,
+             const Images<const T>& source) {
+  unit.first_image = index % units.per_patch * units.images;
+  unit.images = std::min(units.images, batch - unit.first_image);
+  if (index / units.per_patch == unit.patch) return;
+  unit.patch = index / units.per_patch;
+  unit.box = patch_box(pass, unit.patch);
+  list_segments(pass, unit.box, source.row, source.column, unit.segments);
+}
+
+// What packing the images of a unit always needs; which channels and where to is left to the caller.
+template <class T>
+PackArgs<T> pack_args(const TiledPass& pass, const Unit& unit, const Images<const T>& source,
+                      const std::vector<PackSegment>& segments) {
   PackArgs<T> args{};
-  args.source = source.data + first_image * source.batch;
+  args.source = source.data + unit.first_image * source.batch;
   args.source_channel = source.channel;
   args.source_lane = source.batch;
-  args.channels = pass.channels.data() + begin;
-  args.channel_count = end - begin;
   args.segments = segments.data();
   args.segment_count = static_cast<std::int64_t>(segments.size());
+  args.blocks = pass.tiling.blocks;
+  args.groups = static_cast<int>(unit.groups(pass));
+  args.images = unit.images;
+  return args;
+}
+
+template <class T>
+void pack_block(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t block, const Unit& unit,
+                const Images<const T>& source, T* packed) {
+  const std::int64_t begin = pass.block_channel_begin[static_cast<std::size_t>(block)];
+  PackArgs<T> args = pack_args(pass, unit, source, unit.segments);
+  args.channels = pass.channels.data() + begin;
+  args.channel_count = pass.block_channel_begin[static_cast<std::size_t>(block) + 1] - begin;
   args.packed = packed;
   args.plane = pass.plane;
-  args.blocks = pass.tiling.blocks;
-  args.lanes_valid = lanes_valid;
+  args.packed_group = pass.group;
   kernels.pack(args);
 }
 
-// How a register tile addresses the dest: the tensor itself, or a staging patch where the tensor's images are not
-// adjacent or do not fill the lane group.
+// How a register tile addresses the dest of one lane group: the tensor itself, or a staging patch where the tensor's
+// images are not adjacent or do not fill the lane group.
 template <class T>
 struct DestView {
   T* origin;  // grid position (0, 0) of the patch's coordinates below
@@ -76,16 +110,52 @@ struct DestView {
 };
 
 template <class T>
-DestView<T> dest_in_place(const TiledPass& pass, const Images<T>& dest, std::int64_t first_image) {
-  return {dest.data + first_image * dest.batch + pass.y.dest_origin * dest.row + pass.x.dest_origin * dest.column,
-          dest.channel, dest.row * pass.y.dest_step, dest.column * pass.x.dest_step};
+bool needs_staging(const TiledPass& pass, const Images<T>& dest, std::int64_t batch) {
+  return dest.batch != 1 || batch % pass.lane_group != 0;
 }
 
 template <class T>
-DestView<T> dest_staged(const TiledPass& pass, const PatchBox& box, T* staging) {
-  const std::int64_t row = box.width * pass.lane_group;
-  return {staging - box.y * row - box.x * pass.lane_group, box.height * row, row, pass.lane_group};
+bool is_in_place(const TiledPass& pass, const Images<T>& dest, const Unit& unit, std::int64_t group) {
+  return dest.batch == 1 && unit.lanes_valid(pass, group) == pass.lane_group;
 }
+
+template <class T>
+DestView<T> dest_in_place(const TiledPass& pass, const Images<T>& dest, const Unit& unit, std::int64_t group) {
+  return {dest.data + (unit.first_image + group * pass.lane_group) * dest.batch + pass.y.dest_origin * dest.row +
+              pass.x.dest_origin * dest.column,
+          dest.channel, dest.row * pass.y.dest_step, dest.column * pass.x.dest_step};
+}
+
+// Elements of one lane group's staging patch.
+inline std::int64_t staged_group(const TiledPass& pass, const PatchBox& box) {
+  return pass.dest_channels * box.height * box.width * pass.lane_group;
+}
+
+template <class T>
+DestView<T> dest_staged(const TiledPass& pass, const PatchBox& box, T* staging, std::int64_t group) {
+  const std::int64_t row = box.width * pass.lane_group;
+  return {staging + group * staged_group(pass, box) - box.y * row - box.x * pass.lane_group, box.height * row, row,
+          pass.lane_group};
+}
+
+template <class T>
+DestView<T> dest_view(const TiledPass& pass, const Images<T>& dest, const Unit& unit, T* staging, std::int64_t group) {
+  return is_in_place(pass, dest, unit, group) ? dest_in_place(pass, dest, unit, group)
+                                              : dest_staged(pass, unit.box, staging, group);
+}
+
+// What one thread packs and stages into, in elements.
+template <class T>
+struct UnitMemory {
+  std::int64_t packed, staging;
+
+  UnitMemory(const TiledPass& pass, bool stages)
+      : packed(aligned_elements<T>(pass.group * pass.tiling.groups)),
+        staging(stages ? aligned_elements<T>(pass.dest_channels * largest_patch_pixels(pass) * pass.lane_group *
+                                             pass.tiling.groups)
+                       : 0) {}
+  std::int64_t size() const { return packed + staging; }
+};
 
 // Where the vectors of a register tile's row lie in the dest.
 void run_offsets(const TiledPass& pass, int lanes, std::int64_t columns, std::int64_t dest_column, std::int64_t* offsets);

@@ -13,42 +13,15 @@ namespace fedpai {
 
 namespace {
 
-// The sums of one unit for the dest channels [channel_begin, channel_end).
+// Copies one lane group's staging patch to where the tensor has it.
 template <class T>
-void accumulate_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, const PatchBox& box,
-                     const std::vector<PackSegment>& segments, std::int64_t first_image, int lanes_valid,
-                     const Images<const T>& source, const T* values, const T* bias, const Images<T>& dest,
-                     std::int64_t channel_begin, std::int64_t channel_end, T* packed, T* staging) {
-  const bool in_place = dest.batch == 1 && lanes_valid == pass.lane_group;
-  const DestView<T> view = in_place ? dest_in_place(pass, dest, first_image) : dest_staged(pass, box, staging);
-  std::int64_t dest_run[kMaxTileRun];
-  run_offsets(pass, kernels.lanes, pass.tiling.tile_columns, view.column, dest_run);
-
-  for (std::int64_t block = 0; block < pass.blocks(); ++block) {
-    pack_block(pass, kernels, block, source, first_image, lanes_valid, segments, packed);
-    const TaskRange range = tasks_of(pass, block, channel_begin, channel_end);
-    TileArgs<T> args{};
-    args.source_row = pass.source_row;
-    args.offset = pass.offset.data();
-    args.value = values;
-    args.task = pass.tasks.data() + range.begin;
-    args.tasks = range.end - range.begin;
-    args.dest_channel = view.channel;
-    args.dest_row = view.row;
-    args.dest_run = dest_run;
-    args.bias = bias;
-    args.accumulate = block > 0;
-    for_each_tile(pass, box, [&](std::int64_t rows, std::int64_t columns, std::int64_t y, std::int64_t x) {
-      args.source = packed + (y - box.y) * pass.source_row + (x - box.x) * pass.lane_group;
-      args.dest = view.origin + y * view.row + x * view.column;
-      kernels.tile[rows - 1][columns * pass.tiling.blocks - 1](args);
-    });
-  }
-
-  if (in_place) return;
-  const DestView<T> target = dest_in_place(pass, dest, first_image);
+void unpack_group(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Unit& unit, std::int64_t group,
+                  const Images<T>& dest, std::int64_t channel_begin, std::int64_t channel_end, T* staging) {
+  const PatchBox& box = unit.box;
+  const DestView<T> view = dest_staged(pass, box, staging, group);
+  const DestView<T> target = dest_in_place(pass, dest, unit, group);
   UnpackArgs<T> args{};
-  args.packed = staging;
+  args.packed = staging + group * staged_group(pass, box);
   args.plane = view.channel;
   args.packed_row = view.row;
   args.dest = target.origin + box.y * target.row + box.x * target.column;
@@ -61,8 +34,49 @@ void accumulate_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, con
   args.rows = box.height;
   args.columns = box.width;
   args.blocks = pass.tiling.blocks;
-  args.lanes_valid = lanes_valid;
+  args.lanes_valid = unit.lanes_valid(pass, group);
   kernels.unpack(args);
+}
+
+// The sums of one unit for the dest channels [channel_begin, channel_end).
+template <class T>
+void accumulate_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Unit& unit,
+                     const Images<const T>& source, const T* values, const T* bias, const Images<T>& dest,
+                     std::int64_t channel_begin, std::int64_t channel_end, T* packed, T* staging) {
+  const PatchBox& box = unit.box;
+  const std::int64_t groups = unit.groups(pass);
+  std::int64_t dest_run[kMaxTileRun];
+  TileArgs<T> args{};
+  args.source_row = pass.source_row;
+  args.offset = pass.offset.data();
+  args.value = values;
+  args.dest_run = dest_run;
+  args.bias = bias;
+
+  for (std::int64_t block = 0; block < pass.blocks(); ++block) {
+    pack_block(pass, kernels, block, unit, source, packed);
+    const TaskRange range = tasks_of(pass, block, channel_begin, channel_end);
+    args.task = pass.tasks.data() + range.begin;
+    args.tasks = range.end - range.begin;
+    args.accumulate = block > 0;
+    for (std::int64_t group = 0; group < groups; ++group) {
+      const DestView<T> view = dest_view(pass, dest, unit, staging, group);
+      run_offsets(pass, kernels.lanes, pass.tiling.tile_columns, view.column, dest_run);
+      args.dest_channel = view.channel;
+      args.dest_row = view.row;
+      const T* const source_group = packed + group * pass.group;
+      for_each_tile(pass, box, [&](std::int64_t rows, std::int64_t columns, std::int64_t y, std::int64_t x) {
+        args.source = source_group + (y - box.y) * pass.source_row + (x - box.x) * pass.lane_group;
+        args.dest = view.origin + y * view.row + x * view.column;
+        kernels.tile[rows - 1][columns * pass.tiling.blocks - 1](args);
+      });
+    }
+  }
+
+  for (std::int64_t group = 0; group < groups; ++group) {
+    if (is_in_place(pass, dest, unit, group)) continue;
+    unpack_group(pass, kernels, unit, group, dest, channel_begin, channel_end, staging);
+  }
 }
 
 }  // namespace
@@ -78,39 +92,26 @@ void run_tiled(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int6
   }
   const std::vector<std::int64_t> cuts = cut_channels(pass, parts);
 
-  const std::int64_t packed_size = aligned_elements<T>(pass.plane * pass.tiling.channel_block);
-  const bool stages = dest.batch != 1 || batch % pass.lane_group != 0;
-  const std::int64_t staging_size =
-      stages ? aligned_elements<T>(pass.dest_channels * largest_patch_pixels(pass) * pass.lane_group) : 0;
+  const UnitMemory<T> unit_memory(pass, needs_staging(pass, dest, batch));
   const std::int64_t values_size = aligned_elements<T>(pass.entries());
   static thread_local Scratch scratch;
-  T* const memory = static_cast<T*>(scratch.reserve(
-      sizeof(T) * static_cast<std::size_t>(values_size + threads * (packed_size + staging_size))));
+  T* const memory = static_cast<T*>(
+      scratch.reserve(sizeof(T) * static_cast<std::size_t>(values_size + threads * unit_memory.size())));
   const T* const ordered = ordered_values(pass.order, pass.order_is_identity, values, memory, threads);
 
-  // Groups that share a cache line go to one thread.
-  const auto line = std::max<std::int64_t>(1, kScratchAlignment / (pass.lane_group * static_cast<std::int64_t>(sizeof(T))));
+  // Units that share a cache line go to one thread.
+  const auto line = std::max<std::int64_t>(1, kScratchAlignment / (units.images * static_cast<std::int64_t>(sizeof(T))));
   const int chunk = static_cast<int>(parts > 1 ? 1 : line);
 #pragma omp parallel num_threads(threads)
   {
-    T* const packed = memory + values_size + omp_get_thread_num() * (packed_size + staging_size);
-    T* const staging = packed + packed_size;
-    std::vector<PackSegment> segments;
-    std::int64_t segments_of = -1;
-    PatchBox box{};
+    T* const packed = memory + values_size + omp_get_thread_num() * unit_memory.size();
+    T* const staging = packed + unit_memory.packed;
+    Unit unit;
 #pragma omp for schedule(dynamic, chunk)
     for (std::int64_t i = 0; i < units.count * parts; ++i) {
-      const std::int64_t unit = i / parts;
       const auto part = static_cast<std::size_t>(i % parts);
-      if (units.patch(unit) != segments_of) {
-        segments_of = units.patch(unit);
-        box = patch_box(pass, segments_of);
-        list_segments(pass, box, source.row, source.column, segments);
-      }
-      const std::int64_t first_image = units.group(unit) * pass.lane_group;
-      const int lanes_valid = static_cast<int>(std::min(pass.lane_group, batch - first_image));
-      accumulate_unit(pass, kernels, box, segments, first_image, lanes_valid, source, ordered, bias, dest, cuts[part],
-                      cuts[part + 1], packed, staging);
+      move_to(unit, i / parts, units, pass, batch, source);
+      accumulate_unit(pass, kernels, unit, source, ordered, bias, dest, cuts[part], cuts[part + 1], packed, staging);
     }
   }
 }

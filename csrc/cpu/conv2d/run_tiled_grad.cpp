@@ -13,55 +13,61 @@ namespace fedpai {
 
 namespace {
 
-// Adds one unit's products to the sums of channel block `block`.
+// Copies the output gradient of those lane groups of a unit that a register tile cannot load from where they are.
 template <class T>
-void grad_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t block, const TaskRange& range,
-               const PatchBox& box, const std::vector<PackSegment>& segments, std::int64_t first_image, int lanes_valid,
-               const Images<const T>& x, const Images<const T>& dy, T* sums, T* bias_sums, T* packed,
-               T* staging) {
-  pack_block(pass, kernels, block, x, first_image, lanes_valid, segments, packed);
-
-  const bool in_place = dy.batch == 1 && lanes_valid == pass.lane_group;
-  const DestView<const T> target = dest_in_place(pass, dy, first_image);
-  const DestView<const T> view =
-      in_place ? target : dest_staged<const T>(pass, box, staging);
-  if (!in_place) {
-    std::vector<PackSegment> rows;
-    for (std::int64_t y = 0; y < box.height; ++y) {
-      rows.push_back({y * view.row, (box.y + y) * dy.row + box.x * dy.column, dy.column, 0,
-                      static_cast<std::int32_t>(box.width), 0});
-    }
-    PackArgs<T> args{};
-    args.source = target.origin;
-    args.source_channel = dy.channel;
-    args.source_lane = dy.batch;
-    args.channel_count = pass.dest_channels;
-    args.segments = rows.data();
-    args.segment_count = static_cast<std::int64_t>(rows.size());
-    args.packed = staging;
-    args.plane = view.channel;
-    args.blocks = pass.tiling.blocks;
-    args.lanes_valid = lanes_valid;
-    kernels.pack(args);
+void stage_gradient(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Unit& unit, const Images<const T>& dy,
+                    T* staging) {
+  if (is_in_place(pass, dy, unit, unit.groups(pass) - 1)) return;  // then the others are too
+  const PatchBox& box = unit.box;
+  std::vector<PackSegment> rows;
+  const DestView<T> view = dest_staged(pass, box, staging, 0);
+  for (std::int64_t y = 0; y < box.height; ++y) {
+    const std::int64_t from = (pass.y.dest_origin + (box.y + y) * pass.y.dest_step) * dy.row +
+                              (pass.x.dest_origin + box.x * pass.x.dest_step) * dy.column;
+    rows.push_back({y * view.row, from, dy.column * pass.x.dest_step, 0, static_cast<std::int32_t>(box.width), 0});
   }
+  PackArgs<T> args = pack_args(pass, unit, dy, rows);
+  args.channel_count = pass.dest_channels;
+  args.packed = staging;
+  args.plane = view.channel;
+  args.packed_group = staged_group(pass, box);
+  kernels.pack(args);
+}
+
+// Adds one unit's products to the sums of the dest channels [channel_begin, channel_end).
+template <class T>
+void grad_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Unit& unit, const Images<const T>& x,
+               const Images<const T>& dy, std::int64_t channel_begin, std::int64_t channel_end, T* sums, T* bias_sums,
+               T* packed, T* staging) {
+  const PatchBox& box = unit.box;
+  stage_gradient(pass, kernels, unit, dy, staging);
 
   std::int64_t dest_run[kMaxTileRun];
-  run_offsets(pass, kernels.lanes, pass.tiling.tile_columns, view.column, dest_run);
   GradTileArgs<T> args{};
   args.source_row = pass.source_row;
   args.offset = pass.offset.data();
-  args.task = pass.tasks.data() + range.begin;
-  args.tasks = range.end - range.begin;
-  args.dest_channel = view.channel;
-  args.dest_row = view.row;
   args.dest_run = dest_run;
   args.sums = sums;
-  args.bias_sums = block == 0 ? bias_sums : nullptr;
-  for_each_tile(pass, box, [&](std::int64_t rows, std::int64_t columns, std::int64_t y, std::int64_t x_pixel) {
-    args.source = packed + (y - box.y) * pass.source_row + (x_pixel - box.x) * pass.lane_group;
-    args.dest = view.origin + y * view.row + x_pixel * view.column;
-    kernels.grad_tile[rows - 1][columns * pass.tiling.blocks - 1](args);
-  });
+  for (std::int64_t block = 0; block < pass.blocks(); ++block) {
+    const TaskRange range = tasks_of(pass, block, channel_begin, channel_end);
+    if (range.begin == range.end) continue;
+    pack_block(pass, kernels, block, unit, x, packed);
+    args.task = pass.tasks.data() + range.begin;
+    args.tasks = range.end - range.begin;
+    args.bias_sums = block == 0 ? bias_sums : nullptr;
+    for (std::int64_t group = 0; group < unit.groups(pass); ++group) {
+      const DestView<const T> view = dest_view<const T>(pass, dy, unit, staging, group);
+      run_offsets(pass, kernels.lanes, pass.tiling.tile_columns, view.column, dest_run);
+      args.dest_channel = view.channel;
+      args.dest_row = view.row;
+      const T* const source_group = packed + group * pass.group;
+      for_each_tile(pass, box, [&](std::int64_t rows, std::int64_t columns, std::int64_t y, std::int64_t x_pixel) {
+        args.source = source_group + (y - box.y) * pass.source_row + (x_pixel - box.x) * pass.lane_group;
+        args.dest = view.origin + y * view.row + x_pixel * view.column;
+        kernels.grad_tile[rows - 1][columns * pass.tiling.blocks - 1](args);
+      });
+    }
+  }
 }
 
 }  // namespace
@@ -85,45 +91,27 @@ void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std:
   const std::int64_t sums_size = aligned_elements<T>(entries);
   const std::int64_t bias_size = bias_grad != nullptr ? aligned_elements<T>(pass.dest_channels * lanes) : 0;
   const std::int64_t sum_sets = share_units ? parts : 1;
-  const std::int64_t packed_size = aligned_elements<T>(pass.plane * pass.tiling.channel_block);
-  const bool stages = dy.batch != 1 || batch % pass.lane_group != 0;
-  const std::int64_t staging_size =
-      stages ? aligned_elements<T>(pass.dest_channels * largest_patch_pixels(pass) * pass.lane_group) : 0;
+  const UnitMemory<T> unit_memory(pass, needs_staging(pass, dy, batch));
   static thread_local Scratch scratch;
   T* const sums = static_cast<T*>(scratch.reserve(
-      sizeof(T) *
-      static_cast<std::size_t>(sum_sets * (sums_size + bias_size) + parts * (packed_size + staging_size))));
+      sizeof(T) * static_cast<std::size_t>(sum_sets * (sums_size + bias_size) + parts * unit_memory.size())));
   T* const bias_sums = sums + sum_sets * sums_size;
   T* const buffers = bias_sums + sum_sets * bias_size;
   std::fill(sums, buffers, T(0));
 
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (std::int64_t part = 0; part < parts; ++part) {
-    T* const packed = buffers + part * (packed_size + staging_size);
-    T* const staging = packed + packed_size;
+    T* const packed = buffers + part * unit_memory.size();
+    T* const staging = packed + unit_memory.packed;
     const std::int64_t set = share_units ? part : 0;
     const std::int64_t first_unit = share_units ? units.count * part / parts : 0;
     const std::int64_t last_unit = share_units ? units.count * (part + 1) / parts : units.count;
     const auto cut = static_cast<std::size_t>(share_units ? 0 : part);
-    std::vector<PackSegment> segments;
-    // Channel blocks outermost: a block's sums stay in cache while all units pass by.
-    for (std::int64_t block = 0; block < pass.blocks(); ++block) {
-      const TaskRange range = tasks_of(pass, block, cuts[cut], cuts[cut + 1]);
-      if (range.begin == range.end) continue;
-      std::int64_t segments_of = -1;
-      PatchBox box{};
-      for (std::int64_t unit = first_unit; unit < last_unit; ++unit) {
-        if (units.patch(unit) != segments_of) {
-          segments_of = units.patch(unit);
-          box = patch_box(pass, segments_of);
-          list_segments(pass, box, x.row, x.column, segments);
-        }
-        const std::int64_t first_image = units.group(unit) * pass.lane_group;
-        const int lanes_valid = static_cast<int>(std::min(pass.lane_group, batch - first_image));
-        grad_unit(pass, kernels, block, range, box, segments, first_image, lanes_valid, x, dy,
-                  sums + set * sums_size, bias_grad != nullptr ? bias_sums + set * bias_size : nullptr, packed,
-                  staging);
-      }
+    Unit unit;
+    for (std::int64_t index = first_unit; index < last_unit; ++index) {
+      move_to(unit, index, units, pass, batch, x);
+      grad_unit(pass, kernels, unit, x, dy, cuts[cut], cuts[cut + 1], sums + set * sums_size,
+                bias_grad != nullptr ? bias_sums + set * bias_size : nullptr, packed, staging);
     }
   }
 

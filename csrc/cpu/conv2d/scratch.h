@@ -3,8 +3,8 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdlib>
-#include <new>
+
+#include "memory/block_cache.h"
 
 namespace fedpai {
 
@@ -13,26 +13,27 @@ class Scratch {
   Scratch() = default;
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(data_); }
+  ~Scratch() { release(); }
 
-  // At least `bytes`, aligned to a page; the former content is lost.
+  // At least `bytes`, aligned to a page; the former content is lost. In large pages: a packed patch has more small ones
+  // than the first-level TLB has entries, and every non-zero reads another.
   void* reserve(std::size_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      data_ = nullptr;
-      size_ = 0;
-      const std::size_t rounded = (bytes + kPage - 1) / kPage * kPage;
-      data_ = std::aligned_alloc(kPage, rounded);
-      if (data_ == nullptr) throw std::bad_alloc();
-      size_ = rounded;
+    if (bytes > block_.size) {
+      release();
+      block_ = block_cache().allocate(bytes < kLeast ? kLeast : bytes);
     }
-    return data_;
+    return block_.data;
   }
 
  private:
-  static constexpr std::size_t kPage = 4096;
-  void* data_ = nullptr;
-  std::size_t size_ = 0;
+  static constexpr std::size_t kLeast = std::size_t{2} << 20;  // one large page
+
+  void release() noexcept {
+    if (block_.data != nullptr) block_cache().free(block_);
+    block_ = {};
+  }
+
+  Block block_;
 };
 
 }  // namespace fedpai

@@ -37,6 +37,7 @@ struct TiledPass {
   std::int64_t lane_group = 0;  // images per lane group, and elements per packed pixel
   std::int64_t source_row = 0;  // elements between packed rows
   std::int64_t plane = 0;       // elements between packed channels
+  std::int64_t group = 0;       // elements between packed lane groups
 
   // Entries in walking order: by channel block, dest channel, source channel.
   IndexVector offset;  // element offset in the packed block

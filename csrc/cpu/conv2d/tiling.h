@@ -23,7 +23,8 @@ struct TilingProblem {
 };
 
 struct Tiling {
-  int blocks = 1;                   // vectors of images per pixel
+  int blocks = 1;                   // vectors of images per pixel: a lane group
+  int groups = 1;                   // neighbouring lane groups packed together
   std::int64_t tile_rows = 1;       // largest register tile, in pixels
   std::int64_t tile_columns = 1;
   std::int64_t patch_rows = 1;      // a patch, in register tiles

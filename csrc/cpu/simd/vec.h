@@ -8,6 +8,7 @@
 //     using reg                       one vector register (or what stands for it)
 //     static constexpr int lanes      elements per register
 //     static constexpr int accumulators   registers a kernel may pin for sums; the rest hold operands
+//     static constexpr int pinned     the same for a kernel that needs three more for sums of its own
 //     zero() set1(x)
 //     load(p) store(p, v)             p aligned to the register
 //     loadu(p) storeu(p, v)           any p
@@ -17,6 +18,8 @@
 //     fma(a, b, c) = a * b + c        one rounding where the hardware has it
 //     select_gt0(a, b)                b where a > 0, else 0 (NaN in a gives 0): the gradient of ReLU
 //     reduce_add(v)                   fixed order: halves are folded, so the same bits every time
+//     fold(a, b)                      half of the way from two vectors to the sums of their lanes,
+//     add_folded(s, ab, cd)           and the rest, for four: s[0..3] += lanes of a, b, c, d; in a fixed order
 //
 // and the macro FEDPAI_UNROLL, put before a loop over registers whose bound is a compile-time constant.
 //

@@ -24,6 +24,7 @@ struct Vec<float> {
   using reg = __m256;
   static constexpr int lanes = 8;
   static constexpr int accumulators = 14;  // 16 less the broadcast weight and one spare; loads fold into the FMA
+  static constexpr int pinned = 12;
 
   static FEDPAI_INLINE reg zero() { return _mm256_setzero_ps(); }
   static FEDPAI_INLINE reg set1(float x) { return _mm256_set1_ps(x); }
@@ -53,6 +54,12 @@ struct Vec<float> {
     s = _mm_add_ss(s, _mm_movehdup_ps(s));
     return _mm_cvtss_f32(s);
   }
+  static FEDPAI_INLINE reg fold(reg a, reg b) { return _mm256_hadd_ps(a, b); }
+  static FEDPAI_INLINE void add_folded(float* sums, reg ab, reg cd) {
+    const __m256 v = _mm256_hadd_ps(ab, cd);
+    const __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), s));
+  }
 };
 
 template <>
@@ -60,6 +67,7 @@ struct Vec<double> {
   using reg = __m256d;
   static constexpr int lanes = 4;
   static constexpr int accumulators = 14;
+  static constexpr int pinned = 12;
 
   static FEDPAI_INLINE reg zero() { return _mm256_setzero_pd(); }
   static FEDPAI_INLINE reg set1(double x) { return _mm256_set1_pd(x); }
@@ -87,6 +95,11 @@ struct Vec<double> {
     __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     s = _mm_add_sd(s, _mm_unpackhi_pd(s, s));
     return _mm_cvtsd_f64(s);
+  }
+  static FEDPAI_INLINE reg fold(reg a, reg b) { return _mm256_hadd_pd(a, b); }
+  static FEDPAI_INLINE void add_folded(double* sums, reg ab, reg cd) {
+    const __m256d s = _mm256_add_pd(_mm256_permute2f128_pd(ab, cd, 0x20), _mm256_permute2f128_pd(ab, cd, 0x31));
+    _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), s));
   }
 };
 

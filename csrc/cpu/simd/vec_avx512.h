@@ -20,6 +20,7 @@ struct Vec<float> {
   using reg = __m512;
   static constexpr int lanes = 16;
   static constexpr int accumulators = 28;
+  static constexpr int pinned = 26;
 
   static FEDPAI_INLINE reg zero() { return _mm512_setzero_ps(); }
   static FEDPAI_INLINE reg set1(float x) { return _mm512_set1_ps(x); }
@@ -48,6 +49,15 @@ struct Vec<float> {
     s = _mm_add_ss(s, _mm_movehdup_ps(s));
     return _mm_cvtss_f32(s);
   }
+  static FEDPAI_INLINE reg fold(reg a, reg b) {
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+  }
+  static FEDPAI_INLINE void add_folded(float* sums, reg ab, reg cd) {
+    const __m512 v = fold(ab, cd);
+    const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), s));
+  }
 };
 
 template <>
@@ -55,6 +65,7 @@ struct Vec<double> {
   using reg = __m512d;
   static constexpr int lanes = 8;
   static constexpr int accumulators = 28;
+  static constexpr int pinned = 26;
 
   static FEDPAI_INLINE reg zero() { return _mm512_setzero_pd(); }
   static FEDPAI_INLINE reg set1(double x) { return _mm512_set1_pd(x); }
@@ -81,6 +92,13 @@ struct Vec<double> {
     __m128d s = _mm_add_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));
     s = _mm_add_sd(s, _mm_unpackhi_pd(s, s));
     return _mm_cvtsd_f64(s);
+  }
+  static FEDPAI_INLINE reg fold(reg a, reg b) { return _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b)); }
+  static FEDPAI_INLINE void add_folded(double* sums, reg ab, reg cd) {
+    const __m256d x = _mm256_add_pd(_mm512_castpd512_pd256(ab), _mm512_extractf64x4_pd(ab, 1));
+    const __m256d y = _mm256_add_pd(_mm512_castpd512_pd256(cd), _mm512_extractf64x4_pd(cd, 1));
+    const __m256d s = _mm256_add_pd(_mm256_permute2f128_pd(x, y, 0x20), _mm256_permute2f128_pd(x, y, 0x31));
+    _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), s));
   }
 };
 

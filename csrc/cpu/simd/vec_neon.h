@@ -20,6 +20,7 @@ struct Vec<float> {
   using reg = float32x4_t;
   static constexpr int lanes = 4;
   static constexpr int accumulators = 24;
+  static constexpr int pinned = 22;
 
   static FEDPAI_INLINE reg zero() { return vdupq_n_f32(0.0f); }
   static FEDPAI_INLINE reg set1(float x) { return vdupq_n_f32(x); }
@@ -53,6 +54,10 @@ struct Vec<float> {
     const float32x2_t s = vadd_f32(vget_low_f32(v), vget_high_f32(v));
     return vget_lane_f32(s, 0) + vget_lane_f32(s, 1);
   }
+  static FEDPAI_INLINE reg fold(reg a, reg b) { return vpaddq_f32(a, b); }
+  static FEDPAI_INLINE void add_folded(float* sums, reg ab, reg cd) {
+    vst1q_f32(sums, vaddq_f32(vld1q_f32(sums), vpaddq_f32(ab, cd)));
+  }
 };
 
 template <>
@@ -60,6 +65,7 @@ struct Vec<double> {
   using reg = float64x2_t;
   static constexpr int lanes = 2;
   static constexpr int accumulators = 24;
+  static constexpr int pinned = 22;
 
   static FEDPAI_INLINE reg zero() { return vdupq_n_f64(0.0); }
   static FEDPAI_INLINE reg set1(double x) { return vdupq_n_f64(x); }
@@ -89,6 +95,11 @@ struct Vec<double> {
     return vreinterpretq_f64_u64(vandq_u64(vcgtzq_f64(a), vreinterpretq_u64_f64(b)));
   }
   static FEDPAI_INLINE double reduce_add(reg v) { return vgetq_lane_f64(v, 0) + vgetq_lane_f64(v, 1); }
+  static FEDPAI_INLINE reg fold(reg a, reg b) { return vpaddq_f64(a, b); }
+  static FEDPAI_INLINE void add_folded(double* sums, reg ab, reg cd) {
+    vst1q_f64(sums, vaddq_f64(vld1q_f64(sums), ab));
+    vst1q_f64(sums + 2, vaddq_f64(vld1q_f64(sums + 2), cd));
+  }
 };
 
 }  // namespace

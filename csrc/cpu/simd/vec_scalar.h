@@ -17,6 +17,7 @@ template <class T>
 struct Vec {
   static constexpr int lanes = static_cast<int>(64 / sizeof(T));
   static constexpr int accumulators = 28;
+  static constexpr int pinned = 26;
   struct alignas(64) reg {
     T x[lanes];
   };
@@ -83,6 +84,18 @@ struct Vec {
       for (int i = 0; i < half; ++i) s.x[i] += s.x[i + half];
     }
     return s.x[0];
+  }
+  static FEDPAI_INLINE reg fold(const reg& a, const reg& b) {
+    reg s = zero();
+    s.x[0] = reduce_add(a);
+    s.x[1] = reduce_add(b);
+    return s;
+  }
+  static FEDPAI_INLINE void add_folded(T* sums, const reg& ab, const reg& cd) {
+    sums[0] += ab.x[0];
+    sums[1] += ab.x[1];
+    sums[2] += cd.x[0];
+    sums[3] += cd.x[1];
   }
 };
 

@@ -237,15 +237,40 @@ FEDPAI_SUITE(walk_choice) {
     const Plan plan(mask.data(), shape);
     const Conv2dGeometry geometry{64, 32, 32, 32, 32, 1, 1, 1, 1, 1, 1};
     const SourceStrides strides{32 * 32 * 64, 32 * 64, 64};
-    const Schedule schedule = build_schedule(
-        plan, {Direction::kForward, geometry, 8, 14, 4, adjacent, strides, Walk::kChoose});
-    return std::holds_alternative<std::vector<StreamPass>>(schedule) ? Walk::kStreamed : Walk::kTiled;
+    const ScheduleChoice choice =
+        choose_schedule(plan, {Direction::kForward, geometry, 8, 14, 4, adjacent, strides, Walk::kChoose});
+    return choice.streamed() ? Walk::kStreamed : Walk::kTiled;
   };
   begin_case("by density");
   CHECK(walk_of(1, true) == Walk::kStreamed, "1 %");
   CHECK(walk_of(40, true) == Walk::kTiled, "40 %");
   begin_case("images that are not adjacent");
   CHECK(walk_of(1, false) == Walk::kTiled, "");
+}
+
+// The forward pass and the weight gradient of one image size have one schedule between them where they would go alike.
+FEDPAI_SUITE(schedules_shared) {
+  std::vector<std::uint8_t> mask(64 * 64 * 9);
+  for (std::size_t i = 0; i < mask.size(); ++i) mask[i] = i * 37 % 100 < 2;
+  const CompiledPlan plan(mask.data(), {64, 64, 3, 3, 1});
+  const Conv2dGeometry geometry{64, 8, 8, 8, 8, 1, 1, 1, 1, 1, 1};
+  const auto key = [&](Direction direction, Walk walk, const Conv2dGeometry& g) {
+    const SourceStrides strides{g.in_h * g.in_w * 64, g.in_w * 64, 64};
+    return ScheduleKey{direction, g, 8, 12, 4, true, strides, walk};
+  };
+  for (const Walk walk : {Walk::kTiled, Walk::kStreamed}) {
+    begin_case(walk == Walk::kTiled ? "tiled" : "streamed");
+    const ScheduleKey forward = key(Direction::kForward, walk, geometry);
+    const ScheduleKey weight_grad = key(Direction::kWeightGrad, walk, geometry);
+    const bool alike = choose_schedule(plan.plan, forward) == choose_schedule(plan.plan, weight_grad);
+    const auto schedule = plan.schedules.get(plan.plan, forward);
+    CHECK(alike == (plan.schedules.get(plan.plan, weight_grad) == schedule), "weight gradient");
+    CHECK(alike || walk == Walk::kTiled, "streamed passes differ in nothing");
+    CHECK(plan.schedules.get(plan.plan, key(Direction::kInputGrad, walk, geometry)) != schedule, "input gradient");
+    Conv2dGeometry larger = geometry;
+    larger.in_h = larger.out_h = 9;
+    CHECK(plan.schedules.get(plan.plan, key(Direction::kWeightGrad, walk, larger)) != schedule, "another image");
+  }
 }
 
 // The output gradient that sum() gives: one element, seen everywhere.

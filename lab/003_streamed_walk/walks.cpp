@@ -67,11 +67,11 @@ int main(int argc, char** argv) {
           [&] { conv2d_weight_grad<float>(plan, geometry, read(x), read(y), grad.data(), nullptr, threads); }};
       const auto chosen = [&](Direction direction, const Images<float>& source) {
         const Conv2dKernels<float>& kernels = conv2d_kernels<float>();
-        const Schedule schedule = build_schedule(
+        const ScheduleChoice choice = choose_schedule(
             plan.plan, {direction, geometry, kernels.lanes,
                         direction == Direction::kWeightGrad ? kernels.pinned : kernels.accumulators, sizeof(float), true,
                         {source.channel, source.row, source.column}, Walk::kChoose});
-        return std::holds_alternative<std::vector<TiledPass>>(schedule) ? "tiled" : "streamed";
+        return choice.streamed() ? "streamed" : "tiled";
       };
       const char* const choices[] = {chosen(Direction::kForward, x), chosen(Direction::kInputGrad, y),
                                      chosen(Direction::kWeightGrad, x)};

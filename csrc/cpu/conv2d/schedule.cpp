@@ -11,43 +11,63 @@ namespace {
 
 std::atomic<Walk> forced_walk{Walk::kChoose};
 
+const EntryList& entries_of(const Plan& plan, const ScheduleKey& key) {
+  return key.direction == Direction::kInputGrad ? plan.by_input() : plan.by_output();
+}
+
+std::vector<PassAxes> axes_of(const Plan& plan, const ScheduleKey& key) {
+  if (key.direction == Direction::kInputGrad) return input_grad_axes(plan, key.geometry);
+  return {forward_axes(plan, key.geometry)};
+}
+
+VectorShape vector_of(const ScheduleKey& key) { return {key.lanes, key.accumulators, key.element_size}; }
+
 }  // namespace
 
-Schedule build_schedule(const Plan& plan, const ScheduleKey& key) {
-  const bool input_grad = key.direction == Direction::kInputGrad;
-  const EntryList& list = input_grad ? plan.by_input() : plan.by_output();
-  const std::vector<PassAxes> passes =
-      input_grad ? input_grad_axes(plan, key.geometry) : std::vector<PassAxes>{forward_axes(plan, key.geometry)};
-  const VectorShape vector{key.lanes, key.accumulators, key.element_size};
+ScheduleChoice choose_schedule(const Plan& plan, const ScheduleKey& key) {
+  const EntryList& list = entries_of(plan, key);
+  const std::vector<PassAxes> passes = axes_of(plan, key);
 
   bool can = key.adjacent && key.walk != Walk::kTiled;
-  std::vector<StreamChoice> streams;
-  std::vector<Tiling> tilings;
+  ScheduleChoice streamed, tiled;
   double stream_cycles = 0, tiled_cycles = 0;
   for (const PassAxes& axes : passes) {
     const TilingProblem problem =
-        tiling_problem(axes, list, key.geometry.batch, vector, key.direction == Direction::kWeightGrad);
+        tiling_problem(axes, list, key.geometry.batch, vector_of(key), key.direction == Direction::kWeightGrad);
     can = can && can_stream(axes, list, key.source);
-    streams.push_back(choose_stream(problem));
-    stream_cycles += streams.back().cycles;
+    const StreamChoice stream = choose_stream(problem);
+    streamed.stream_blocks.push_back(stream.blocks);
+    stream_cycles += stream.cycles;
     if (can && key.walk == Walk::kStreamed) continue;
-    tilings.push_back(choose_tiling(problem));
-    tiled_cycles += tilings.back().cycles;
+    tiled.tilings.push_back(choose_tiling(problem));
+    tiled_cycles += tiled.tilings.back().cycles;
   }
   // Tiled passes sweep over the dest one after the other, each touching a part of every line or page.
   constexpr double kSeparateSweeps = 1.8;
   if (passes.size() > 1) tiled_cycles *= kSeparateSweeps;
+  return can && (key.walk == Walk::kStreamed || stream_cycles < tiled_cycles) ? streamed : tiled;
+}
 
-  if (can && (key.walk == Walk::kStreamed || stream_cycles < tiled_cycles)) {
+Schedule lay_out_schedule(const Plan& plan, const ScheduleKey& key, const ScheduleChoice& choice) {
+  const EntryList& list = entries_of(plan, key);
+  const std::vector<PassAxes> passes = axes_of(plan, key);
+  if (choice.streamed()) {
     std::vector<StreamPass> result;
     for (std::size_t i = 0; i < passes.size(); ++i) {
-      result.push_back(stream_pass(passes[i], list, key.source, streams[i].blocks));
+      result.push_back(stream_pass(passes[i], list, key.source, choice.stream_blocks[i]));
     }
     return result;
   }
   std::vector<TiledPass> result;
-  for (std::size_t i = 0; i < passes.size(); ++i) result.push_back(tiled_pass(passes[i], list, vector, tilings[i]));
+  for (std::size_t i = 0; i < passes.size(); ++i) {
+    result.push_back(tiled_pass(passes[i], list, vector_of(key), choice.tilings[i]));
+  }
   return result;
+}
+
+bool may_share(const ScheduleKey& a, const ScheduleKey& b) {
+  return a.direction != Direction::kInputGrad && b.direction != Direction::kInputGrad && a.geometry == b.geometry &&
+         a.lanes == b.lanes && a.element_size == b.element_size && a.adjacent == b.adjacent && a.source == b.source;
 }
 
 Walk walk_in_force() { return forced_walk.load(std::memory_order_relaxed); }

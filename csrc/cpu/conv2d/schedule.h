@@ -39,7 +39,23 @@ struct ScheduleKey {
 // One walk for all passes of a direction: together they write each row of the dest, best while it is in cache.
 using Schedule = std::variant<std::vector<TiledPass>, std::vector<StreamPass>>;
 
-Schedule build_schedule(const Plan& plan, const ScheduleKey& key);
+// How each pass goes: by tilings, or streamed in blocks of source channels.
+struct ScheduleChoice {
+  std::vector<Tiling> tilings;
+  std::vector<std::int64_t> stream_blocks;
+
+  bool streamed() const { return !stream_blocks.empty(); }
+  bool operator==(const ScheduleChoice& o) const {
+    return tilings == o.tilings && stream_blocks == o.stream_blocks;
+  }
+};
+
+ScheduleChoice choose_schedule(const Plan& plan, const ScheduleKey& key);
+Schedule lay_out_schedule(const Plan& plan, const ScheduleKey& key, const ScheduleChoice& choice);
+
+// Whether two keys ask for the same schedule as soon as the same is chosen for both: the weight gradient walks the
+// entries as the forward pass does.
+bool may_share(const ScheduleKey& a, const ScheduleKey& b);
 
 // Which walk later schedules use: kChoose, unless a test or an experiment forces one for the whole process. A forced
 // streamed walk still gives way where it is impossible.

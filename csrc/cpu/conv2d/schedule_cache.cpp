@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/conv2d/schedule_cache.h"
 
+#include <utility>
+
 namespace fedpai {
 
 ScheduleCache::Shared ScheduleCache::get(const Plan& plan, const ScheduleKey& key) {
@@ -12,8 +14,13 @@ ScheduleCache::Shared ScheduleCache::get(const Plan& plan, const ScheduleKey& ke
       return it->schedule;
     }
   }
-  auto schedule = std::make_shared<const Schedule>(build_schedule(plan, key));
-  entries_.push_front({key, schedule});
+  ScheduleChoice choice = choose_schedule(plan, key);
+  Shared schedule;
+  for (const Entry& entry : entries_) {
+    if (may_share(entry.key, key) && entry.choice == choice) schedule = entry.schedule;
+  }
+  if (schedule == nullptr) schedule = std::make_shared<const Schedule>(lay_out_schedule(plan, key, choice));
+  entries_.push_front({key, std::move(choice), schedule});
   if (entries_.size() > kCapacity) entries_.pop_back();
   return schedule;
 }

@@ -24,6 +24,7 @@ class ScheduleCache {
 
   struct Entry {
     ScheduleKey key;
+    ScheduleChoice choice;
     Shared schedule;
   };
   std::mutex mutex_;

@@ -31,6 +31,12 @@ struct Tiling {
   std::int64_t patch_columns = 1;
   std::int64_t channel_block = 1;   // source channels packed at a time
   double cycles = 0;                // the model's estimate for the whole pass on one core
+
+  // Whether both lay out a pass alike.
+  bool operator==(const Tiling& o) const {
+    return blocks == o.blocks && groups == o.groups && tile_rows == o.tile_rows && tile_columns == o.tile_columns &&
+           patch_rows == o.patch_rows && patch_columns == o.patch_columns && channel_block == o.channel_block;
+  }
 };
 
 Tiling choose_tiling(const TilingProblem& problem);

@@ -5,7 +5,7 @@ torch's CPU allocator hands large tensors back to the system as they are freed, 
 pays for the same pages again, one fault at a time; that can cost a third of the step. Here a freed block waits
 for the next tensor of about its size. Live and cached blocks together stay within three times the most that was
 live in recent steps; training a convolutional network needs one to two times. ``FEDPAI_MEMORY_CACHE=0`` in the
-environment leaves all allocation to torch.
+environment leaves the allocation of all tensors to torch.
 
 A tensor in such memory is an ordinary one, with two differences. Its storage cannot grow in place, like that of
 `torch.from_numpy`: ``resize_`` to more elements, or a larger result in ``out=``, raises RuntimeError, and torch
@@ -57,7 +57,7 @@ class MemoryStats(NamedTuple):
     """What :func:`memory_stats` returns.
 
     Attributes:
-        live_bytes: in tensors that exist.
+        live_bytes: in tensors that exist, in plans, and in the working memory of kernels.
         cached_bytes: kept for tensors to come.
         peak_live_bytes: the most that `live_bytes` has ever been.
         hits: tensors that found a cached block, since the start of the process.

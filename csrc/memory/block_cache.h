@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keeps the memory of freed tensors for the tensors that come next. (Not to be confused with csrc/cpu/pool, which are
-// pooling layers.)
+// Keeps the memory of freed tensors for the tensors that come next; plans and the kernels' working memory come from it
+// too. (Not to be confused with csrc/cpu/pool, which are pooling layers.)
 //
 // malloc gives blocks of several MB back to the system when they are freed. A training step that allocates the same
 // tensors as the step before then pays for every page again: the system finds it, clears it and maps it, which can

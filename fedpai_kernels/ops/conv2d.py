@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import _C
 from ..layout import empty_batch_last, to_batch_last
 from ..plan import Plan, plan_of
-from .registry import LIBRARY
+from .registry import LIBRARY, keep_signature
 
 Pair = tuple[int, int]
 
@@ -211,6 +211,7 @@ _ops: Any = torch.ops.fedpai
 # themselves: an autograd node around each costs as much as a small layer.
 
 
+@keep_signature
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, geometry: list[int]) -> Tensor:

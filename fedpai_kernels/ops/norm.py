@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _C
 from ..layout import empty_batch_last, to_batch_last
-from .registry import LIBRARY
+from .registry import LIBRARY, keep_signature
 
 __all__ = ["batch_norm"]
 
@@ -204,6 +204,7 @@ class _Running(NamedTuple):
                 self.var.lerp_(stats[2], self.momentum)
 
 
+@keep_signature
 class _BatchNorm(torch.autograd.Function):
     """(x, residual | None, weight, bias, mean | None, var | None, eps, relu, running | None) -> (y, stats);
     given mean and var are constants. The running statistics are updated before anything is saved: a recomputation

@@ -28,7 +28,8 @@ def spilled(size: float, ramp: tuple[float, float]) -> float:
 
 
 def features(r: "pd.core.frame.Pandas", lanes: int) -> dict[str, float]:
-    """How often each cost of the model occurs; the same arithmetic as Costs::cycles() in tiling.cpp."""
+    """How often each cost of the model occurs; the same arithmetic as Costs::cycles() in tiling.cpp, but for
+    lane groups that the batch does not fill."""
     vector, entry = ELEMENT * lanes, 4 + ELEMENT
     halos: dict[int, int] = {}
     for shift in range(r.kernel):

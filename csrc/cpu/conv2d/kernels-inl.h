@@ -15,8 +15,6 @@
 // Preconditions, established by run_tiled*.cpp: source aligned to a vector, offsets and rows multiples of the vector.
 #pragma once
 
-#include <algorithm>
-
 #include "cpu/conv2d/kernels.h"
 #include "cpu/conv2d/stream_kernels-inl.h"
 
@@ -170,18 +168,27 @@ FEDPAI_INLINE void zero_pixels(T* packed, std::int64_t vectors) {
   for (std::int64_t i = 0; i < vectors; ++i) Vec<T>::store(packed + i * Vec<T>::lanes, Vec<T>::zero());
 }
 
-// Copies pixels whose images are adjacent and all present: `Blocks` vectors (if 0, `blocks`) to each of the groups.
 template <class T, int Blocks>
-FEDPAI_INLINE void copy_full(T* packed, const T* source, std::int64_t count, std::int64_t step, int groups,
-                             std::int64_t packed_group, int blocks = Blocks) {
+FEDPAI_INLINE void copy_vectors(T* to, const T* from, int blocks) {
   using V = Vec<T>;
-  if constexpr (Blocks > 0) blocks = Blocks;
+  if constexpr (Blocks > 0) {
+FEDPAI_UNROLL
+    for (int b = 0; b < Blocks; ++b) V::store(to + b * V::lanes, V::loadu(from + b * V::lanes));
+  } else {
+    for (int b = 0; b < blocks; ++b) V::store(to + b * V::lanes, V::loadu(from + b * V::lanes));
+  }
+}
+
+// Copies pixels whose images are adjacent and all present: `blocks` vectors, `Blocks` if that is not 0, to each group.
+template <class T, int Blocks>
+FEDPAI_INLINE void copy_full(T* packed, const T* source, std::int64_t count, std::int64_t step, int blocks,
+                             std::int64_t groups, std::int64_t packed_group) {
+  using V = Vec<T>;
   for (std::int64_t i = 0; i < count; ++i) {
     T* to = packed;
     const T* from = source;
-    for (int g = 0; g < groups; ++g) {
-FEDPAI_UNROLL
-      for (int b = 0; b < blocks; ++b) V::store(to + b * V::lanes, V::loadu(from + b * V::lanes));
+    for (std::int64_t g = 0; g < groups; ++g) {
+      copy_vectors<T, Blocks>(to, from, blocks);
       to += packed_group;
       from += blocks * V::lanes;
     }
@@ -220,7 +227,7 @@ template <class T>
 void pack(const PackArgs<T>& a) {
   const std::int64_t width = static_cast<std::int64_t>(a.blocks) * Vec<T>::lanes;
   const bool adjacent = a.source_lane == 1;
-  const bool full = adjacent && a.images == a.groups * width;
+  const std::int64_t full = adjacent ? a.images / width : 0;  // groups that need no care; one more at most if adjacent
   for (std::int64_t c = 0; c < a.channel_count; ++c) {
     const std::int64_t channel = a.channels != nullptr ? a.channels[c] : c;
     const T* const source_plane = a.source + channel * a.source_channel;
@@ -235,20 +242,20 @@ void pack(const PackArgs<T>& a) {
                     static_cast<std::int64_t>(segment.right) * a.blocks);
       }
       const T* const source = source_plane + segment.source;
-      if (full && a.blocks == 1) {
-        copy_full<T, 1>(packed, source, segment.count, segment.step, a.groups, a.packed_group);
-      } else if (full && a.blocks == 2) {
-        copy_full<T, 2>(packed, source, segment.count, segment.step, a.groups, a.packed_group);
-      } else if (full) {
-        copy_full<T, 0>(packed, source, segment.count, segment.step, a.groups, a.packed_group, a.blocks);
+      if (a.blocks == 1) {
+        copy_full<T, 1>(packed, source, segment.count, segment.step, a.blocks, full, a.packed_group);
+      } else if (a.blocks == 2) {
+        copy_full<T, 2>(packed, source, segment.count, segment.step, a.blocks, full, a.packed_group);
       } else {
-        for (int g = 0; g < a.groups; ++g) {
-          const int valid = static_cast<int>(std::min(width, a.images - g * width));
-          T* const to = packed + g * a.packed_group;
-          const T* const from = source + g * width * a.source_lane;
-          if (adjacent) copy_partial(to, from, segment.count, segment.step, a.blocks, valid);
-          else copy_strided(to, from, segment.count, segment.step, a.blocks, valid, a.source_lane);
-        }
+        copy_full<T, 0>(packed, source, segment.count, segment.step, a.blocks, full, a.packed_group);
+      }
+      for (std::int64_t g = full; g < a.groups; ++g) {
+        const std::int64_t left = a.images - g * width;
+        const int valid = static_cast<int>(left < width ? left : width);
+        T* const to = packed + g * a.packed_group;
+        const T* const from = source + g * width * a.source_lane;
+        if (adjacent) copy_partial(to, from, segment.count, segment.step, a.blocks, valid);
+        else copy_strided(to, from, segment.count, segment.step, a.blocks, valid, a.source_lane);
       }
     }
   }

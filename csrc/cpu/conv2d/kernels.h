@@ -4,9 +4,12 @@
 //
 // Vocabulary. The *source* is what is read through the weights (input for the forward pass, output gradient for the
 // input gradient); the *dest* is the other side. A *lane group* is `blocks` vectors of consecutive images. A *patch* is
-// a rectangle of dest pixels x one lane group; its source pixels, with halo and zero padding, are packed to
+// a rectangle of dest pixels; a *unit* of work is a patch of several neighbouring lane groups, since their images share
+// cache lines and pages. Its source pixels, with halo and zero padding, are packed to
 //
-//   packed[channel][row][column * blocks + block][lane]        rows `source_row` apart, channels `plane` apart
+//   packed[lane group][channel][row][column * blocks + block][lane]
+//
+// with rows `source_row` apart, channels `plane` and lane groups `packed_group`.
 //
 // A *register tile* is `rows` x `run` vectors of dest, run = columns * blocks; all of them live in registers while the
 // non-zeros of one dest channel (a *task*) are walked. Because the packing has removed borders, strides and dilation,
@@ -85,7 +88,7 @@ struct PackArgs {
   int blocks;
   int groups;                 // neighbouring lane groups that are packed together,
   std::int64_t packed_group;  // this many elements apart
-  std::int64_t images;        // present in these lane groups; the rest is packed as zero
+  std::int64_t images;        // present in these lane groups, the last of them included; the rest is packed as zero
 };
 
 // The inverse of packing, for the cases that a tile cannot store directly: a lane group that the batch does not fill,

@@ -33,15 +33,19 @@ PatchBox patch_box(const TiledPass& pass, std::int64_t patch);
 // The pixels of the largest patch.
 std::int64_t largest_patch_pixels(const TiledPass& pass);
 
-// The work is cut into units: one patch of `Tiling::groups` neighbouring lane groups. Lane groups vary fastest, since
-// neighbours share cache lines and pages.
+// The work is cut into units: one patch of up to `Tiling::groups` neighbouring lane groups, fewer where that leaves a
+// thread without a unit. Lane groups vary fastest, since neighbours share cache lines and pages.
 struct Units {
-  std::int64_t images, per_patch, count;
+  std::int64_t groups, images, per_patch, count;
 
-  Units(const TiledPass& pass, std::int64_t batch)
-      : images(pass.lane_group * pass.tiling.groups),
-        per_patch((batch + images - 1) / images),
-        count(per_patch * pass.patches()) {}
+  Units(const TiledPass& pass, std::int64_t batch, std::int64_t threads) {
+    const std::int64_t lane_groups = (batch + pass.lane_group - 1) / pass.lane_group;
+    const std::int64_t fair = std::max<std::int64_t>(1, lane_groups * pass.patches() / threads);
+    groups = std::min<std::int64_t>(pass.tiling.groups, fair);
+    images = pass.lane_group * groups;
+    per_patch = (batch + images - 1) / images;
+    count = per_patch * pass.patches();
+  }
 };
 
 // The unit that a thread works on.
@@ -110,11 +114,6 @@ struct DestView {
 };
 
 template <class T>
-bool needs_staging(const TiledPass& pass, const Images<T>& dest, std::int64_t batch) {
-  return dest.batch != 1 || batch % pass.lane_group != 0;
-}
-
-template <class T>
 bool is_in_place(const TiledPass& pass, const Images<T>& dest, const Unit& unit, std::int64_t group) {
   return dest.batch == 1 && unit.lanes_valid(pass, group) == pass.lane_group;
 }
@@ -131,17 +130,28 @@ inline std::int64_t staged_group(const TiledPass& pass, const PatchBox& box) {
   return pass.dest_channels * box.height * box.width * pass.lane_group;
 }
 
+// The first lane group of a unit that is staged, with all after it: none where the count of groups is returned. Where
+// the images are adjacent, only the last can need it.
 template <class T>
-DestView<T> dest_staged(const TiledPass& pass, const PatchBox& box, T* staging, std::int64_t group) {
+std::int64_t first_staged(const TiledPass& pass, const Images<T>& dest, const Unit& unit) {
+  const std::int64_t groups = unit.groups(pass);
+  if (dest.batch != 1) return 0;
+  return is_in_place(pass, dest, unit, groups - 1) ? groups : groups - 1;
+}
+
+// `nth` of the staged lane groups.
+template <class T>
+DestView<T> dest_staged(const TiledPass& pass, const PatchBox& box, T* staging, std::int64_t nth) {
   const std::int64_t row = box.width * pass.lane_group;
-  return {staging + group * staged_group(pass, box) - box.y * row - box.x * pass.lane_group, box.height * row, row,
+  return {staging + nth * staged_group(pass, box) - box.y * row - box.x * pass.lane_group, box.height * row, row,
           pass.lane_group};
 }
 
 template <class T>
 DestView<T> dest_view(const TiledPass& pass, const Images<T>& dest, const Unit& unit, T* staging, std::int64_t group) {
-  return is_in_place(pass, dest, unit, group) ? dest_in_place(pass, dest, unit, group)
-                                              : dest_staged(pass, unit.box, staging, group);
+  const std::int64_t staged = first_staged(pass, dest, unit);
+  return group < staged ? dest_in_place(pass, dest, unit, group)
+                        : dest_staged(pass, unit.box, staging, group - staged);
 }
 
 // What one thread packs and stages into, in elements.
@@ -149,11 +159,12 @@ template <class T>
 struct UnitMemory {
   std::int64_t packed, staging;
 
-  UnitMemory(const TiledPass& pass, bool stages)
-      : packed(aligned_elements<T>(pass.group * pass.tiling.groups)),
-        staging(stages ? aligned_elements<T>(pass.dest_channels * largest_patch_pixels(pass) * pass.lane_group *
-                                             pass.tiling.groups)
-                       : 0) {}
+  template <class Dest>
+  UnitMemory(const TiledPass& pass, const Units& units, const Images<Dest>& dest, std::int64_t batch)
+      : packed(aligned_elements<T>(pass.group * units.groups)) {
+    const std::int64_t staged_groups = dest.batch != 1 ? units.groups : (batch % pass.lane_group != 0 ? 1 : 0);
+    staging = aligned_elements<T>(pass.dest_channels * largest_patch_pixels(pass) * pass.lane_group * staged_groups);
+  }
   std::int64_t size() const { return packed + staging; }
 };
 

@@ -13,15 +13,16 @@ namespace fedpai {
 
 namespace {
 
-// Copies one lane group's staging patch to where the tensor has it.
+// Copies the staging patch of a lane group, the `nth` staged, to where the tensor has it.
 template <class T>
 void unpack_group(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Unit& unit, std::int64_t group,
-                  const Images<T>& dest, std::int64_t channel_begin, std::int64_t channel_end, T* staging) {
+                  std::int64_t nth, const Images<T>& dest, std::int64_t channel_begin, std::int64_t channel_end,
+                  T* staging) {
   const PatchBox& box = unit.box;
-  const DestView<T> view = dest_staged(pass, box, staging, group);
+  const DestView<T> view = dest_staged(pass, box, staging, nth);
   const DestView<T> target = dest_in_place(pass, dest, unit, group);
   UnpackArgs<T> args{};
-  args.packed = staging + group * staged_group(pass, box);
+  args.packed = staging + nth * staged_group(pass, box);
   args.plane = view.channel;
   args.packed_row = view.row;
   args.dest = target.origin + box.y * target.row + box.x * target.column;
@@ -54,8 +55,9 @@ void accumulate_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, con
   args.bias = bias;
 
   for (std::int64_t block = 0; block < pass.blocks(); ++block) {
-    pack_block(pass, kernels, block, unit, source, packed);
     const TaskRange range = tasks_of(pass, block, channel_begin, channel_end);
+    if (range.begin == range.end) continue;
+    pack_block(pass, kernels, block, unit, source, packed);
     args.task = pass.tasks.data() + range.begin;
     args.tasks = range.end - range.begin;
     args.accumulate = block > 0;
@@ -73,9 +75,9 @@ void accumulate_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, con
     }
   }
 
-  for (std::int64_t group = 0; group < groups; ++group) {
-    if (is_in_place(pass, dest, unit, group)) continue;
-    unpack_group(pass, kernels, unit, group, dest, channel_begin, channel_end, staging);
+  const std::int64_t staged = first_staged(pass, dest, unit);
+  for (std::int64_t group = staged; group < groups; ++group) {
+    unpack_group(pass, kernels, unit, group, group - staged, dest, channel_begin, channel_end, staging);
   }
 }
 
@@ -84,7 +86,7 @@ void accumulate_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, con
 template <class T>
 void run_tiled(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& source,
               const T* values, const T* bias, const Images<T>& dest, int threads) {
-  const Units units(pass, batch);
+  const Units units(pass, batch, threads);
   // With fewer units than threads can share evenly, the dest channels are split as well; each part packs for itself.
   std::int64_t parts = 1;
   if (threads > 1 && units.count < 4 * threads && units.count % threads != 0) {
@@ -92,7 +94,7 @@ void run_tiled(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int6
   }
   const std::vector<std::int64_t> cuts = cut_channels(pass, parts);
 
-  const UnitMemory<T> unit_memory(pass, needs_staging(pass, dest, batch));
+  const UnitMemory<T> unit_memory(pass, units, dest, batch);
   const std::int64_t values_size = aligned_elements<T>(pass.entries());
   static thread_local Scratch scratch;
   T* const memory = static_cast<T*>(

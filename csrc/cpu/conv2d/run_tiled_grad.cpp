@@ -13,11 +13,12 @@ namespace fedpai {
 
 namespace {
 
-// Copies the output gradient of those lane groups of a unit that a register tile cannot load from where they are.
+// Packs the output gradient of those lane groups of a unit that a register tile cannot load from where they lie.
 template <class T>
 void stage_gradient(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Unit& unit, const Images<const T>& dy,
                     T* staging) {
-  if (is_in_place(pass, dy, unit, unit.groups(pass) - 1)) return;  // then the others are too
+  const std::int64_t staged = first_staged(pass, dy, unit);
+  if (staged == unit.groups(pass)) return;
   const PatchBox& box = unit.box;
   std::vector<PackSegment> rows;
   const DestView<T> view = dest_staged(pass, box, staging, 0);
@@ -27,6 +28,9 @@ void stage_gradient(const TiledPass& pass, const Conv2dKernels<T>& kernels, cons
     rows.push_back({y * view.row, from, dy.column * pass.x.dest_step, 0, static_cast<std::int32_t>(box.width), 0});
   }
   PackArgs<T> args = pack_args(pass, unit, dy, rows);
+  args.source += staged * pass.lane_group * dy.batch;
+  args.groups -= static_cast<int>(staged);
+  args.images -= staged * pass.lane_group;
   args.channel_count = pass.dest_channels;
   args.packed = staging;
   args.plane = view.channel;
@@ -75,7 +79,7 @@ void grad_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Uni
 template <class T>
 void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& x,
                      const Images<const T>& dy, T* values_grad, T* bias_grad, int threads) {
-  const Units units(pass, batch);
+  const Units units(pass, batch, threads);
   const std::int64_t lanes = kernels.lanes;
   const std::int64_t entries = pass.entries();
 
@@ -91,7 +95,7 @@ void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std:
   const std::int64_t sums_size = aligned_elements<T>(entries);
   const std::int64_t bias_size = bias_grad != nullptr ? aligned_elements<T>(pass.dest_channels * lanes) : 0;
   const std::int64_t sum_sets = share_units ? parts : 1;
-  const UnitMemory<T> unit_memory(pass, needs_staging(pass, dy, batch));
+  const UnitMemory<T> unit_memory(pass, units, dy, batch);
   static thread_local Scratch scratch;
   T* const sums = static_cast<T*>(scratch.reserve(
       sizeof(T) * static_cast<std::size_t>(sum_sets * (sums_size + bias_size) + parts * unit_memory.size())));

@@ -24,7 +24,7 @@ struct ScheduleKey {
   Direction direction;
   Conv2dGeometry geometry;
   int lanes;
-  int accumulators;
+  int accumulators;  // vectors that a register tile may have
   std::int64_t element_size;
   bool adjacent;         // both tensors have adjacent images
   SourceStrides source;  // of the tensor that is read through the weights, where `adjacent`; else zeros

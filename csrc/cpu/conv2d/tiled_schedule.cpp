@@ -218,17 +218,17 @@ TiledPass tiled_pass(const PassAxes& axes, const EntryList& list, const VectorSh
   pass.lane_group = static_cast<std::int64_t>(tiling.blocks) * vector.lanes;
   pass.source_row = pass.x.slots * pass.lane_group;
   pass.plane = pass.y.slots * pass.source_row;
+  // In double: the product may exceed 64 bits.
+  if (static_cast<double>(pass.y.slots) * static_cast<double>(pass.source_row) *
+          static_cast<double>(tiling.channel_block) >
+      std::numeric_limits<std::int32_t>::max()) {
+    throw std::length_error("input: one patch of the image exceeds 2^31 - 1 elements");
+  }
   // Packing writes all lane groups at once: an odd number of cache lines apart, or their lines fall into the same cache
   // sets.
   const std::int64_t line = kLineBytes / vector.element_size;
   const std::int64_t lines = (pass.plane * std::min<std::int64_t>(tiling.channel_block, list.columns) + line - 1) / line;
   pass.group = (lines | 1) * line;
-  // In double: the product may exceed 64 bits.
-  if (static_cast<double>(pass.y.slots) * static_cast<double>(pass.source_row) *
-          static_cast<double>(tiling.channel_block) * static_cast<double>(tiling.groups) >
-      std::numeric_limits<std::int32_t>::max()) {
-    throw std::length_error("input: one patch of the image exceeds 2^31 - 1 elements");
-  }
   lay_out_entries(pass, axes, list);
   return pass;
 }

@@ -58,7 +58,7 @@ struct TiledPass {
 
 struct VectorShape {
   int lanes;
-  int accumulators;
+  int accumulators;  // vectors that a register tile may have
   std::int64_t element_size;
 };
 

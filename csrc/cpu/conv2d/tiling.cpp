@@ -31,6 +31,7 @@ constexpr double kDestRun = 14.4;     // the same in the dest
 constexpr double kTile = 1200.0;      // per register tile and channel block: a call, cold predictors
 
 constexpr double kLineBytes = 64;
+constexpr double kMostPackedBytes = 4e6;  // of several lane groups: every thread keeps that much
 
 // How much of `bytes` walked over and over does not stay in a cache: none up to `from`, all beyond `to`.
 double spilled(double bytes, double from, double to) { return std::clamp((bytes - from) / (to - from), 0.0, 1.0); }
@@ -55,6 +56,14 @@ struct Costs {
   }
 
   double cycles(const Tiling& t) const;
+
+  // Of a unit, without its halo.
+  double packed_bytes(const Tiling& t) const {
+    return vector_bytes * static_cast<double>(p.phases_h * p.phases_w) *
+           static_cast<double>(t.blocks * t.groups * t.channel_block) *
+           static_cast<double>(std::min(p.grid_h, t.tile_rows * t.patch_rows)) *
+           static_cast<double>(std::min(p.grid_w, t.tile_columns * t.patch_columns));
+  }
 };
 
 double Costs::cycles(const Tiling& t) const {
@@ -113,7 +122,7 @@ double Costs::cycles(const Tiling& t) const {
   }
   if (p.batch % (static_cast<std::int64_t>(t.blocks) * p.lanes) != 0) {
     // The last lane group goes through a staging patch: packed or unpacked, like the source.
-    cycles += pixels * dest_channels * lines_per_pixel * kSourceLine;
+    cycles += pixels * dest_channels * dest_lines_per_pixel * kSourceLine;
   }
   return cycles;
 }
@@ -163,7 +172,8 @@ Tiling choose_tiling(const TilingProblem& problem) {
     const std::int64_t across = ceil_div(problem.grid_w, columns);
     const std::int64_t lane_groups = ceil_div(batch_vectors, blocks);
     const std::vector<std::int64_t> sizes = channel_blocks(blocks, rows, columns);
-    for (const std::int64_t groups : powers_up_to(std::min<std::int64_t>(lane_groups, 8))) {
+    for (const std::int64_t most_groups : powers_up_to(std::min<std::int64_t>(lane_groups, 8))) {
+      const std::int64_t groups = balanced_size(lane_groups, most_groups);
       // Units of less than a cache line would fetch and dirty every line twice.
       if (groups < lane_groups && static_cast<double>(groups * blocks) * costs.vector_bytes < kLineBytes) continue;
       for (const std::int64_t patch_rows : powers_up_to(std::min<std::int64_t>(down, 8))) {
@@ -171,6 +181,7 @@ Tiling choose_tiling(const TilingProblem& problem) {
           for (const std::int64_t channel_block : sizes) {
             Tiling tiling{static_cast<int>(blocks), static_cast<int>(groups), rows, columns, patch_rows, patch_columns,
                           channel_block, 0};
+            if (groups > 1 && costs.packed_bytes(tiling) > kMostPackedBytes) break;  // larger blocks are larger still
             tiling.cycles = costs.cycles(tiling);
             if (tiling.cycles < best.cycles) best = tiling;
           }

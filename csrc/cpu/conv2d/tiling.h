@@ -17,7 +17,7 @@ struct TilingProblem {
   std::int64_t entries;
   std::int64_t element_size;
   int lanes;
-  int accumulators;
+  int accumulators;  // vectors that a register tile may have
   bool weight_grad;  // one running sum per entry instead of one per dest vector
   bool rows_join;    // neighbouring pixels of a row are neighbours on both sides: no steps between columns
 };

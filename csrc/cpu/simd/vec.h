@@ -8,7 +8,7 @@
 //     using reg                       one vector register (or what stands for it)
 //     static constexpr int lanes      elements per register
 //     static constexpr int accumulators   registers a kernel may pin for sums; the rest hold operands
-//     static constexpr int pinned     the same for a kernel that needs three more for sums of its own
+//     static constexpr int pinned     registers it may pin for operands, when sums of its own take three more
 //     zero() set1(x)
 //     load(p) store(p, v)             p aligned to the register
 //     loadu(p) storeu(p, v)           any p

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a convolution is laid out: whatever is chosen gives the same result, and the choices themselves are sensible.
+#include <algorithm>
+#include <initializer_list>
+
+#include "conv2d_operands.h"
+#include "cpu/conv2d/run.h"
+#include "cpu/dispatch.h"
+
+using namespace fedpai;
+using namespace fedpai::tests;
+
+// Few non-zeros per channel are streamed, many are tiled; and what cannot be streamed is tiled.
+FEDPAI_SUITE(walk_choice) {
+  const auto walk_of = [](int kept_of_100, bool adjacent) {
+    const WeightShape shape{64, 64, 3, 3, 1};
+    std::vector<std::uint8_t> mask(64 * 64 * 9);
+    for (std::size_t i = 0; i < mask.size(); ++i) mask[i] = static_cast<int>(i * 37 % 100) < kept_of_100;
+    const Plan plan(mask.data(), shape);
+    const Conv2dGeometry geometry{64, 32, 32, 32, 32, 1, 1, 1, 1, 1, 1};
+    const SourceStrides strides{32 * 32 * 64, 32 * 64, 64};
+    const ScheduleChoice choice =
+        choose_schedule(plan, {Direction::kForward, geometry, 8, 14, 4, adjacent, strides, Walk::kChoose});
+    return choice.streamed() ? Walk::kStreamed : Walk::kTiled;
+  };
+  begin_case("by density");
+  CHECK(walk_of(1, true) == Walk::kStreamed, "1 %");
+  CHECK(walk_of(40, true) == Walk::kTiled, "40 %");
+  begin_case("images that are not adjacent");
+  CHECK(walk_of(1, false) == Walk::kTiled, "");
+}
+
+// Whatever a cost model may choose gives the same: tilings that it would never try among them.
+FEDPAI_SUITE(tilings) {
+  Random random(3);
+  const auto pick = [&](std::initializer_list<std::int64_t> from) {
+    return from.begin()[static_cast<std::size_t>(random.uniform() * static_cast<double>(from.size()))];
+  };
+  const Conv2dKernels<float>& kernels = conv2d_kernels<float>();
+  for (int round = 0; round < 60; ++round) {
+    ConvCase c{"", pick({1, 7, 31, 40, 97}), pick({1, 3, 9}), pick({1, 5, 12}), pick({3, 8, 11}), pick({2, 7}), 3, 3};
+    c.pad_h = c.pad_w = 1;
+    c.stride_h = pick({1, 1, 2});
+    const ConvData data = make_data(c, static_cast<std::uint64_t>(round));
+    const ConvResult expected = reference(c, data);
+    const CompiledPlan plan(data.mask.data(), shape_of(c));
+    const Conv2dGeometry geometry = geometry_of(c);
+    const Layout layout = pick({0, 0, 1}) == 0 ? Layout::kBatchLast : Layout::kBatchFirst;
+    const int threads = static_cast<int>(pick({1, 2, 3}));
+    const auto any_tiling = [&](int accumulators) {
+      Tiling t;
+      t.blocks = static_cast<int>(pick({1, 2, 3, 5}));
+      t.groups = static_cast<int>(pick({1, 2, 3, 8}));
+      t.tile_rows = pick({1, 2});
+      t.tile_columns = std::max<std::int64_t>(1, std::min(pick({1, 2, 3}), accumulators / (t.tile_rows * t.blocks)));
+      t.patch_rows = pick({1, 2, 8});
+      t.patch_columns = pick({1, 3});
+      t.channel_block = pick({1, 2, c.in_channels});
+      return t;
+    };
+    const Tiling sums = any_tiling(kernels.accumulators), grads = any_tiling(kernels.pinned);
+    const auto words = [](const Tiling& t) {
+      return " groups=" + std::to_string(t.groups) + " blocks=" + std::to_string(t.blocks) + " channel_block=" +
+             std::to_string(t.channel_block);
+    };
+    begin_case("round " + std::to_string(round) + " batch=" + std::to_string(c.batch) + " " + name_of(layout) +
+               " threads=" + std::to_string(threads) + words(sums) + words(grads));
+
+    Operands<float> o(c, data, layout);
+    const Tensor<float>&x = o.x, &grad_y = o.grad_y;
+    const VectorShape vector{kernels.lanes, kernels.accumulators, sizeof(float)};
+    run_tiled<float>(tiled_pass(forward_axes(plan.plan, geometry), plan.plan.by_output(), vector, sums), kernels, c.batch,
+                     x.images(), o.values.data(), o.bias.data(), o.y.images(), threads);
+    for (const PassAxes& axes : input_grad_axes(plan.plan, geometry)) {
+      run_tiled<float>(tiled_pass(axes, plan.plan.by_input(), vector, sums), kernels, c.batch, grad_y.images(),
+                       o.values.data(), nullptr, o.grad_x.images(), threads);
+    }
+    std::fill(o.grad_values.begin(), o.grad_values.end(), 0.0F);  // taps that only ever read padding are in no pass
+    run_tiled_grad<float>(tiled_pass(forward_axes(plan.plan, geometry), plan.plan.by_output(), vector, grads), kernels,
+                          c.batch, x.images(), grad_y.images(), o.grad_values.data(), o.grad_bias.data(), threads);
+    expect_equal("y", o.y, expected.y);
+    expect_equal("grad_x", o.grad_x, expected.grad_x);
+    expect_equal("grad_values", o.grad_values, packed<float>(expected.grad_w, data.mask));
+    expect_equal("grad_bias", o.grad_bias, vector_of<float>(expected.grad_bias));
+  }
+}
+
+// A choice is always possible to run, and no unit of it is larger than a thread should keep.
+FEDPAI_SUITE(tiling_choice) {
+  for (const std::int64_t batch : {1, 100, 100000}) {
+    for (const std::int64_t channels : {0, 1, 600, 100000}) {
+      for (const std::int64_t size : {1, 5, 64}) {
+        for (const bool weight_grad : {false, true}) {
+          const std::int64_t halo = size > 1 ? 2 : 0;
+          const TilingProblem problem{size, size, halo, halo, 1, 1, batch, 64, channels, channels * 7, 4, 8, 12,
+                                      weight_grad, true};
+          const Tiling t = choose_tiling(problem);
+          begin_case(std::to_string(batch) + " images of " + std::to_string(size) + ", " + std::to_string(channels) +
+                     " channels");
+          CHECK(t.cycles >= 0 && t.cycles < 1e30, "cycles");
+          CHECK(t.tile_rows * t.tile_columns * t.blocks <= 12, "the tile does not fit the registers");
+          CHECK(t.groups >= 1 && (t.groups - 1) * t.blocks * 8 < batch, "groups without images");
+          const double pixels = static_cast<double>(std::min(size, t.tile_rows * t.patch_rows) *
+                                                    std::min(size, t.tile_columns * t.patch_columns));
+          const double bytes = pixels * 32.0 * static_cast<double>(t.blocks * t.groups * t.channel_block);
+          CHECK(t.groups == 1 || bytes <= 4e6, "a unit of " + std::to_string(bytes) + " bytes");
+        }
+      }
+    }
+  }
+}
+
+// The forward pass and the weight gradient of one image size have one schedule between them where they would go alike.
+FEDPAI_SUITE(schedules_shared) {
+  std::vector<std::uint8_t> mask(64 * 64 * 9);
+  for (std::size_t i = 0; i < mask.size(); ++i) mask[i] = i * 37 % 100 < 2;
+  const CompiledPlan plan(mask.data(), {64, 64, 3, 3, 1});
+  const Conv2dGeometry geometry{64, 8, 8, 8, 8, 1, 1, 1, 1, 1, 1};
+  const auto key = [&](Direction direction, Walk walk, const Conv2dGeometry& g) {
+    const SourceStrides strides{g.in_h * g.in_w * 64, g.in_w * 64, 64};
+    return ScheduleKey{direction, g, 8, 12, 4, true, strides, walk};
+  };
+  for (const Walk walk : {Walk::kTiled, Walk::kStreamed}) {
+    begin_case(walk == Walk::kTiled ? "tiled" : "streamed");
+    const ScheduleKey forward = key(Direction::kForward, walk, geometry);
+    const ScheduleKey weight_grad = key(Direction::kWeightGrad, walk, geometry);
+    const bool alike = choose_schedule(plan.plan, forward) == choose_schedule(plan.plan, weight_grad);
+    const auto schedule = plan.schedules.get(plan.plan, forward);
+    CHECK(alike == (plan.schedules.get(plan.plan, weight_grad) == schedule), "weight gradient");
+    CHECK(alike, "chosen alike");
+    CHECK(plan.schedules.get(plan.plan, key(Direction::kInputGrad, walk, geometry)) != schedule, "input gradient");
+    Conv2dGeometry larger = geometry;
+    larger.in_h = larger.out_h = 9;
+    CHECK(plan.schedules.get(plan.plan, key(Direction::kWeightGrad, walk, larger)) != schedule, "another image");
+  }
+}

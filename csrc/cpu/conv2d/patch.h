@@ -185,6 +185,29 @@ void for_each_tile(const TiledPass& pass, const PatchBox& box, F&& visit) {
   }
 }
 
+// Runs a kernel of `tiles` on every register tile of every lane group of a unit: `args` is TileArgs or GradTileArgs, to
+// which this adds where the tile lies. `Dest` is const where the dest is read.
+template <class T, class Dest, class Args, class Kernel>
+void walk_tiles(const TiledPass& pass, int lanes, const Unit& unit, const T* packed, const Images<Dest>& dest,
+                Dest* staging, const Kernel (&tiles)[kMaxTileRows][kMaxTileRun], Args args) {
+  const PatchBox& box = unit.box;
+  std::int64_t dest_run[kMaxTileRun];
+  args.source_row = pass.source_row;
+  args.dest_run = dest_run;
+  for (std::int64_t group = 0; group < unit.groups(pass); ++group) {
+    const DestView<Dest> view = dest_view(pass, dest, unit, staging, group);
+    run_offsets(pass, lanes, pass.tiling.tile_columns, view.column, dest_run);
+    args.dest_channel = view.channel;
+    args.dest_row = view.row;
+    const T* const source = packed + group * pass.group;
+    for_each_tile(pass, box, [&](std::int64_t rows, std::int64_t columns, std::int64_t y, std::int64_t x) {
+      args.source = source + (y - box.y) * pass.source_row + (x - box.x) * pass.lane_group;
+      args.dest = view.origin + y * view.row + x * view.column;
+      tiles[rows - 1][columns * pass.tiling.blocks - 1](args);
+    });
+  }
+}
+
 struct TaskRange {
   std::int64_t begin, end;
 };

@@ -44,14 +44,9 @@ template <class T>
 void accumulate_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Unit& unit,
                      const Images<const T>& source, const T* values, const T* bias, const Images<T>& dest,
                      std::int64_t channel_begin, std::int64_t channel_end, T* packed, T* staging) {
-  const PatchBox& box = unit.box;
-  const std::int64_t groups = unit.groups(pass);
-  std::int64_t dest_run[kMaxTileRun];
   TileArgs<T> args{};
-  args.source_row = pass.source_row;
   args.offset = pass.offset.data();
   args.value = values;
-  args.dest_run = dest_run;
   args.bias = bias;
 
   for (std::int64_t block = 0; block < pass.blocks(); ++block) {
@@ -61,22 +56,11 @@ void accumulate_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, con
     args.task = pass.tasks.data() + range.begin;
     args.tasks = range.end - range.begin;
     args.accumulate = block > 0;
-    for (std::int64_t group = 0; group < groups; ++group) {
-      const DestView<T> view = dest_view(pass, dest, unit, staging, group);
-      run_offsets(pass, kernels.lanes, pass.tiling.tile_columns, view.column, dest_run);
-      args.dest_channel = view.channel;
-      args.dest_row = view.row;
-      const T* const source_group = packed + group * pass.group;
-      for_each_tile(pass, box, [&](std::int64_t rows, std::int64_t columns, std::int64_t y, std::int64_t x) {
-        args.source = source_group + (y - box.y) * pass.source_row + (x - box.x) * pass.lane_group;
-        args.dest = view.origin + y * view.row + x * view.column;
-        kernels.tile[rows - 1][columns * pass.tiling.blocks - 1](args);
-      });
-    }
+    walk_tiles(pass, kernels.lanes, unit, packed, dest, staging, kernels.tile, args);
   }
 
   const std::int64_t staged = first_staged(pass, dest, unit);
-  for (std::int64_t group = staged; group < groups; ++group) {
+  for (std::int64_t group = staged; group < unit.groups(pass); ++group) {
     unpack_group(pass, kernels, unit, group, group - staged, dest, channel_begin, channel_end, staging);
   }
 }

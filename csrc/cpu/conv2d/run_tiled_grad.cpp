@@ -43,14 +43,10 @@ template <class T>
 void grad_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Unit& unit, const Images<const T>& x,
                const Images<const T>& dy, std::int64_t channel_begin, std::int64_t channel_end, T* sums, T* bias_sums,
                T* packed, T* staging) {
-  const PatchBox& box = unit.box;
   stage_gradient(pass, kernels, unit, dy, staging);
 
-  std::int64_t dest_run[kMaxTileRun];
   GradTileArgs<T> args{};
-  args.source_row = pass.source_row;
   args.offset = pass.offset.data();
-  args.dest_run = dest_run;
   args.sums = sums;
   for (std::int64_t block = 0; block < pass.blocks(); ++block) {
     const TaskRange range = tasks_of(pass, block, channel_begin, channel_end);
@@ -59,18 +55,7 @@ void grad_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Uni
     args.task = pass.tasks.data() + range.begin;
     args.tasks = range.end - range.begin;
     args.bias_sums = block == 0 ? bias_sums : nullptr;
-    for (std::int64_t group = 0; group < unit.groups(pass); ++group) {
-      const DestView<const T> view = dest_view<const T>(pass, dy, unit, staging, group);
-      run_offsets(pass, kernels.lanes, pass.tiling.tile_columns, view.column, dest_run);
-      args.dest_channel = view.channel;
-      args.dest_row = view.row;
-      const T* const source_group = packed + group * pass.group;
-      for_each_tile(pass, box, [&](std::int64_t rows, std::int64_t columns, std::int64_t y, std::int64_t x_pixel) {
-        args.source = source_group + (y - box.y) * pass.source_row + (x_pixel - box.x) * pass.lane_group;
-        args.dest = view.origin + y * view.row + x_pixel * view.column;
-        kernels.grad_tile[rows - 1][columns * pass.tiling.blocks - 1](args);
-      });
-    }
+    walk_tiles<T, const T>(pass, kernels.lanes, unit, packed, dy, staging, kernels.grad_tile, args);
   }
 }
 

@@ -114,11 +114,6 @@ struct DestView {
 };
 
 template <class T>
-bool is_in_place(const TiledPass& pass, const Images<T>& dest, const Unit& unit, std::int64_t group) {
-  return dest.batch == 1 && unit.lanes_valid(pass, group) == pass.lane_group;
-}
-
-template <class T>
 DestView<T> dest_in_place(const TiledPass& pass, const Images<T>& dest, const Unit& unit, std::int64_t group) {
   return {dest.data + (unit.first_image + group * pass.lane_group) * dest.batch + pass.y.dest_origin * dest.row +
               pass.x.dest_origin * dest.column,
@@ -134,9 +129,7 @@ inline std::int64_t staged_group(const TiledPass& pass, const PatchBox& box) {
 // the images are adjacent, only the last can need it.
 template <class T>
 std::int64_t first_staged(const TiledPass& pass, const Images<T>& dest, const Unit& unit) {
-  const std::int64_t groups = unit.groups(pass);
-  if (dest.batch != 1) return 0;
-  return is_in_place(pass, dest, unit, groups - 1) ? groups : groups - 1;
+  return dest.batch == 1 ? unit.images / pass.lane_group : 0;
 }
 
 // `nth` of the staged lane groups.

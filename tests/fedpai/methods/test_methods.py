@@ -190,7 +190,7 @@ def test_fixed_masks(few: Dataset, telling: Make, name: str) -> None:
 
 
 def test_mask_travels_once_and_values_packed(images: Dataset, tiny: Make) -> None:
-    run = Run(tiny(lr=GENTLE, method="magnitude", sample=4), data=images)
+    run = Run(tiny(method="magnitude", sample=4), data=images)
     rows = run.finish()
     server = run.arms[0].federation.server
     values = HEADER_BYTES + 4 * run.layout.float_count(server.mask) + 8 * run.layout.int_count

@@ -24,6 +24,8 @@ namespace fedpai {
 
 constexpr int kMaxTileRows = 4;
 constexpr int kMaxTileRun = 28;
+// Kernels read so many offsets beyond a task's: those of the next tasks, or zeros after the last.
+constexpr int kOffsetsAhead = 4;
 
 // Entries [begin, end) of the stream belong to dest channel `channel`.
 struct RowTask {

@@ -143,8 +143,9 @@ void lay_out_entries(TiledPass& pass, const PassAxes& axes, const EntryList& lis
     }
   }
   for (std::size_t i = 1; i < begin.size(); ++i) begin[i] += begin[i - 1];
-  pass.offset.resize(static_cast<std::size_t>(begin.back()));
-  pass.order.resize(pass.offset.size());
+  pass.order.resize(static_cast<std::size_t>(begin.back()));
+  pass.offset.resize(pass.order.size() + kOffsetsAhead);
+  std::fill(pass.offset.end() - kOffsetsAhead, pass.offset.end(), 0);
   bool identity = true;
 #pragma omp parallel for schedule(static) reduction(&& : identity) if (list.size() > kParallelEntries)
   for (std::int64_t row = 0; row < rows; ++row) {

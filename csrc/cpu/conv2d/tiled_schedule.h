@@ -40,7 +40,7 @@ struct TiledPass {
   std::int64_t group = 0;       // elements between packed lane groups
 
   // Entries in walking order: by channel block, dest channel, source channel.
-  IndexVector offset;  // element offset in the packed block
+  IndexVector offset;  // element offset in the packed block; kOffsetsAhead zeros at the end
   IndexVector order;   // index into the packed values
   bool order_is_identity = false;
 
@@ -50,7 +50,7 @@ struct TiledPass {
   std::vector<std::int64_t> block_task_begin;     // per channel block, into tasks; one more at the end
 
   std::int64_t blocks() const { return static_cast<std::int64_t>(block_task_begin.size()) - 1; }
-  std::int64_t entries() const { return static_cast<std::int64_t>(offset.size()); }
+  std::int64_t entries() const { return static_cast<std::int64_t>(order.size()); }
   std::int64_t patches() const {
     return static_cast<std::int64_t>((y.patch_cuts.size() - 1) * (x.patch_cuts.size() - 1));
   }

@@ -32,16 +32,16 @@ class CompiledPlan:
 # geometry: batch, in_h, in_w, out_h, out_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w
 # strides: batch, channel, row, column, in elements
 def conv2d_forward_f32(
-    plan: CompiledPlan, geometry: Sequence[int], x: int, x_strides: Sequence[int], values: int, bias: int, y: int,
-    y_strides: Sequence[int], threads: int, /
+    plan: CompiledPlan, geometry: Sequence[int], x: int, x_strides: Sequence[int], norm: Sequence[int], values: int,
+    bias: int, y: int, y_strides: Sequence[int], threads: int, /
 ) -> None: ...
 def conv2d_input_grad_f32(
     plan: CompiledPlan, geometry: Sequence[int], dy: int, dy_strides: Sequence[int], values: int, dx: int,
     dx_strides: Sequence[int], threads: int, /
 ) -> None: ...
 def conv2d_weight_grad_f32(
-    plan: CompiledPlan, geometry: Sequence[int], x: int, x_strides: Sequence[int], dy: int, dy_strides: Sequence[int],
-    values_grad: int, bias_grad: int, threads: int, /
+    plan: CompiledPlan, geometry: Sequence[int], x: int, x_strides: Sequence[int], norm: Sequence[int], dy: int,
+    dy_strides: Sequence[int], values_grad: int, bias_grad: int, threads: int, /
 ) -> None: ...
 
 conv2d_forward_f64 = conv2d_forward_f32

@@ -6,8 +6,10 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "bindings/bind.h"
+#include "cpu/norm/norm.h"
 #include <pybind11/stl.h>
 
 namespace py = pybind11;
@@ -32,12 +34,33 @@ Images<T> images(std::uintptr_t data, const Strides& s) {
   return {reinterpret_cast<T*>(data), s[0], s[1], s[2], s[3]};
 }
 
+// mean, invstd, weight, bias (the last two may be 0), and 1 where a ReLU follows; no elements: no norm.
+using NormArray = std::vector<std::uintptr_t>;
+
+// The norm that x goes through, with the memory behind it.
+template <class T>
+class SourceNorm {
+ public:
+  SourceNorm(const NormArray& norm, const CompiledPlan& plan) {
+    if (norm.empty()) return;
+    const auto at = [&](std::size_t i) { return reinterpret_cast<const T*>(norm.at(i)); };
+    channels_ = fedpai::norm_affines<T>(plan.plan.shape().in_channels(), at(2), at(3), at(0), at(1));
+    map_ = {channels_.data(), norm.at(4) != 0};
+  }
+  const fedpai::NormMap<T>* get() const { return channels_.empty() ? nullptr : &map_; }
+
+ private:
+  std::vector<fedpai::NormAffine<T>> channels_;
+  fedpai::NormMap<T> map_{};
+};
+
 template <class T>
 void forward(const CompiledPlan& plan, const GeometryArray& g, std::uintptr_t x, const Strides& x_strides,
-             std::uintptr_t values, std::uintptr_t bias, std::uintptr_t y, const Strides& y_strides, int threads) {
+             const NormArray& norm, std::uintptr_t values, std::uintptr_t bias, std::uintptr_t y, const Strides& y_strides, int threads) {
   const py::gil_scoped_release release;
-  fedpai::conv2d_forward<T>(plan, geometry(g), images<const T>(x, x_strides), reinterpret_cast<const T*>(values),
-                            reinterpret_cast<const T*>(bias), images<T>(y, y_strides), threads);
+  fedpai::conv2d_forward<T>(plan, geometry(g), images<const T>(x, x_strides), SourceNorm<T>(norm, plan).get(),
+                            reinterpret_cast<const T*>(values), reinterpret_cast<const T*>(bias),
+                            images<T>(y, y_strides), threads);
 }
 
 template <class T>
@@ -50,11 +73,11 @@ void input_grad(const CompiledPlan& plan, const GeometryArray& g, std::uintptr_t
 
 template <class T>
 void weight_grad(const CompiledPlan& plan, const GeometryArray& g, std::uintptr_t x, const Strides& x_strides,
-                 std::uintptr_t dy, const Strides& dy_strides, std::uintptr_t values_grad, std::uintptr_t bias_grad,
-                 int threads) {
+                 const NormArray& norm, std::uintptr_t dy, const Strides& dy_strides, std::uintptr_t values_grad,
+                 std::uintptr_t bias_grad, int threads) {
   const py::gil_scoped_release release;
-  fedpai::conv2d_weight_grad<T>(plan, geometry(g), images<const T>(x, x_strides), images<const T>(dy, dy_strides),
-                                reinterpret_cast<T*>(values_grad), reinterpret_cast<T*>(bias_grad), threads);
+  fedpai::conv2d_weight_grad<T>(plan, geometry(g), images<const T>(x, x_strides), SourceNorm<T>(norm, plan).get(),
+                                images<const T>(dy, dy_strides), reinterpret_cast<T*>(values_grad), reinterpret_cast<T*>(bias_grad), threads);
 }
 
 template <class T>

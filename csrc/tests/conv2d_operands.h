@@ -152,9 +152,9 @@ struct Operands {
   void compute(const CompiledPlan& plan, const Conv2dGeometry& geometry, int threads) {
     const Tensor<T>& x_read = x;
     const Tensor<T>& grad_read = grad_y;
-    conv2d_forward<T>(plan, geometry, x_read.images(), values.data(), bias.data(), y.images(), threads);
+    conv2d_forward<T>(plan, geometry, x_read.images(), nullptr, values.data(), bias.data(), y.images(), threads);
     conv2d_input_grad<T>(plan, geometry, grad_read.images(), values.data(), grad_x.images(), threads);
-    conv2d_weight_grad<T>(plan, geometry, x_read.images(), grad_read.images(), grad_values.data(), grad_bias.data(),
+    conv2d_weight_grad<T>(plan, geometry, x_read.images(), nullptr, grad_read.images(), grad_values.data(), grad_bias.data(),
                           threads);
   }
 

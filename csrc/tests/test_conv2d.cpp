@@ -94,7 +94,7 @@ FEDPAI_SUITE(conv2d_expanded_gradient) {
   Operands<float> operands(c, data, Layout::kBatchLast);
   const Tensor<float>& x = operands.x;
   conv2d_input_grad<float>(plan, geometry_of(c), grad_y, operands.values.data(), operands.grad_x.images(), 2);
-  conv2d_weight_grad<float>(plan, geometry_of(c), x.images(), grad_y, operands.grad_values.data(),
+  conv2d_weight_grad<float>(plan, geometry_of(c), x.images(), nullptr, grad_y, operands.grad_values.data(),
                             operands.grad_bias.data(), 2);
   expect_equal("grad_x", operands.grad_x, expected.grad_x);
   expect_equal("grad_values", operands.grad_values, packed<float>(expected.grad_w, data.mask));
@@ -110,9 +110,9 @@ FEDPAI_SUITE(conv2d_no_images) {
   Buffer<float> values(c.w_size()), grad_values(c.w_size()), grad_bias(c.out_channels);
   std::fill(grad_values.begin(), grad_values.end(), 7.0F);
   std::fill(grad_bias.begin(), grad_bias.end(), 7.0F);
-  conv2d_forward<float>(plan, geometry_of(c), nothing, values.data(), nullptr, {&unread, 1, 1, 1, 1}, 2);
+  conv2d_forward<float>(plan, geometry_of(c), nothing, nullptr, values.data(), nullptr, {&unread, 1, 1, 1, 1}, 2);
   conv2d_input_grad<float>(plan, geometry_of(c), nothing, values.data(), {&unread, 1, 1, 1, 1}, 2);
-  conv2d_weight_grad<float>(plan, geometry_of(c), nothing, nothing, grad_values.data(), grad_bias.data(), 2);
+  conv2d_weight_grad<float>(plan, geometry_of(c), nothing, nullptr, nothing, grad_values.data(), grad_bias.data(), 2);
   CHECK(std::all_of(grad_values.begin(), grad_values.end(), [](float g) { return g == 0.0F; }), "grad_values");
   CHECK(std::all_of(grad_bias.begin(), grad_bias.end(), [](float g) { return g == 0.0F; }), "grad_bias");
 }

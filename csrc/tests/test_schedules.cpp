@@ -70,14 +70,14 @@ FEDPAI_SUITE(tilings) {
     const Tensor<float>&x = o.x, &grad_y = o.grad_y;
     const VectorShape vector{kernels.lanes, kernels.accumulators, sizeof(float)};
     run_tiled<float>(tiled_pass(forward_axes(plan.plan, geometry), plan.plan.by_output(), vector, sums), kernels, c.batch,
-                     x.images(), o.values.data(), o.bias.data(), o.y.images(), threads);
+                     x.images(), nullptr, o.values.data(), o.bias.data(), o.y.images(), threads);
     for (const PassAxes& axes : input_grad_axes(plan.plan, geometry)) {
       run_tiled<float>(tiled_pass(axes, plan.plan.by_input(), vector, sums), kernels, c.batch, grad_y.images(),
-                       o.values.data(), nullptr, o.grad_x.images(), threads);
+                       nullptr, o.values.data(), nullptr, o.grad_x.images(), threads);
     }
     std::fill(o.grad_values.begin(), o.grad_values.end(), 0.0F);  // taps that only ever read padding are in no pass
     run_tiled_grad<float>(tiled_pass(forward_axes(plan.plan, geometry), plan.plan.by_output(), vector, grads), kernels,
-                          c.batch, x.images(), grad_y.images(), o.grad_values.data(), o.grad_bias.data(), threads);
+                          c.batch, x.images(), nullptr, grad_y.images(), o.grad_values.data(), o.grad_bias.data(), threads);
     expect_equal("y", o.y, expected.y);
     expect_equal("grad_x", o.grad_x, expected.grad_x);
     expect_equal("grad_values", o.grad_values, packed<float>(expected.grad_w, data.mask));

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..layout import is_batch_last, to_batch_last, to_contiguous
 from ..ops.conv2d import sparse_conv2d
 from ..plan import Plan
+from .deferred import PendingNorm
 from .masks import plan_for
 from .packed import PackedWeight, match_autocast
 
@@ -90,7 +91,16 @@ class SparseConv2d(_PackedConv2d):
     Any input layout; hands on batch-last (:mod:`fedpai_kernels.layout`). float32 and float64 on the CPU.
     """
 
+    reads_pending_norms = True
+
     def forward(self, input: Tensor) -> Tensor:
+        if type(input) is PendingNorm:
+            if self.padding_mode == "zeros":
+                settings = (self.stride, self.padding, self.dilation, self.groups)
+                y = input.convolved((self.values, self.plan, self.bias, *settings))
+                if y is not None:
+                    return y
+            input = input.computed()
         x, padding = self._padded(match_autocast(input, self.values))
         return sparse_conv2d(
             x, self.values, self.plan, self.bias, self.stride, padding, self.dilation, self.groups

@@ -94,7 +94,8 @@ def sparsify_(
             hooks and buffers are then removed), else the exact zeros of its weight; layers that are sparse
             already stay as they are.
         fuse: computes a batch norm, the sum that alone reads it (``norm(x) + shortcut``) and the ReLU that
-            alone reads either in one pass. Where that is so is proven by tracing the model with `torch.fx`
+            alone reads either in one pass, or, where a sparse convolution alone reads the norm or its ReLU, while
+            that loads its input: the normalised activation is then neither stored nor kept. Where that is so is proven by tracing the model with `torch.fx`
             (:func:`find_fusions`); the report names every batch norm that stays by itself, and why. The
             modules' forwards run as they are; under hooks on the norm or its ReLU the steps are separate.
         filter_fn: called as ``filter_fn(module, name)``; a module for which it returns False is left as it
@@ -117,7 +118,7 @@ def sparsify_(
         for module in names.values()
     ) or any(layer.choice.kernel == "sparse" and layer.plan.kind == "conv2d" for layer in layers)
     groups = _shared_parameters(model, layers)
-    fusions = find_fusions(model) if fuse and batch_last else Fusions()
+    fusions = find_fusions(model, _sparse_convs(names, layers)) if fuse and batch_last else Fusions()
 
     for group in groups:
         _convert(group)
@@ -268,6 +269,20 @@ def _shared_parameters(model: nn.Module, layers: list[_Layer]) -> list[list[_Lay
                 )
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
+
+
+def _sparse_convs(names: dict[str, nn.Module], layers: list[_Layer]) -> list[nn.Module]:
+    """The convolutions that will be sparse."""
+    planned = {id(layer.module): layer for layer in layers}
+    convs = []
+    for module in names.values():
+        layer = planned.get(id(module))
+        if layer is None:
+            if type(module) is SparseConv2d:
+                convs.append(module)
+        elif layer.plan.kind == "conv2d" and layer.choice.kernel == "sparse":
+            convs.append(module)
+    return convs
 
 
 # ---- changes

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch norm that waits for the sum and the ReLU after it, where those are no modules that could be replaced.
+"""Batch norm that waits for the sum, the ReLU and the convolution after it.
 
 ``relu(norm(x) + shortcut)`` stands in somebody's `forward`, and that code stays: it may branch, draw random
 numbers, keep things. So the norm returns a :class:`PendingNorm` there, a tensor that has not been computed yet.
-Adding the shortcut to it and taking the ReLU of that computes all three in one pass; anything else that is done
-with it computes just what is asked for first. Either way the numbers are those of the separate steps.
+Adding the shortcut to it and taking the ReLU of that computes all three in one pass; a sparse convolution that alone
+reads the norm or its ReLU takes it as it is, and normalises what it loads; anything else that is done with it computes
+just what is asked for first. Either way the numbers are those of the separate steps.
 
 A norm puts its work off only on a permit, which is valid for one call, within the thread and the call of the module
 (the site's owner) whose forward was proven (:mod:`fedpai_kernels.nn.fuse`) to add and cut the result. Two hooks on
@@ -31,9 +32,16 @@ from torch.utils._pytree import tree_map_only
 
 from ..layout import is_batch_last
 from ..ops.norm import batch_norm
+from ..ops.norm_conv2d import norm_conv2d
+from ..plan import Plan
 from .norm import BatchLastBatchNorm2d, Settings
 
 __all__ = ["DeferrableBatchNorm2d", "PendingNorm", "Site", "attach", "detach"]
+
+
+# values, plan, bias, stride, padding, dilation, groups, as `sparse_conv2d` takes them after x.
+Pair = tuple[int, int]
+Convolution = tuple[Tensor, Plan, "Tensor | None", Pair, "Pair | str", Pair, int]
 
 
 # ---- permits
@@ -42,8 +50,8 @@ __all__ = ["DeferrableBatchNorm2d", "PendingNorm", "Site", "attach", "detach"]
 
 class _Permits(threading.local):
     def __init__(self) -> None:
-        # Whether a ReLU follows, and the surroundings in which the permit holds.
-        self.given: dict[nn.Module, tuple[bool, tuple[Any, ...]]] = {}
+        # What follows, and the surroundings in which the permit holds.
+        self.given: dict[nn.Module, tuple[Site, tuple[Any, ...]]] = {}
 
 
 def _modes() -> tuple[bool, bool]:
@@ -69,7 +77,8 @@ class Site:
         between: paths of the modules, outermost first, through whose forward the norm is called.
         relu_module: path of the ReLU, or "" where it is a function or there is none.
         adds: whether the norm is added to something.
-        relu: whether a ReLU comes last.
+        relu: whether a ReLU comes after those.
+        conv: path of the :class:`SparseConv2d` that alone reads the result, or "".
     """
 
     norm: str
@@ -77,15 +86,18 @@ class Site:
     relu_module: str
     adds: bool
     relu: bool
+    conv: str = ""
 
     @property
     def what(self) -> str:
         """What comes after the norm, in words."""
-        return " and ".join(["the sum"] * self.adds + ["the ReLU"] * self.relu)
+        return " and ".join(
+            ["the sum"] * self.adds + ["the ReLU"] * self.relu + ["the convolution"] * bool(self.conv)
+        )
 
     def computed(self, owner: nn.Module) -> list[nn.Module]:
         """The modules that are computed in one: the norm first."""
-        return [owner.get_submodule(path) for path in (self.norm, self.relu_module) if path]
+        return [owner.get_submodule(path) for path in (self.norm, self.relu_module, self.conv) if path]
 
     def watched(self, owner: nn.Module) -> list[nn.Module]:
         """The modules whose hooks would see what is not computed."""
@@ -105,10 +117,12 @@ class _Permit:
             norm = owner.get_submodule(self.site.norm)
             if any(_has_hooks(m) for m in self.site.watched(owner)):
                 return
+            if self.site.conv and not reads_pending_norms(owner.get_submodule(self.site.conv)):
+                return
         except AttributeError:  # somebody took a module out
             return
         if type(norm) is DeferrableBatchNorm2d:
-            _PERMITS.given[norm] = self.site.relu, _surroundings()
+            _PERMITS.given[norm] = self.site, _surroundings()
 
 
 @dataclass(frozen=True)
@@ -122,6 +136,11 @@ class _Withdraw:
             return
         with contextlib.suppress(AttributeError):
             _PERMITS.given.pop(owner.get_submodule(self.site.norm), None)
+
+
+def reads_pending_norms(module: nn.Module) -> bool:
+    """Whether a module computes what a :class:`PendingNorm` puts off together with its own work."""
+    return getattr(type(module), "reads_pending_norms", False) is True
 
 
 def _is_watched_by_torch() -> bool:
@@ -160,7 +179,7 @@ def detach(module: nn.Module) -> None:
 
 
 class DeferrableBatchNorm2d(BatchLastBatchNorm2d):
-    """:class:`BatchLastBatchNorm2d`, which a surrounding module may let wait for the sum and ReLU after it."""
+    """:class:`BatchLastBatchNorm2d`, which a surrounding module may let wait for what comes after it."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -168,10 +187,10 @@ class DeferrableBatchNorm2d(BatchLastBatchNorm2d):
         permit = _PERMITS.given.pop(self, None)
         if permit is None or type(input) is not Tensor or input.dim() != 4 or not self._is_ours(input):
             return super().forward(input)
-        relu_follows, surroundings = permit
+        site, surroundings = permit
         if surroundings != _surroundings():
             return super().forward(input)
-        return PendingNorm(_Norm(input, self._settings()), None, relu_follows)
+        return PendingNorm(_Norm(input, self._settings()), None, site)
 
 
 def _version(t: Tensor | None) -> int:
@@ -188,18 +207,32 @@ class _Norm:
         self._counted = False
 
     def compute(self, residual: Tensor | None, relu: bool) -> Tensor:
-        """[relu](norm(x) [+ residual]); the running statistics take the batch in the first time only."""
+        """[relu](norm(x) [+ residual])."""
+        self._check_unchanged()
+        return batch_norm(self.x, *self._statistics_once(), relu=relu, residual=residual)
+
+    def _check_unchanged(self) -> None:
         if [_version(t) for t in self._read] != self._versions:
             raise RuntimeError(
-                "the input or a parameter of a batch norm was changed in place before the sum after it was "
-                "taken; convert the model with fuse=False"
+                "the input or a parameter of a batch norm was changed in place before what comes after it was "
+                "computed; convert the model with fuse=False"
             )
-        mean, var, weight, bias, training, momentum, eps = self.settings
-        if training and self._counted:
-            mean = var = None
-        z = batch_norm(self.x, mean, var, weight, bias, training, momentum, eps, relu=relu, residual=residual)
+
+    def _statistics_once(self) -> Settings:
+        """The settings; the running statistics, which take the batch in, the first time only."""
+        settings = self.settings
+        if settings[4] and self._counted:
+            settings = (None, None, *settings[2:])
         self._counted = True
-        return z
+        return settings
+
+    def convolve(self, relu: bool, convolution: Convolution) -> Tensor:
+        """conv2d([relu](norm(x))), without the tensor in between."""
+        self._check_unchanged()
+        mean, var, weight, bias, training, momentum, eps = self._statistics_once()
+        return norm_conv2d(
+            self.x, mean, var, weight, bias, training, momentum, eps, *convolution, relu=relu
+        )
 
     def takes(self, residual: Any) -> bool:
         x = self.x
@@ -241,11 +274,12 @@ class PendingNorm(Tensor):
 
     _norm: _Norm
     _residual: Tensor | None
-    _relu_follows: bool
+    _site: Site
+    _is_cut: bool
     _value: Tensor | None
 
     @staticmethod
-    def __new__(cls, norm: _Norm, residual: Tensor | None, relu_follows: bool) -> PendingNorm:
+    def __new__(cls, norm: _Norm, residual: Tensor | None, site: Site, is_cut: bool = False) -> PendingNorm:
         x = norm.x
         made: PendingNorm = Tensor._make_wrapper_subclass(
             cls, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device, requires_grad=norm.modes[0]
@@ -256,32 +290,52 @@ class PendingNorm(Tensor):
                 made.register_hook(_gradient_astray)
         return made
 
-    def __init__(self, norm: _Norm, residual: Tensor | None, relu_follows: bool) -> None:
-        self._norm, self._residual, self._relu_follows, self._value = norm, residual, relu_follows, None
+    def __init__(self, norm: _Norm, residual: Tensor | None, site: Site, is_cut: bool = False) -> None:
+        self._norm, self._residual, self._site, self._is_cut, self._value = norm, residual, site, is_cut, None
 
     def computed(self) -> Tensor:
         """The tensor that this stands for; the same one each time."""
         if self._value is None:
             grad, inference = self._norm.modes
             with torch.inference_mode(inference), torch.set_grad_enabled(grad):
-                self._value = self._norm.compute(self._residual, False)
+                self._value = self._norm.compute(self._residual, self._is_cut)
         return self._value
+
+    def convolved(self, convolution: Convolution) -> Tensor | None:
+        """What a convolution makes of this tensor, where that can be computed in one; else None.
+
+        Args:
+            convolution: values, plan, bias, stride, padding (zeros), dilation, groups.
+        """
+        if not self._is_open() or self._residual is not None or self._site.conv == "":
+            return None
+        if self._site.relu != self._is_cut or convolution[0].dtype != self.dtype:
+            return None
+        return self._norm.convolve(self._is_cut, convolution)
 
     def _is_open(self) -> bool:
         return self._value is None and self._norm.modes == _modes()
 
+    def _may_add(self) -> bool:
+        return self._residual is None and not self._is_cut and self._is_open()
+
     def _plus(self, residual: Tensor, in_place: bool) -> Tensor:
-        if not self._relu_follows:
+        if not self._site.relu:
             z = self._norm.compute(residual, False)
             if in_place:
                 self._value = z
             return z
         if not in_place:
-            return PendingNorm(self._norm, residual, True)
+            return PendingNorm(self._norm, residual, self._site)
         self._residual = residual
         return self
 
     def _cut(self, in_place: bool) -> Tensor:
+        if self._site.conv:
+            if not in_place:
+                return PendingNorm(self._norm, self._residual, self._site, True)
+            self._is_cut = True
+            return self
         z = self._norm.compute(self._residual, True)
         if in_place:
             self._value = z
@@ -300,12 +354,12 @@ class PendingNorm(Tensor):
             a, b = args
             if func in _ADDS and isinstance(b, cls) and not isinstance(a, cls):
                 a, b = b, a
-            if isinstance(a, cls) and a._is_open() and a._residual is None and a._norm.takes(b):
+            if isinstance(a, cls) and a._may_add() and a._norm.takes(b):
                 return a._plus(b, func in _ADDS_IN_PLACE)
         cuts_in_place = func in _RELUS_IN_PLACE or bool(kwargs.get("inplace"))
         if (func in _RELUS or func in _RELUS_IN_PLACE) and len(args) == 1 and kwargs.keys() <= {"inplace"}:
             (a,) = args
-            if a._relu_follows and a._is_open():
+            if a._site.relu and not a._is_cut and a._is_open():
                 return a._cut(cuts_in_place)
         args, kwargs = tree_map_only(cls, cls.computed, (args, kwargs))
         return func(*args, **kwargs)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds what is computed in one pass with a batch norm, by tracing the model with `torch.fx`.
 
-Three things are found: a ReLU that alone reads the norm; a sum that alone reads it, as at the end of a residual
-block; and a sum that alone reads it with a ReLU that alone reads the sum.
+What is found: a ReLU that alone reads the norm; a sum that alone reads it, as at the end of a residual block; a sum that
+alone reads it with a ReLU that alone reads the sum; and a sparse convolution that alone reads the norm or the norm's
+ReLU.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,17 +55,19 @@ def copy_memo(model: nn.Module) -> dict[int, Any]:
     return memo
 
 
-def find_fusions(model: nn.Module) -> Fusions:
+def find_fusions(model: nn.Module, sparse: Collection[nn.Module] = ()) -> Fusions:
     """What can be computed in one pass with each BatchNorm2d of `model`, in training and in evaluation mode
     alike.
 
     The norm must be called once, and what reads it must be its only reader. A ReLU module forms a pair with the
     norm if it too is called once and neither has hooks. Everything else is a site: a sum of the norm with
-    another tensor, in any spelling (``+``, ``+=``, `torch.add`), and a ReLU, function or module; both must be
-    called by the forward of one module, which the norm is a part of and is called from, directly or through
-    other modules. The model is traced as a copy, without its hooks, and not changed.
+    another tensor, in any spelling (``+``, ``+=``, `torch.add`), and a ReLU, function or module; or one of the
+    convolutions `sparse`, after the norm or after its ReLU. What comes last must be called by the forward of one
+    module, which the norm is a part of and is called from, directly or through other modules. The model is
+    traced as a copy, without its hooks, and not changed.
     """
     by_name = dict(model.named_modules())
+    convs = {name for name, m in model.named_modules(remove_duplicate=False) if any(m is c for c in sparse)}
     norms = [name for name, m in by_name.items() if type(m) is nn.BatchNorm2d]
     if not norms:
         return Fusions()
@@ -74,7 +78,7 @@ def find_fusions(model: nn.Module) -> Fusions:
                 traced = copy.deepcopy(model, copy_memo(model)).train(training)
                 for module in traced.modules():
                     _clear_hooks(module)
-                found.append(_Reading(traced).found)
+                found.append(_Reading(traced, convs).found)
     except Exception as error:  # tracing runs the user's forward, which may raise anything
         reason = str(error).strip().splitlines()
         untraced = f"torch.fx cannot trace the model ({type(error).__name__}: {reason[0] if reason else ''})"
@@ -183,8 +187,9 @@ _RELUS = {torch.relu, F.relu, torch.relu_, F.relu_, "relu", "relu_"}
 class _Reading:
     """What one trace says about each batch norm: `found`, by name."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, convs: Collection[str]) -> None:
         graph = _Tracer().trace(model)
+        self._convs = convs
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._order = {node: i for i, node in enumerate(graph.nodes)}
         self._calls: dict[int, list[fx.Node]] = {}
@@ -211,6 +216,11 @@ class _Reading:
         if len(norm.users) != 1:
             return f"read {len(norm.users)} times"
         (reader,) = norm.users
+        conv = self._conv_after(reader if self._is_relu(reader) else norm)
+        if conv is not None:
+            place = self._place(norm, None, None if reader is conv else reader, conv)
+            if isinstance(place, _Place) or reader is conv:
+                return place
         if self._is_relu(reader):
             if reader.op == "call_module" and len(self._calls[id(self._module(reader))]) == 1:
                 return _Pair(str(reader.target))
@@ -225,6 +235,13 @@ class _Reading:
         if relu is None or not follows or not self._is_relu(relu):
             relu = None
         return self._place(norm, reader, relu)
+
+    def _conv_after(self, node: fx.Node) -> fx.Node | None:
+        """The sparse convolution that alone reads the node."""
+        reader = next(iter(node.users)) if len(node.users) == 1 else None
+        if reader is None or reader.op != "call_module" or str(reader.target) not in self._convs:
+            return None
+        return reader if reader.args == (node,) and not reader.kwargs else None
 
     def _is_relu(self, node: fx.Node) -> bool:
         if len(node.args) != 1 or not node.kwargs.keys() <= {"inplace"}:
@@ -242,26 +259,39 @@ class _Reading:
         # In place it is the first operand that changes, and others may see it.
         return node.target in _ADDS or (node.target in _ADDS_IN_PLACE and a is norm)
 
-    def _place(self, norm: fx.Node, added: fx.Node | None, relu: fx.Node | None) -> _Found:
-        last = relu if added is None else added
+    def _place(
+        self, norm: fx.Node, added: fx.Node | None, relu: fx.Node | None, conv: fx.Node | None = None
+    ) -> _Found:
+        """The site where `added`, else `conv`, else `relu` is the last to be computed with the norm."""
+        last = added or conv or relu
         assert last is not None
-        owner, stack = _caller(last), norm.meta["calls"]
-        if owner not in stack:
+        owner = _caller(last)
+        waiting = [norm] if conv is None or relu is None else [norm, relu]
+        if not all(owner in node.meta["calls"] for node in waiting):
             return f"followed by {self._title(last)} in another module"
-        if not self._may_wait(norm, last):
+        if not self._may_wait(norm, waiting, last):
             return "its input may change before its result is read"
-        between = [path for path, _ in stack[stack.index(owner) + 1 :]]
+        between = []
+        for node in waiting:
+            stack = node.meta["calls"]
+            between += [path for path, _ in stack[stack.index(owner) + 1 :]]
         relu_module = str(relu.target) if relu is not None and relu.op == "call_module" else ""
+        conv_module = str(conv.target) if conv is not None else ""
         prefix = f"{owner[0]}." if owner[0] else ""
-        paths = [str(norm.target), *between, relu_module]
+        paths = [str(norm.target), *dict.fromkeys(between), relu_module, conv_module]
         if not all(path.startswith(prefix) for path in paths if path):
             return f"not a part of {owner[0]}, which reads it"
-        name, *through, cut = (path[len(prefix) :] for path in paths)
-        return _Place(owner[0], Site(name, tuple(through), cut, added is not None, relu is not None))
+        name, *through, cut, read = (path[len(prefix) :] for path in paths)
+        return _Place(owner[0], Site(name, tuple(through), cut, added is not None, relu is not None, read))
 
-    def _may_wait(self, norm: fx.Node, until: fx.Node) -> bool:
-        """Whether the norm's input is sure to be the same later: nothing happens, or nobody else has it."""
-        if norm.next is until:
+    def _may_wait(self, norm: fx.Node, waiting: list[fx.Node], until: fx.Node) -> bool:
+        """Whether the norm's input is sure to be the same later: nothing happens that could change it, or nobody
+        else has it."""
+        between, node = [], norm.next
+        while node is not until:
+            between.append(node)
+            node = node.next
+        if all(node in waiting or self._changes_nothing(node) for node in between):
             return True
         x = norm.args[0] if norm.args else None
         return (
@@ -270,6 +300,10 @@ class _Reading:
             and x.op == "call_module"
             and isinstance(self._module(x), (nn.Conv2d, PackedWeight))
         )
+
+    def _changes_nothing(self, node: fx.Node) -> bool:
+        pure = (nn.Identity, nn.Conv2d, nn.BatchNorm2d, PackedWeight)
+        return node.op == "call_module" and isinstance(self._module(node), pure)
 
     def _title(self, node: fx.Node) -> str:
         if node.op == "call_module":

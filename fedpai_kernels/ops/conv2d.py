@@ -9,6 +9,7 @@ fastest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -131,6 +132,14 @@ def _strides(t: Tensor) -> tuple[int, ...]:
 
 
 def _forward_cpu(x: Tensor, values: Tensor, bias: Tensor | None, plan: int, geometry: list[int]) -> Tensor:
+    return run_forward(x, (), values, bias, plan, geometry)
+
+
+def run_forward(
+    x: Tensor, norm: Sequence[int], values: Tensor, bias: Tensor | None, plan: int, geometry: list[int]
+) -> Tensor:
+    """`norm`: empty, or what the binding takes for the batch norm (and ReLU) that x goes through first; x is
+    batch-last then."""
     layer, g = plan_of(plan), _unflatten(geometry)
     out_channels, _, kernel = _layer_sizes(layer)
     image = (x.shape[2], x.shape[3])
@@ -140,7 +149,7 @@ def _forward_cpu(x: Tensor, values: Tensor, bias: Tensor | None, plan: int, geom
     values = values.contiguous()
     bias = None if bias is None else bias.contiguous()
     _FORWARD[x.dtype](
-        layer.compiled, _compiled_geometry(x.shape[0], image, output, g), x.data_ptr(), _strides(x), values.data_ptr(),
+        layer.compiled, _compiled_geometry(x.shape[0], image, output, g), x.data_ptr(), _strides(x), norm, values.data_ptr(),
         0 if bias is None else bias.data_ptr(), y.data_ptr(), _strides(y), torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -162,6 +171,13 @@ def _input_grad_cpu(dy: Tensor, values: Tensor, plan: int, height: int, width: i
 def _weight_grad_cpu(
     x: Tensor, dy: Tensor, plan: int, with_bias: bool, geometry: list[int]
 ) -> tuple[Tensor, Tensor]:
+    return run_weight_grad(x, (), dy, plan, with_bias, geometry)
+
+
+def run_weight_grad(
+    x: Tensor, norm: Sequence[int], dy: Tensor, plan: int, with_bias: bool, geometry: list[int]
+) -> tuple[Tensor, Tensor]:
+    """`norm`: as in :func:`run_forward`."""
     layer, g = plan_of(plan), _unflatten(geometry)
     out_channels, _, _ = _layer_sizes(layer)
     x, dy = _readable(x), _readable(dy)
@@ -170,7 +186,7 @@ def _weight_grad_cpu(
     _WEIGHT_GRAD[x.dtype](
         layer.compiled,
         _compiled_geometry(x.shape[0], (x.shape[2], x.shape[3]), (dy.shape[2], dy.shape[3]), g), x.data_ptr(),
-        _strides(x), dy.data_ptr(), _strides(dy), dvalues.data_ptr(), dbias.data_ptr() if with_bias else 0,
+        _strides(x), norm, dy.data_ptr(), _strides(dy), dvalues.data_ptr(), dbias.data_ptr() if with_bias else 0,
         torch.get_num_threads(),
     )  # fmt: skip
     return dvalues, dbias
@@ -364,13 +380,36 @@ def sparse_conv2d(
         TypeError: a wrong dtype, or operands that are not tensors.
         ValueError: shapes, devices or settings that do not fit, or an image smaller than the kernel.
     """
+    if isinstance(x, Tensor) and x.dim() == 3:
+        return sparse_conv2d(x.unsqueeze(0), values, plan, bias, stride, padding, dilation, groups).squeeze(0)
+    geometry = checked_geometry(x, values, plan, bias, stride, padding, dilation, groups)
+    return differentiable_conv2d(x, values, bias, plan, geometry)
+
+
+def differentiable_conv2d(
+    x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, geometry: list[int]
+) -> Tensor:
+    """The registered op with its gradients. Arguments are not checked: see :func:`checked_geometry`."""
+    y: Tensor = _Forward.apply(x, values, bias, plan, geometry)
+    return y
+
+
+def checked_geometry(
+    x: Tensor,
+    values: Tensor,
+    plan: Plan,
+    bias: Tensor | None,
+    stride: int | Pair,
+    padding: int | Pair | str,
+    dilation: int | Pair,
+    groups: int,
+) -> list[int]:
+    """The geometry of a convolution as it travels, after every check of :func:`sparse_conv2d`; x: (N, C, H, W)."""
     check_operands(x, values, plan, bias)
     if plan.kind != "conv2d":
         raise ValueError(f"plan: expected one of kind 'conv2d', got kind {plan.kind!r} of shape {plan.mask_shape}")
     if groups != plan.groups:
         raise ValueError(f"groups: the plan was made for {plan.groups}, got {groups}")
-    if x.dim() == 3:
-        return sparse_conv2d(x.unsqueeze(0), values, plan, bias, stride, padding, dilation, groups).squeeze(0)
     if x.dim() != 4:
         raise ValueError(f"x: expected (N, C, H, W) or (C, H, W), got shape {tuple(x.shape)}")
     _, in_channels, kernel = _layer_sizes(plan)
@@ -385,4 +424,4 @@ def sparse_conv2d(
             f"x: an image of {x.shape[2]} x {x.shape[3]} is too small for a kernel of {kernel[0]} x {kernel[1]} "
             f"with padding {padding} and dilation {dilation}"
         )
-    return _Forward.apply(x, values, bias, plan, _flatten(geometry))
+    return _flatten(geometry)

@@ -31,6 +31,8 @@ LIBRARY.define(
     "batch_norm_train(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool relu)"
     " -> (Tensor, Tensor)"
 )
+# The stats of x alone.
+LIBRARY.define("batch_norm_statistics(Tensor x, float eps) -> Tensor")
 LIBRARY.define(
     "batch_norm_eval(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var,"
     " float eps, bool relu) -> (Tensor, Tensor)"
@@ -42,6 +44,11 @@ LIBRARY.define(
     "batch_norm_backward(Tensor dy, Tensor x, Tensor? z, Tensor? weight, Tensor? bias, Tensor stats,"
     " bool through_statistics, bool relu, bool need_x, bool need_affine, bool need_residual)"
     " -> (Tensor, Tensor, Tensor)"
+)
+# Without a residual; dy, batch-last, becomes dx where that is needed. Returns the gradients of weight and bias.
+LIBRARY.define(
+    "batch_norm_backward_(Tensor(a!) dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats,"
+    " bool through_statistics, bool relu, bool need_x, bool need_affine) -> Tensor"
 )
 
 
@@ -74,13 +81,30 @@ def _train(
 ) -> tuple[Tensor, Tensor]:
     x, residual, weight, bias = _as_kernels_read(x, residual, weight, bias)
     y = empty_batch_last(x.shape, dtype=x.dtype, device=x.device)
+    return y, _run_train(x, residual, weight, bias, eps, relu, y)
+
+
+def _run_train(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    relu: bool,
+    y: Tensor | None,
+) -> Tensor:
+    """The stats; y is written where there is one."""
     stats = x.new_empty(3, x.shape[1])
     mean, row_bytes = stats.data_ptr(), stats.shape[1] * stats.element_size()
     _TRAIN[x.dtype](
         x.shape[1], _row(x), x.data_ptr(), _address(residual), _address(weight), _address(bias), eps, relu,
-        y.data_ptr(), mean, mean + row_bytes, mean + 2 * row_bytes, torch.get_num_threads(),
+        _address(y), mean, mean + row_bytes, mean + 2 * row_bytes, torch.get_num_threads(),
     )  # fmt: skip
-    return y, stats
+    return stats
+
+
+def _statistics(x: Tensor, eps: float) -> Tensor:
+    return _run_train(to_batch_last(x), None, None, None, eps, False, None)
 
 
 def _eval(
@@ -103,6 +127,29 @@ def _eval(
         stats.data_ptr() + stats.shape[1] * stats.element_size(), torch.get_num_threads(),
     )  # fmt: skip
     return y, stats
+
+
+def _backward_in_place(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    through_statistics: bool,
+    relu: bool,
+    need_x: bool,
+    need_affine: bool,
+) -> Tensor:
+    x, _, weight, bias = _as_kernels_read(x, None, weight, bias)
+    row_bytes = x.shape[1] * x.element_size()
+    affine = x.new_empty(2 if need_affine else 0, x.shape[1])
+    dweight = affine.data_ptr() if need_affine else 0
+    _BACKWARD[x.dtype](
+        x.shape[1], _row(x), dy.data_ptr(), x.data_ptr(), 0, _address(weight), _address(bias), stats.data_ptr(),
+        stats.data_ptr() + row_bytes, through_statistics, relu, dy.data_ptr() if need_x else 0, 0, dweight,
+        dweight + row_bytes if need_affine else 0, torch.get_num_threads(),
+    )  # fmt: skip
+    return affine
 
 
 def _backward(
@@ -143,8 +190,10 @@ def _gradients(
 
 
 LIBRARY.impl("batch_norm_train", _train, "CPU")
+LIBRARY.impl("batch_norm_statistics", _statistics, "CPU")
 LIBRARY.impl("batch_norm_eval", _eval, "CPU")
 LIBRARY.impl("batch_norm_backward", _backward, "CPU")
+LIBRARY.impl("batch_norm_backward_", _backward_in_place, "CPU")
 
 
 @torch.library.register_fake("fedpai::batch_norm_train", lib=LIBRARY)
@@ -152,6 +201,11 @@ def _(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor]:
     return empty_batch_last(x.shape, dtype=x.dtype, device=x.device), x.new_empty(3, x.shape[1])
+
+
+@torch.library.register_fake("fedpai::batch_norm_statistics", lib=LIBRARY)
+def _(x: Tensor, eps: float) -> Tensor:
+    return x.new_empty(3, x.shape[1])
 
 
 @torch.library.register_fake("fedpai::batch_norm_eval", lib=LIBRARY)
@@ -185,11 +239,26 @@ def _(
     return _gradients(x, need_x, need_affine, need_residual)
 
 
+@torch.library.register_fake("fedpai::batch_norm_backward_", lib=LIBRARY)
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    through_statistics: bool,
+    relu: bool,
+    need_x: bool,
+    need_affine: bool,
+) -> Tensor:
+    return x.new_empty(2 if need_affine else 0, x.shape[1])
+
+
 # ---- autograd
 # ---------------------------------------------------------------------------------------------------
 
 
-class _Running(NamedTuple):
+class Running(NamedTuple):
     """The statistics that take a batch in."""
 
     mean: Tensor | None
@@ -221,7 +290,7 @@ class _BatchNorm(torch.autograd.Function):
         var: Tensor | None,
         eps: float,
         relu: bool,
-        running: _Running | None,
+        running: Running | None,
     ) -> tuple[Tensor, Tensor]:
         ops = torch.ops.fedpai
         if mean is None or var is None:
@@ -251,7 +320,7 @@ class _BatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             g = dy if z is None else dy * (z.detach() > 0)
             given = None if ctx.through_statistics else stats
-            y = _twin(x, weight, bias, given, ctx.eps, ctx.relu and z is None)
+            y = twin(x, weight, bias, given, ctx.eps, ctx.relu and z is None)
             needs = (need_x, *need_affine)
             wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True) if wanted else ())
@@ -272,7 +341,7 @@ class _BatchNorm(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _twin(
+def twin(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor | None, eps: float, relu: bool
 ) -> Tensor:
     """The same function in plain torch, without a residual, for gradients of gradients."""
@@ -317,6 +386,38 @@ def _check(x: Tensor, residual: Tensor | None, parameters: dict[str, Tensor | No
             )
 
 
+def check_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    residual: Tensor | None = None,
+) -> None:
+    """Every check of :func:`batch_norm`."""
+    _check(
+        x,
+        residual,
+        {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias},
+    )
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError("running_mean, running_var: both are needed when training is False")
+    if training and _row(x) == 1 and x.shape[1] > 0:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+
+
+def given_statistics(mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """(2, C) stats of given statistics: the mean, and 1 / sqrt(var + eps) rounded as in the kernel."""
+    stats, var = mean.new_empty(2, mean.shape[0]), var.contiguous()
+    stats[0] = mean
+    _EVAL[mean.dtype](
+        mean.shape[0], 0, 0, 0, 0, 0, 0, var.data_ptr(), eps, False, 0,
+        stats.data_ptr() + stats.shape[1] * stats.element_size(), 1,
+    )  # fmt: skip
+    return stats
+
+
 def batch_norm(
     x: Tensor,
     running_mean: Tensor | None = None,
@@ -355,13 +456,7 @@ def batch_norm(
         ValueError: another device or shape; one value per channel in training; no statistics to evaluate
         with.
     """
-    _check(
-        x,
-        residual,
-        {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias},
-    )
-    if not training and (running_mean is None or running_var is None):
-        raise ValueError("running_mean, running_var: both are needed when training is False")
+    check_norm(x, running_mean, running_var, weight, bias, training, residual)
     if x.numel() == 0:
         y = torch.nn.functional.batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps
@@ -374,9 +469,7 @@ def batch_norm(
             0
         ]
         return out
-    if _row(x) == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-    running = _Running(running_mean, running_var, momentum)
+    running = Running(running_mean, running_var, momentum)
     compiling = torch.compiler.is_compiling()  # which takes tensors as arguments only, and stops nowhere
     arguments = x, residual, weight, bias, None, None, eps, relu, None if compiling else running
     y, stats = _BatchNorm.apply(*arguments)

@@ -105,9 +105,9 @@ void sample(const Layer& layer, int tilings, std::mt19937& random) {
     for (Candidate& c : candidates) {
       const double start = seconds();
       if (c.weight_grad) {
-        run_tiled_grad<float>(c.pass, kernels, layer.batch, source, dest_grad, grad.data(), nullptr, 1);
+        run_tiled_grad<float>(c.pass, kernels, layer.batch, source, nullptr, dest_grad, grad.data(), nullptr, 1);
       } else {
-        run_tiled<float>(c.pass, kernels, layer.batch, source, values.data(), nullptr, dest, 1);
+        run_tiled<float>(c.pass, kernels, layer.batch, source, nullptr, values.data(), nullptr, dest, 1);
       }
       c.best = std::min(c.best, seconds() - start);
     }

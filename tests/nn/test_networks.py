@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import fedpai_kernels as fk
 from fedpai.models.resnet import ResNet
+from fedpai.models.vgg import VGG
 from fedpai.models.wideresnet import WideResNet
 from fedpai_kernels.nn.deferred import PendingNorm
 
@@ -66,11 +67,14 @@ def by_hand() -> nn.Module:
     )  # fmt: skip
 
 
-# The network, and how many norms are fused with: a ReLU, a sum, a sum and a ReLU.
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
-    "resnet18": (lambda: ResNet(18, width=0.125), (9, 0, 8)),
-    "wideresnet": (lambda: WideResNet(10, 1), (7, 0, 0)),
-    "by_hand": (by_hand, (3, 2, 2)),
+# The network, and how many norms are fused with what comes after them.
+RELU, CONV, RELU_CONV = "the ReLU", "the convolution", "the ReLU and the convolution"
+SUM, SUM_RELU = "the sum", "the sum and the ReLU"
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
+    "resnet18": (lambda: ResNet(18, width=0.125), {RELU: 1, RELU_CONV: 8, SUM_RELU: 8}),
+    "wideresnet": (lambda: WideResNet(10, 1), {RELU: 3, RELU_CONV: 4}),
+    "vgg11": (lambda: VGG(11, width=0.125), {RELU: 5, RELU_CONV: 3}),
+    "by_hand": (by_hand, {RELU: 1, RELU_CONV: 2, SUM: 2, SUM_RELU: 2}),
 }
 EVERY = pytest.mark.parametrize("name", NETWORKS)
 
@@ -118,12 +122,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def test_every_norm_that_can_be_is_fused(name: str, computed: list[PendingNorm]) -> None:
     network, masks = masked(name)
     report = fk.sparsify_(network, masks)
-    words = ("the ReLU", "the sum", "the sum and the ReLU")
-    expected = {
-        f"fused: {n} batch norms with {what} after them"
-        for n, what in zip(NETWORKS[name][1], words, strict=True)
-        if n
-    }
+    expected = {f"fused: {n} batch norms with {what} after them" for what, n in NETWORKS[name][1].items()}
     assert {note for note in report.notes if note.startswith("fused")} == expected
     step(network, *batch(), masks)
     assert not computed

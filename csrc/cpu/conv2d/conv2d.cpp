@@ -6,6 +6,8 @@
 
 #include "cpu/conv2d/run.h"
 #include "cpu/dispatch.h"
+#include "cpu/norm/norm.h"
+#include "memory/block_cache.h"
 
 namespace fedpai {
 
@@ -26,40 +28,68 @@ ScheduleKey schedule_key(Direction direction, const Conv2dGeometry& geometry, co
           walk_in_force()};
 }
 
+// norm(x), for the walk that reads its source where it lies.
 template <class T>
-void run_passes(const CompiledPlan& plan, const ScheduleKey& key, const Images<const T>& source, const T* values,
-                const T* bias, const Images<T>& dest, int threads) {
+class Normalised {
+ public:
+  Normalised(const Images<const T>& x, const NormMap<T>& norm, const Plan& plan, const Conv2dGeometry& g, int threads)
+      : images_(x) {
+    const NormShape shape{plan.shape().in_channels(), g.batch * g.in_h * g.in_w};
+    block_ = block_cache().allocate(static_cast<std::size_t>(shape.channels * shape.row) * sizeof(T));
+    images_.data = static_cast<const T*>(block_.data);
+    normalise(shape, x.data, norm, static_cast<T*>(block_.data), threads);
+  }
+  Normalised(const Normalised&) = delete;
+  Normalised& operator=(const Normalised&) = delete;
+  ~Normalised() { block_cache().free(block_); }
+
+  const Images<const T>& images() const { return images_; }
+
+ private:
+  Images<const T> images_;
+  Block block_;
+};
+
+template <class T>
+void run_passes(const CompiledPlan& plan, const ScheduleKey& key, const Images<const T>& source, const NormMap<T>* norm,
+                const T* values, const T* bias, const Images<T>& dest, int threads) {
   const Conv2dKernels<T>& kernels = conv2d_kernels<T>();
   const auto schedule = plan.schedules.get(plan.plan, key);
   if (const auto* streamed = std::get_if<std::vector<StreamPass>>(schedule.get())) {
-    run_streamed(*streamed, kernels, key.geometry.batch, source, values, bias, dest, threads);
+    if (norm != nullptr) {
+      const Normalised<T> normalised(source, *norm, plan.plan, key.geometry, threads);
+      run_streamed(*streamed, kernels, key.geometry.batch, normalised.images(), values, bias, dest, threads);
+    } else {
+      run_streamed(*streamed, kernels, key.geometry.batch, source, values, bias, dest, threads);
+    }
     return;
   }
   for (const TiledPass& pass : std::get<std::vector<TiledPass>>(*schedule)) {
-    run_tiled(pass, kernels, key.geometry.batch, source, values, bias, dest, threads);
+    run_tiled(pass, kernels, key.geometry.batch, source, norm, values, bias, dest, threads);
   }
 }
 
 }  // namespace
 
 template <class T>
-void conv2d_forward(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> x, const T* values,
-                    const T* bias, Images<T> y, int threads) {
+void conv2d_forward(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> x, const NormMap<T>* norm,
+                    const T* values, const T* bias, Images<T> y, int threads) {
   if (geometry.batch == 0) return;
-  run_passes<T>(plan, schedule_key<T>(Direction::kForward, geometry, x, y.batch == 1), x, values, bias, y, threads);
+  const ScheduleKey key = schedule_key<T>(Direction::kForward, geometry, x, y.batch == 1);
+  run_passes<T>(plan, key, x, norm, values, bias, y, threads);
 }
 
 template <class T>
 void conv2d_input_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> dy, const T* values,
                        Images<T> dx, int threads) {
   if (geometry.batch == 0) return;
-  run_passes<T>(plan, schedule_key<T>(Direction::kInputGrad, geometry, dy, dx.batch == 1), dy, values, nullptr, dx,
-                threads);
+  const ScheduleKey key = schedule_key<T>(Direction::kInputGrad, geometry, dy, dx.batch == 1);
+  run_passes<T>(plan, key, dy, nullptr, values, nullptr, dx, threads);
 }
 
 template <class T>
-void conv2d_weight_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> x, Images<const T> dy,
-                        T* values_grad, T* bias_grad, int threads) {
+void conv2d_weight_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> x, const NormMap<T>* norm,
+                        Images<const T> dy, T* values_grad, T* bias_grad, int threads) {
   if (geometry.batch == 0) {
     std::fill(values_grad, values_grad + plan.plan.nnz(), T(0));
     if (bias_grad != nullptr) std::fill(bias_grad, bias_grad + plan.plan.shape().out_channels, T(0));
@@ -68,25 +98,33 @@ void conv2d_weight_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry
   const Conv2dKernels<T>& kernels = conv2d_kernels<T>();
   const auto schedule =
       plan.schedules.get(plan.plan, schedule_key<T>(Direction::kWeightGrad, geometry, x, dy.batch == 1));
-  const auto run = [&](const auto& pass, auto run_grad) {
+  const auto run = [&](const auto& pass, const auto& run_grad) {
     // A tap that only ever reads padding is not in the pass: its gradient is zero.
     if (pass.entries() < plan.plan.nnz()) std::fill(values_grad, values_grad + plan.plan.nnz(), T(0));
-    run_grad(pass, kernels, geometry.batch, x, dy, values_grad, bias_grad, threads);
+    run_grad(pass);
   };
   if (const auto* streamed = std::get_if<std::vector<StreamPass>>(schedule.get())) {
-    run(streamed->front(), run_streamed_grad<T>);
+    const auto run_on = [&](const Images<const T>& source) {
+      run(streamed->front(), [&](const StreamPass& pass) {
+        run_streamed_grad(pass, kernels, geometry.batch, source, dy, values_grad, bias_grad, threads);
+      });
+    };
+    if (norm != nullptr) run_on(Normalised<T>(x, *norm, plan.plan, geometry, threads).images());
+    else run_on(x);
   } else {
-    run(std::get<std::vector<TiledPass>>(*schedule).front(), run_tiled_grad<T>);
+    run(std::get<std::vector<TiledPass>>(*schedule).front(), [&](const TiledPass& pass) {
+      run_tiled_grad(pass, kernels, geometry.batch, x, norm, dy, values_grad, bias_grad, threads);
+    });
   }
 }
 
 #define FEDPAI_INSTANTIATE(T)                                                                                        \
-  template void conv2d_forward<T>(const CompiledPlan&, const Conv2dGeometry&, Images<const T>, const T*, const T*,   \
-                                  Images<T>, int);                                                                   \
+  template void conv2d_forward<T>(const CompiledPlan&, const Conv2dGeometry&, Images<const T>, const NormMap<T>*,    \
+                                  const T*, const T*, Images<T>, int);                                               \
   template void conv2d_input_grad<T>(const CompiledPlan&, const Conv2dGeometry&, Images<const T>, const T*,          \
                                      Images<T>, int);                                                                \
-  template void conv2d_weight_grad<T>(const CompiledPlan&, const Conv2dGeometry&, Images<const T>, Images<const T>, T*, T*, \
-                                      int);
+  template void conv2d_weight_grad<T>(const CompiledPlan&, const Conv2dGeometry&, Images<const T>,                   \
+                                      const NormMap<T>*, Images<const T>, T*, T*, int);
 FEDPAI_INSTANTIATE(float)
 FEDPAI_INSTANTIATE(double)
 

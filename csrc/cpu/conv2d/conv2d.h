@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "cpu/conv2d/schedule_cache.h"
+#include "cpu/norm/kernels.h"
 
 namespace fedpai {
 
@@ -24,17 +25,19 @@ struct Images {
   std::int64_t batch, channel, row, column;
 };
 
+// With a norm, x stands for norm(x), which is not stored: it is computed while patches are packed (padding stays zero),
+// or, where the walk is streamed, in memory that is gone afterwards. x must be batch-last then, without gaps.
 template <class T>
-void conv2d_forward(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> x, const T* values,
-                    const T* bias, Images<T> y, int threads);
+void conv2d_forward(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> x, const NormMap<T>* norm,
+                    const T* values, const T* bias, Images<T> y, int threads);
 
 template <class T>
 void conv2d_input_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> dy, const T* values,
                        Images<T> dx, int threads);
 
-// bias_grad may be null.
+// bias_grad may be null. norm: as in the forward pass.
 template <class T>
-void conv2d_weight_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> x, Images<const T> dy,
-                        T* values_grad, T* bias_grad, int threads);
+void conv2d_weight_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> x, const NormMap<T>* norm,
+                        Images<const T> dy, T* values_grad, T* bias_grad, int threads);
 
 }  // namespace fedpai

@@ -232,6 +232,24 @@ FEDPAI_INLINE void copy_strided(T* packed, const T* source, std::int64_t count, 
   }
 }
 
+// Normalises packed pixels, which lie in L1 from being packed. Lanes from `valid` on stay zero.
+template <class T, bool Relu>
+void normalise_packed(T* packed, std::int64_t count, int blocks, int valid, NormAffine<T> p) {
+  using V = Vec<T>;
+  using reg = typename V::reg;
+  const reg mean = V::set1(p.mean), scale = V::set1(p.scale), shift = V::set1(p.shift), zero = V::zero();
+  for (std::int64_t i = 0; i < count; ++i) {
+    for (int b = 0; b < blocks; ++b, packed += V::lanes) {
+      // Rounded as in norm_apply_rows, so that a result does not depend on where it was normalised.
+      reg v = V::fma(V::sub(V::load(packed), mean), scale, shift);
+      if constexpr (Relu) v = V::max(zero, v);
+      const int left = valid - b * V::lanes;
+      if (left >= V::lanes) V::store(packed, v);
+      else if (left > 0) V::store_partial(packed, v, left);
+    }
+  }
+}
+
 template <class T>
 void pack(const PackArgs<T>& a) {
   const std::int64_t width = static_cast<std::int64_t>(a.blocks) * Vec<T>::lanes;
@@ -265,6 +283,13 @@ void pack(const PackArgs<T>& a) {
         const T* const from = source + g * width * a.source_lane;
         if (adjacent) copy_partial(to, from, segment.count, segment.step, a.blocks, valid);
         else copy_strided(to, from, segment.count, segment.step, a.blocks, valid, a.source_lane);
+      }
+      if (a.norm == nullptr) continue;
+      const auto normalise_row = a.norm->relu ? normalise_packed<T, true> : normalise_packed<T, false>;
+      for (std::int64_t g = 0; g < a.groups; ++g) {
+        const std::int64_t left = a.images - g * width;
+        const int valid = static_cast<int>(left < width ? left : width);
+        normalise_row(packed + g * a.packed_group, segment.count, a.blocks, valid, a.norm->channel[channel]);
       }
     }
   }

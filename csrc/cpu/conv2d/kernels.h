@@ -19,6 +19,7 @@
 #include <cstdint>
 
 #include "cpu/conv2d/stream_kernels.h"
+#include "cpu/norm/kernels.h"
 
 namespace fedpai {
 
@@ -91,6 +92,7 @@ struct PackArgs {
   int groups;                 // neighbouring lane groups that are packed together,
   std::int64_t packed_group;  // this many elements apart
   std::int64_t images;        // present in these lane groups, the last of them included; the rest is packed as zero
+  const NormMap<T>* norm;     // of the source's channels, for its pixels but not for padding; null: packed as they are
 };
 
 // The inverse of packing, for the cases that a tile cannot store directly: a lane group that the batch does not fill,

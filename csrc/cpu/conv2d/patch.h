@@ -94,7 +94,7 @@ PackArgs<T> pack_args(const TiledPass& pass, const Unit& unit, const Images<cons
 
 template <class T>
 void pack_block(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t block, const Unit& unit,
-                const Images<const T>& source, T* packed) {
+                const Images<const T>& source, const NormMap<T>* norm, T* packed) {
   const std::int64_t begin = pass.block_channel_begin[static_cast<std::size_t>(block)];
   PackArgs<T> args = pack_args(pass, unit, source, unit.segments);
   args.channels = pass.channels.data() + begin;
@@ -102,6 +102,7 @@ void pack_block(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int
   args.packed = packed;
   args.plane = pass.plane;
   args.packed_group = pass.group;
+  args.norm = norm;
   kernels.pack(args);
 }
 

@@ -11,15 +11,16 @@
 
 namespace fedpai {
 
-// dest = bias + sum over the pass's entries of value * source, at the dest pixels of the pass; bias may be null.
+// dest = bias + sum over the pass's entries of value * source, at the dest pixels of the pass; bias may be null. With a
+// norm, the source's pixels are normalised on the way.
 template <class T>
 void run_tiled(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& source,
-              const T* values, const T* bias, const Images<T>& dest, int threads);
+              const NormMap<T>* norm, const T* values, const T* bias, const Images<T>& dest, int threads);
 
 // The gradients of values (those in the pass; the others are left alone) and of the bias, which may be null.
 template <class T>
 void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& x,
-                    const Images<const T>& dy, T* values_grad, T* bias_grad, int threads);
+                    const NormMap<T>* norm, const Images<const T>& dy, T* values_grad, T* bias_grad, int threads);
 
 // The same by the streamed walk, for all passes of a direction; all images adjacent.
 template <class T>

@@ -42,8 +42,8 @@ void unpack_group(const TiledPass& pass, const Conv2dKernels<T>& kernels, const 
 // The sums of one unit for the dest channels [channel_begin, channel_end).
 template <class T>
 void accumulate_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Unit& unit,
-                     const Images<const T>& source, const T* values, const T* bias, const Images<T>& dest,
-                     std::int64_t channel_begin, std::int64_t channel_end, T* packed, T* staging) {
+                     const Images<const T>& source, const NormMap<T>* norm, const T* values, const T* bias,
+                     const Images<T>& dest, std::int64_t channel_begin, std::int64_t channel_end, T* packed, T* staging) {
   TileArgs<T> args{};
   args.offset = pass.offset.data();
   args.value = values;
@@ -52,7 +52,7 @@ void accumulate_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, con
   for (std::int64_t block = 0; block < pass.blocks(); ++block) {
     const TaskRange range = tasks_of(pass, block, channel_begin, channel_end);
     if (range.begin == range.end) continue;
-    pack_block(pass, kernels, block, unit, source, packed);
+    pack_block(pass, kernels, block, unit, source, norm, packed);
     args.task = pass.tasks.data() + range.begin;
     args.tasks = range.end - range.begin;
     args.accumulate = block > 0;
@@ -69,7 +69,7 @@ void accumulate_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, con
 
 template <class T>
 void run_tiled(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& source,
-              const T* values, const T* bias, const Images<T>& dest, int threads) {
+              const NormMap<T>* norm, const T* values, const T* bias, const Images<T>& dest, int threads) {
   const Units units(pass, batch, threads);
   // With fewer units than threads can share evenly, the dest channels are split as well; each part packs for itself.
   std::int64_t parts = 1;
@@ -97,14 +97,14 @@ void run_tiled(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int6
     for (std::int64_t i = 0; i < units.count * parts; ++i) {
       const auto part = static_cast<std::size_t>(i % parts);
       move_to(unit, i / parts, units, pass, batch, source);
-      accumulate_unit(pass, kernels, unit, source, ordered, bias, dest, cuts[part], cuts[part + 1], packed, staging);
+      accumulate_unit(pass, kernels, unit, source, norm, ordered, bias, dest, cuts[part], cuts[part + 1], packed, staging);
     }
   }
 }
 
 template void run_tiled<float>(const TiledPass&, const Conv2dKernels<float>&, std::int64_t, const Images<const float>&,
-                              const float*, const float*, const Images<float>&, int);
+                              const NormMap<float>*, const float*, const float*, const Images<float>&, int);
 template void run_tiled<double>(const TiledPass&, const Conv2dKernels<double>&, std::int64_t, const Images<const double>&,
-                               const double*, const double*, const Images<double>&, int);
+                               const NormMap<double>*, const double*, const double*, const Images<double>&, int);
 
 }  // namespace fedpai

@@ -41,7 +41,7 @@ void stage_gradient(const TiledPass& pass, const Conv2dKernels<T>& kernels, cons
 // Adds one unit's products to the sums of the dest channels [channel_begin, channel_end).
 template <class T>
 void grad_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Unit& unit, const Images<const T>& x,
-               const Images<const T>& dy, std::int64_t channel_begin, std::int64_t channel_end, T* sums, T* bias_sums,
+               const NormMap<T>* norm, const Images<const T>& dy, std::int64_t channel_begin, std::int64_t channel_end, T* sums, T* bias_sums,
                T* packed, T* staging) {
   stage_gradient(pass, kernels, unit, dy, staging);
 
@@ -51,7 +51,7 @@ void grad_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Uni
   for (std::int64_t block = 0; block < pass.blocks(); ++block) {
     const TaskRange range = tasks_of(pass, block, channel_begin, channel_end);
     if (range.begin == range.end) continue;
-    pack_block(pass, kernels, block, unit, x, packed);
+    pack_block(pass, kernels, block, unit, x, norm, packed);
     args.task = pass.tasks.data() + range.begin;
     args.tasks = range.end - range.begin;
     args.bias_sums = block == 0 ? bias_sums : nullptr;
@@ -63,7 +63,7 @@ void grad_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Uni
 
 template <class T>
 void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& x,
-                     const Images<const T>& dy, T* values_grad, T* bias_grad, int threads) {
+                     const NormMap<T>* norm, const Images<const T>& dy, T* values_grad, T* bias_grad, int threads) {
   const Units units(pass, batch, threads);
   const std::int64_t lanes = kernels.lanes;
   const std::int64_t entries = pass.entries();
@@ -99,7 +99,7 @@ void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std:
     Unit unit;
     for (std::int64_t index = first_unit; index < last_unit; ++index) {
       move_to(unit, index, units, pass, batch, x);
-      grad_unit(pass, kernels, unit, x, dy, cuts[cut], cuts[cut + 1], sums + set * sums_size,
+      grad_unit(pass, kernels, unit, x, norm, dy, cuts[cut], cuts[cut + 1], sums + set * sums_size,
                 bias_grad != nullptr ? bias_sums + set * bias_size : nullptr, packed, staging);
     }
   }
@@ -114,8 +114,9 @@ void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std:
 }
 
 template void run_tiled_grad<float>(const TiledPass&, const Conv2dKernels<float>&, std::int64_t, const Images<const float>&,
-                                     const Images<const float>&, float*, float*, int);
+                                     const NormMap<float>*, const Images<const float>&, float*, float*, int);
 template void run_tiled_grad<double>(const TiledPass&, const Conv2dKernels<double>&, std::int64_t,
-                                      const Images<const double>&, const Images<const double>&, double*, double*, int);
+                                      const Images<const double>&, const NormMap<double>*,
+                                      const Images<const double>&, double*, double*, int);
 
 }  // namespace fedpai

@@ -28,6 +28,13 @@ struct NormAffine {
   T shift;
 };
 
+// The maps of all channels, followed by a ReLU or not.
+template <class T>
+struct NormMap {
+  const NormAffine<T>* channel;
+  bool relu;
+};
+
 // dx = (g - mean_g - (x - mean) * slope) * scale: the gradient through the batch's own mean and variance.
 template <class T>
 struct NormPull {

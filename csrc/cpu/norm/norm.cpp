@@ -109,6 +109,22 @@ const T* offset(const T* row, std::int64_t by) {
 }  // namespace
 
 template <class T>
+std::vector<NormAffine<T>> norm_affines(std::int64_t channels, const T* weight, const T* bias, const T* mean,
+                                        const T* invstd) {
+  std::vector<NormAffine<T>> maps;
+  for (std::int64_t c = 0; c < channels; ++c) maps.push_back(affine(weight, bias, mean[c], invstd[c], c));
+  return maps;
+}
+
+template <class T>
+void normalise(NormShape shape, const T* x, NormMap<T> map, T* y, int threads) {
+  for_pieces(shape, cut(shape, threads), [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
+    const std::int64_t at = channel * shape.row + begin;
+    apply<T>(x + at, nullptr, map.relu, y + at, n, map.channel[channel]);
+  });
+}
+
+template <class T>
 void batch_norm_train(NormShape shape, const T* x, const T* r, const T* weight, const T* bias, double eps, bool relu,
                       T* y, T* mean, T* invstd, T* var, int threads) {
   const NormKernels<T>& k = norm_kernels<T>();
@@ -121,7 +137,7 @@ void batch_norm_train(NormShape shape, const T* x, const T* r, const T* weight, 
     invstd[channel] = static_cast<T>(1.0 / std::sqrt(f.m2 / f.count + eps));
     var[channel] = static_cast<T>(f.m2 / (f.count - 1.0));
   };
-  const auto normalise = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
+  const auto write_y = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
     const std::int64_t at = channel * shape.row + begin;
     apply(x + at, offset(r, at), relu, y + at, n, affine(weight, bias, mean[channel], invstd[channel], channel));
   };
@@ -134,7 +150,7 @@ void batch_norm_train(NormShape shape, const T* x, const T* r, const T* weight, 
         fold.add(block(channel, b * kNormBlock, n), static_cast<double>(n));
       }
       finish(channel, fold);
-      normalise(channel, 0, shape.row);
+      if (y != nullptr) write_y(channel, 0, shape.row);
     });
     return;
   }
@@ -147,7 +163,7 @@ void batch_norm_train(NormShape shape, const T* x, const T* r, const T* weight, 
     }
     finish(channel, fold);
   }
-  for_pieces(shape, c, normalise);
+  if (y != nullptr) for_pieces(shape, c, write_y);
 }
 
 template <class T>
@@ -156,6 +172,7 @@ void batch_norm_eval(NormShape shape, const T* x, const T* r, const T* weight, c
   for (std::int64_t channel = 0; channel < shape.channels; ++channel) {
     invstd[channel] = static_cast<T>(1.0 / std::sqrt(static_cast<double>(var[channel]) + eps));
   }
+  if (y == nullptr) return;
   for_pieces(shape, cut(shape, threads), [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
     const std::int64_t at = channel * shape.row + begin;
     apply(x + at, offset(r, at), relu, y + at, n, affine(weight, bias, mean[channel], invstd[channel], channel));
@@ -239,6 +256,8 @@ void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* z, c
 }
 
 #define FEDPAI_INSTANTIATE(T)                                                                                       \
+  template std::vector<NormAffine<T>> norm_affines<T>(std::int64_t, const T*, const T*, const T*, const T*);        \
+  template void normalise<T>(NormShape, const T*, NormMap<T>, T*, int);                                             \
   template void batch_norm_train<T>(NormShape, const T*, const T*, const T*, const T*, double, bool, T*, T*, T*,    \
                                     T*, int);                                                                       \
   template void batch_norm_eval<T>(NormShape, const T*, const T*, const T*, const T*, const T*, const T*, double,   \

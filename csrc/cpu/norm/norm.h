@@ -6,6 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
+
+#include "cpu/norm/kernels.h"
 
 namespace fedpai {
 
@@ -14,13 +17,23 @@ struct NormShape {
   std::int64_t row;  // elements per channel, H*W*N
 };
 
+// The map of each channel whose statistics are known; weight and bias may be null (1 and 0).
+template <class T>
+std::vector<NormAffine<T>> norm_affines(std::int64_t channels, const T* weight, const T* bias, const T* mean,
+                                        const T* invstd);
+
+// y = map(x); both [channels, row].
+template <class T>
+void normalise(NormShape shape, const T* x, NormMap<T> map, T* y, int threads);
+
 // x, y: [channels, row]; r, a residual added before the ReLU, likewise or null. weight, bias: [channels] or null (1 and
-// 0). Writes mean, invstd and var (unbiased, what the running variance takes in): [channels] each. Needs row >= 1.
+// 0). Writes mean, invstd and var (unbiased, what the running variance takes in): [channels] each. Needs row >= 1. Without y (null, as is r then),
+// only the statistics.
 template <class T>
 void batch_norm_train(NormShape shape, const T* x, const T* r, const T* weight, const T* bias, double eps, bool relu,
                       T* y, T* mean, T* invstd, T* var, int threads);
 
-// As above with given statistics; writes invstd.
+// As above with given statistics; writes invstd, without y nothing else.
 template <class T>
 void batch_norm_eval(NormShape shape, const T* x, const T* r, const T* weight, const T* bias, const T* mean,
                      const T* var, double eps, bool relu, T* y, T* invstd, int threads);

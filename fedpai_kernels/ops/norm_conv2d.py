@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batch norm, ReLU and sparse convolution as one operation: ``conv2d(relu(batch_norm(x)))``.
+
+The normalised activation is not stored. The convolution normalises what it reads: while it packs a patch, or, where it
+walks without packing, into memory that is free again when it returns. Only `x` is kept for the backward pass, which
+normalises again on the way to the weight's gradient. Both times the arithmetic is that of
+:func:`fedpai_kernels.ops.norm.batch_norm`, rounding included: results and gradients have the same bits as the two
+operations one after the other.
+
+Rows of an activation moved (reads + writes), one after the other and here, with a walk that packs:
+
+    forward    norm 2 + 1, convolution 1           ->  statistics 1, convolution 1
+    backward   convolution 1 + 1 (dx) and 1 (dw)   ->  the same, from x; norm as before, but its dx in place of its dy
+    kept       x and the normalised activation     ->  x
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import to_batch_last
+from ..plan import Plan
+from .conv2d import checked_geometry, differentiable_conv2d, run_forward, run_weight_grad
+from .norm import Running, check_norm, given_statistics, twin
+from .registry import LIBRARY, keep_signature
+
+__all__ = ["norm_conv2d"]
+
+# stats: (2 or 3, C), mean and 1 / sqrt(var + eps) first.
+_NORM = "Tensor x, Tensor stats, Tensor? norm_weight, Tensor? norm_bias, bool relu"
+LIBRARY.define(
+    f"norm_conv2d_forward({_NORM}, Tensor values, Tensor? bias, int plan, int[] geometry) -> Tensor"
+)
+LIBRARY.define(
+    f"norm_conv2d_weight_grad({_NORM}, Tensor dy, int plan, bool with_bias, int[] geometry) -> (Tensor, Tensor)"
+)
+
+
+class _Norm:
+    """The addresses of a norm's parameters, and the tensors behind them."""
+
+    def __init__(self, stats: Tensor, weight: Tensor | None, bias: Tensor | None, relu: bool) -> None:
+        self._kept = [None if t is None else t.contiguous() for t in (stats, weight, bias)]
+        stats, row_bytes = stats.contiguous(), stats.shape[1] * stats.element_size()
+        parameters = (0 if t is None else t.data_ptr() for t in self._kept[1:])
+        self.addresses = (stats.data_ptr(), stats.data_ptr() + row_bytes, *parameters, int(relu))
+
+
+def _forward(
+    x: Tensor,
+    stats: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    relu: bool,
+    values: Tensor,
+    bias: Tensor | None,
+    plan: int,
+    geometry: list[int],
+) -> Tensor:
+    norm = _Norm(stats, norm_weight, norm_bias, relu)
+    return run_forward(to_batch_last(x), norm.addresses, values, bias, plan, geometry)
+
+
+def _weight_grad(
+    x: Tensor,
+    stats: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    relu: bool,
+    dy: Tensor,
+    plan: int,
+    with_bias: bool,
+    geometry: list[int],
+) -> tuple[Tensor, Tensor]:
+    norm = _Norm(stats, norm_weight, norm_bias, relu)
+    return run_weight_grad(to_batch_last(x), norm.addresses, dy, plan, with_bias, geometry)
+
+
+LIBRARY.impl("norm_conv2d_forward", _forward, "CPU")
+LIBRARY.impl("norm_conv2d_weight_grad", _weight_grad, "CPU")
+
+
+@torch.library.register_fake("fedpai::norm_conv2d_forward", lib=LIBRARY)
+def _(
+    x: Tensor,
+    stats: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    relu: bool,
+    values: Tensor,
+    bias: Tensor | None,
+    plan: int,
+    geometry: list[int],
+) -> Tensor:
+    y: Tensor = torch.ops.fedpai.conv2d_forward(x, values, bias, plan, geometry)
+    return y
+
+
+@torch.library.register_fake("fedpai::norm_conv2d_weight_grad", lib=LIBRARY)
+def _(
+    x: Tensor,
+    stats: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    relu: bool,
+    dy: Tensor,
+    plan: int,
+    with_bias: bool,
+    geometry: list[int],
+) -> tuple[Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor] = torch.ops.fedpai.conv2d_weight_grad(x, dy, plan, with_bias, geometry)
+    return grads
+
+
+_ops: Any = torch.ops.fedpai
+
+
+@keep_signature
+class _NormConv2d(torch.autograd.Function):
+    """(x, norm weight, norm bias, mean | None, var | None, eps, relu, running | None, values, bias, plan, geometry)
+    -> (y, stats); given mean and var are constants."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        eps: float,
+        relu: bool,
+        running: Running | None,
+        values: Tensor,
+        bias: Tensor | None,
+        plan: Plan,
+        geometry: list[int],
+    ) -> tuple[Tensor, Tensor]:
+        if mean is None or var is None:
+            stats: Tensor = _ops.batch_norm_statistics(x, eps)
+        else:
+            stats = given_statistics(mean, var, eps)
+        if running is not None:
+            running.update(stats)
+        y = _ops.norm_conv2d_forward(x, stats, norm_weight, norm_bias, relu, values, bias, plan.handle, geometry)
+        return y, stats
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, norm_weight, norm_bias, mean, _, ctx.eps, ctx.relu, _, values, bias, ctx.plan, ctx.geometry = inputs
+        ctx.save_for_backward(x, norm_weight, norm_bias, output[1], values, bias)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.through_statistics = mean is None
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 12
+        x, norm_weight, norm_bias, stats, values, bias = ctx.saved_tensors
+        norm = (stats, norm_weight, norm_bias, ctx.relu)
+        needs = ctx.needs_input_grad
+        need_x, need_norm = needs[0], needs[1] or needs[2]
+        need_values, need_bias = needs[8:10]
+        if torch.is_grad_enabled():  # create_graph=True
+            given = None if ctx.through_statistics else stats
+            h = twin(x, norm_weight, norm_bias, given, ctx.eps, ctx.relu)
+            y = differentiable_conv2d(h, values, bias, ctx.plan, ctx.geometry)
+            inputs = {0: x, 1: norm_weight, 2: norm_bias, 8: values, 9: bias}
+            wanted = {i: t for i, t in inputs.items() if needs[i]}
+            found = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=True) if wanted else ()
+            grads = dict(zip(wanted, found, strict=True))
+            return tuple(grads.get(i) for i in range(12))
+        dx = dnorm = dvalues = dbias = None
+        if need_values:
+            dvalues, dbias = _ops.norm_conv2d_weight_grad(
+                x, *norm, dy, ctx.plan.handle, need_bias, ctx.geometry
+            )
+        elif need_bias:
+            dbias = dy.sum((0, 2, 3))
+        if need_x or need_norm:
+            image = (x.shape[2], x.shape[3])
+            dx = _ops.conv2d_input_grad(dy, values, ctx.plan.handle, *image, ctx.geometry)
+            dnorm = _ops.batch_norm_backward_(
+                dx, x, norm_weight, norm_bias, stats, ctx.through_statistics, ctx.relu, need_x, need_norm
+            )
+        return (
+            dx if need_x else None,
+            dnorm[0] if needs[1] else None,
+            dnorm[1] if needs[2] else None,
+            *(None,) * 5,
+            dvalues,
+            dbias if need_bias else None,
+            None,
+            None,
+        )
+
+
+def norm_conv2d(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    values: Tensor,
+    plan: Plan,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    relu: bool = False,
+) -> Tensor:
+    """``sparse_conv2d(batch_norm(x, ..., relu=relu), values, plan, bias, ...)`` without the tensor in between, with the same bits.
+
+    The first eight arguments and `relu` are those of :func:`fedpai_kernels.ops.norm.batch_norm`, the others those of
+    :func:`fedpai_kernels.ops.sparse_conv2d`; `x` is (N, C, H, W) with at least one element. Differentiable in x, the
+    norm's weight and bias, values and bias; gradients of gradients go through torch's own batch norm. The running
+    statistics are updated in place when `training`.
+
+    Raises:
+        TypeError, ValueError: as those two.
+    """
+    check_norm(x, running_mean, running_var, norm_weight, norm_bias, training)
+    if x.numel() == 0:
+        raise ValueError(f"x: expected at least one element, got shape {tuple(x.shape)}")
+    geometry = checked_geometry(x, values, plan, bias, stride, padding, dilation, groups)
+    if not training:
+        mean, var, running = running_mean, running_var, None
+    else:
+        mean, var, running = None, None, Running(running_mean, running_var, momentum)
+    y: Tensor = _NormConv2d.apply(
+        x, norm_weight, norm_bias, mean, var, eps, relu, running, values, bias, plan, geometry
+    )[0]
+    return y

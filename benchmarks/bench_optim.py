@@ -28,10 +28,9 @@ FORMS = {
 
 def parameters(model: str, density: float) -> list[nn.Parameter]:
     """As many values as the layers of a network keep, with gradients."""
-    sizes = []
-    for p in models.create(model, num_classes=10, in_channels=3, image_size=32, seed=0).parameters():
-        sizes.append(max(1, round(density * p.numel())) if p.dim() > 1 else p.numel())
-    found = [nn.Parameter(torch.randn(size)) for size in sizes]
+    network = models.create(model, num_classes=10, in_channels=3, image_size=32, seed=0)
+    shares = [(p.numel(), density if p.dim() > 1 else 1.0) for p in network.parameters()]
+    found = [nn.Parameter(torch.randn(round(share * count))) for count, share in shares]
     for p in found:
         p.grad = torch.randn_like(p)
     return found

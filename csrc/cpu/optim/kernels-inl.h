@@ -20,8 +20,8 @@
 //
 //   SGD 12, with momentum 20; Adam 28, with amsgrad 36
 //
-// where separate passes over all parameters (weight decay, momentum, update) move 40 and more. Adam's two divisions and
-// its root take about 2.5 cycles an element with 512-bit vectors, less than the memory behind the caches needs.
+// where a pass each for weight decay, momentum (two) and update moves 44. benchmarks/bench_optim.py measures it beside
+// torch's forms.
 #pragma once
 
 #include "cpu/optim/kernels.h"

@@ -21,6 +21,7 @@ set(FEDPAI_CORE_SOURCES
   csrc/cpu/conv2d/run_streamed.cpp
   csrc/cpu/conv2d/conv2d.cpp
   csrc/cpu/norm/norm.cpp
+  csrc/cpu/optim/optim.cpp
   csrc/cpu/pool/pool.cpp)
 
 # The only files that know Python.
@@ -30,4 +31,6 @@ set(FEDPAI_BINDING_SOURCES
   csrc/bindings/conv2d.cpp
   csrc/bindings/memory.cpp
   csrc/bindings/norm.cpp
-  csrc/bindings/pool.cpp)
+  csrc/bindings/optim.cpp
+  csrc/bindings/pool.cpp
+  csrc/bindings/tensor_reader.cpp)

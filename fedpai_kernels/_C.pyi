@@ -3,6 +3,8 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 __version__: str
 
 def isa() -> str: ...
@@ -94,3 +96,20 @@ avg_pool2d_fwd_f64 = avg_pool2d_fwd_f32
 avg_pool2d_dx_f64 = avg_pool2d_dx_f32
 adaptive_avg_pool2d_fwd_f64 = adaptive_avg_pool2d_fwd_f32
 adaptive_avg_pool2d_dx_f64 = adaptive_avg_pool2d_dx_f32
+
+# Describes torch's tensors of exactly `types`; `exchange` is what they have as __dlpack_c_exchange_api__.
+class TensorReader:
+    def __init__(self, exchange: object, types: tuple[type, ...]) -> None: ...
+
+# Unlike the rest, these look at what they are given: lists of one length, except where an option leaves one unused.
+# They return the numbers of the parameters that were not taken, of which nothing was touched. `first`: the buffer is
+# yet to be filled. `steps` count in place.
+def sgd_step(
+    reader: TensorReader, params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], first: list[bool],
+    lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool, threads: int,
+) -> list[int]: ...
+def adam_step(
+    reader: TensorReader, params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor], steps: list[Tensor], lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, decoupled: bool, amsgrad: bool, maximize: bool, threads: int,
+) -> list[int]: ...

@@ -9,6 +9,7 @@ void bind_plan(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);
 void bind_memory(pybind11::module_& m);
 void bind_norm(pybind11::module_& m);
+void bind_optim(pybind11::module_& m);
 void bind_pool(pybind11::module_& m);
 
 }  // namespace fedpai

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of DLPack that lends a CPU tensor to torch: no tensor library is linked. Layout and names are those of
-// dlpack/dlpack.h in https://github.com/dmlc/dlpack (Apache-2.0); this unversioned form is the one that a capsule named
-// "dltensor" holds, and its layout is frozen.
+// The parts of DLPack that lend a CPU tensor to torch, and describe torch's: no tensor library is linked. Layout and
+// names are those of dlpack/dlpack.h in https://github.com/dmlc/dlpack (Apache-2.0). The unversioned managed tensor is
+// what a capsule named "dltensor" holds, and its layout is frozen; that of the exchange functions is frozen within a
+// major version.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +14,7 @@ struct DLDevice {
   std::int32_t device_id;
 };
 constexpr std::int32_t kDLCPU = 1;
+constexpr std::uint8_t kDLFloat = 2;
 
 struct DLDataType {
   std::uint8_t code;  // 0: signed integer, 2: floating point
@@ -35,5 +37,18 @@ struct DLManagedTensor {
   void* manager_ctx;
   void (*deleter)(DLManagedTensor* self);  // called once, by whoever consumed the capsule
 };
+
+// What the capsule "dlpack_exchange_api" of a tensor type holds, since DLPack 1.3: functions for C callers.
+struct DLPackExchangeAPI {
+  std::uint32_t major, minor;
+  DLPackExchangeAPI* previous;
+  void* managed_tensor_allocator;
+  void* managed_tensor_from_py_object_no_sync;
+  void* managed_tensor_to_py_object_no_sync;
+  // Describes a tensor without owning it: 0, or -1 with a Python exception set. May be null.
+  int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);
+  void* current_work_stream;
+};
+constexpr std::uint32_t kDLPackMajor = 1;
 
 }  // namespace fedpai

@@ -17,5 +17,6 @@ PYBIND11_MODULE(_C, m) {
   fedpai::bind_conv2d(m);
   fedpai::bind_memory(m);
   fedpai::bind_norm(m);
+  fedpai::bind_optim(m);
   fedpai::bind_pool(m);
 }

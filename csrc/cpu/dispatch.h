@@ -7,6 +7,7 @@
 
 #include "cpu/conv2d/kernels.h"
 #include "cpu/norm/kernels.h"
+#include "cpu/optim/kernels.h"
 #include "cpu/pool/kernels.h"
 
 namespace fedpai {
@@ -17,6 +18,8 @@ struct KernelTable {
   Conv2dKernels<double> conv2d_f64;
   NormKernels<float> norm_f32;
   NormKernels<double> norm_f64;
+  OptimKernels<float> optim_f32;
+  OptimKernels<double> optim_f64;
   PoolKernels<float> pool_f32;
   PoolKernels<double> pool_f64;
 };
@@ -54,6 +57,17 @@ inline const NormKernels<float>& norm_kernels<float>() {
 template <>
 inline const NormKernels<double>& norm_kernels<double>() {
   return kernels().norm_f64;
+}
+
+template <class T>
+const OptimKernels<T>& optim_kernels();
+template <>
+inline const OptimKernels<float>& optim_kernels<float>() {
+  return kernels().optim_f32;
+}
+template <>
+inline const OptimKernels<double>& optim_kernels<double>() {
+  return kernels().optim_f64;
 }
 
 template <class T>

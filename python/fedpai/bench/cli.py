@@ -69,6 +69,11 @@ def _add_layers(kinds: argparse._SubParsersAction[Any]) -> None:
     )
     add("--kinds", type=_words, default=["conv2d"], metavar="K,..", help="conv2d, linear (conv2d)")
     add("--compile", action="store_true", help="also try dense torch compiled")
+    add(
+        "--roofline",
+        action="store_true",
+        help="also show which share of the machine's bound each layer reaches, and the median over the layers",
+    )
     add("--cold", action="store_true", help="empty the caches before each sample")
     parser.set_defaults(run=_guarded(_layers))
 
@@ -199,6 +204,7 @@ def _progress(text: str) -> None:
 
 def _layers(arguments: argparse.Namespace) -> None:
     from fedpai.bench import layers
+    from fedpai.bench import roofline_text as roofline
     from fedpai.bench.layers_text import detail_tables, remarks, summary_table
 
     settings = layers.Settings(
@@ -222,6 +228,10 @@ def _layers(arguments: argparse.Namespace) -> None:
         print()
     summary_table(rows).show()
     print(*remarks(rows), sep="\n")
+    if arguments.roofline:
+        for table in (*roofline.roofline_tables(rows), roofline.summary_table(rows)):
+            print()
+            table.show()
 
 
 def _step(arguments: argparse.Namespace) -> None:

@@ -194,10 +194,10 @@ class MachineModel:
 
     def __str__(self) -> str:
         loads = ", ".join(f"{rate:.0f} from {_size(size)}" for size, rate in self.load_gflops)
-        rates = ", ".join(f"{rate:.0f} in {_size(size)}" for size, rate in self.stream)
+        streams = ", ".join(f"{rate:.0f} in {_size(size)}" for size, rate in self.stream)
         return (
             f"multiply-adds: {self.fma_gflops:.0f} GFLOP/s from registers; with a load each {loads}\n"
-            f"stream: GB/s {rates}"
+            f"stream, GB/s: {streams}"
         )
 
 

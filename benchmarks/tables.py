@@ -22,6 +22,7 @@ from fedpai.bench.table import Table, digits, milliseconds, ratio
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+SHOWN = ("step", "layer")
 RIVALS = {"dense": "dense torch", "sparseprop": "SparseProp"}
 
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        rows = newest(list(read(sorted(arguments.results.glob("*.jsonl")))))
+        rows = newest([row for row in read(sorted(arguments.results.glob("*.jsonl"))) if row["row"] in SHOWN])
         old = {path: path.read_text(encoding="utf-8") for path in documents(arguments.root)}
         new = {
             path: replaced(path, text, section(rows, path.name == "README.md")) for path, text in old.items()

@@ -20,6 +20,7 @@ set(FEDPAI_CORE_SOURCES
   csrc/cpu/conv2d/run_tiled_grad.cpp
   csrc/cpu/conv2d/run_streamed.cpp
   csrc/cpu/conv2d/conv2d.cpp
+  csrc/cpu/machine/machine.cpp
   csrc/cpu/norm/norm.cpp
   csrc/cpu/optim/optim.cpp
   csrc/cpu/pool/pool.cpp)
@@ -29,6 +30,7 @@ set(FEDPAI_BINDING_SOURCES
   csrc/bindings/module.cpp
   csrc/bindings/plan.cpp
   csrc/bindings/conv2d.cpp
+  csrc/bindings/machine.cpp
   csrc/bindings/memory.cpp
   csrc/bindings/norm.cpp
   csrc/bindings/optim.cpp

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/conv2d/kernels.h"
+#include "cpu/machine/kernels.h"
 #include "cpu/norm/kernels.h"
 #include "cpu/optim/kernels.h"
 #include "cpu/pool/kernels.h"
@@ -22,6 +23,7 @@ struct KernelTable {
   OptimKernels<double> optim_f64;
   PoolKernels<float> pool_f32;
   PoolKernels<double> pool_f64;
+  MachineKernels<float> machine_f32;
 };
 
 // Instruction sets compiled into this library, best last, whether or not this CPU has them.

@@ -4,6 +4,7 @@
 
 #include "cpu/conv2d/kernels-inl.h"
 #include "cpu/dispatch.h"
+#include "cpu/machine/kernels-inl.h"
 #include "cpu/norm/kernels-inl.h"
 #include "cpu/optim/kernels-inl.h"
 #include "cpu/pool/kernels-inl.h"
@@ -24,6 +25,7 @@ const KernelTable kTable = {
     make_optim_kernels<double>(),
     make_pool_kernels<float>(),
     make_pool_kernels<double>(),
+    make_machine_kernels<float>(),
 };
 
 }  // namespace fedpai::FEDPAI_TARGET

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedpai.bench.machine import MachineModel
     from fedpai.bench.rows import Row
+    from fedpai.bench.step import Settings
     from fedpai.bench.timing import Effort
 
 _RIVALS = "dense,sparseprop,torch.sparse"
@@ -69,6 +70,11 @@ def _add_layers(kinds: argparse._SubParsersAction[Any]) -> None:
     )
     add("--kinds", type=_words, default=["conv2d"], metavar="K,..", help="conv2d, linear (conv2d)")
     add("--compile", action="store_true", help="also try dense torch compiled")
+    add(
+        "--roofline",
+        action="store_true",
+        help="also show which share of the machine's bound each layer reaches, and the median over the layers",
+    )
     add("--cold", action="store_true", help="empty the caches before each sample")
     parser.set_defaults(run=_guarded(_layers))
 
@@ -88,6 +94,11 @@ def _add_step(kinds: argparse._SubParsersAction[Any]) -> None:
         default=[0.98],
         metavar="S,..",
         help="share of the weights removed (0.98)",
+    )
+    add(
+        "--profile",
+        action="store_true",
+        help="no comparison: where the time of our step goes, part by part and layer by layer",
     )
     add("--no-compile", dest="compiled", action="store_false", help="do not try dense torch compiled")
     parser.set_defaults(run=_guarded(_step))
@@ -118,10 +129,10 @@ def _add_common(parser: argparse.ArgumentParser, rivals: str) -> None:
         metavar="S",
         help="a contender gets no more samples after so many seconds of one measurement (10)",
     )
+    parser.set_defaults(usual_rivals=rivals.split(","))
     add(
         "--rivals",
         type=_words,
-        default=rivals.split(","),
         metavar="NAME,..",
         help=f"whom to compare with ({rivals}); none for ours alone",
     )
@@ -175,9 +186,16 @@ def _prepare(arguments: argparse.Namespace) -> None:
     """What both commands do first: threads, and whether the results can be written."""
     import torch
 
+    from fedpai.bench.errors import BenchError
     from fedpai.bench.rows import check_writable
 
-    if arguments.rivals == ["none"]:
+    if getattr(arguments, "profile", False):
+        if arguments.rivals not in (None, ["none"]):
+            raise BenchError("--rivals: --profile looks at our step alone and compares with nobody")
+        arguments.rivals = ["none"]
+    if arguments.rivals is None:
+        arguments.rivals = arguments.usual_rivals
+    elif arguments.rivals == ["none"]:
         arguments.rivals = []
     if arguments.json is not None:
         check_writable(arguments.json)
@@ -199,6 +217,7 @@ def _progress(text: str) -> None:
 
 def _layers(arguments: argparse.Namespace) -> None:
     from fedpai.bench import layers
+    from fedpai.bench import roofline_text as roofline
     from fedpai.bench.layers_text import detail_tables, remarks, summary_table
 
     settings = layers.Settings(
@@ -222,6 +241,10 @@ def _layers(arguments: argparse.Namespace) -> None:
         print()
     summary_table(rows).show()
     print(*remarks(rows), sep="\n")
+    if arguments.roofline:
+        for table in (*roofline.roofline_tables(rows), roofline.summary_table(rows)):
+            print()
+            table.show()
 
 
 def _step(arguments: argparse.Namespace) -> None:
@@ -239,9 +262,26 @@ def _step(arguments: argparse.Namespace) -> None:
         mask_data=arguments.mask_data,
     )
     step.prepare(settings)
+    if arguments.profile:
+        _profile(arguments, settings)
+        return
     rows = _collect(arguments, partial(step.measure, settings))
     step_table(rows).show()
     print(*remarks(rows), sep="\n")
+
+
+def _profile(arguments: argparse.Namespace, settings: Settings) -> None:
+    from fedpai.bench import profile
+    from fedpai.bench import profile_text as text
+
+    rows = _collect(arguments, partial(profile.measure, settings))
+    for group in text.groups(rows):
+        print(text.title(group))
+        text.show_bar(group)
+        for table in (text.part_table(group), text.layer_table(group)):
+            print()
+            table.show()
+        print("", *text.remarks(group), "", sep="\n")
 
 
 def _collect(

@@ -20,7 +20,7 @@ from fedpai.bench.rivals import CONTENDERS, DEFAULT_RIVALS, RIVALS, Contender, P
 from fedpai.bench.rivals.base import TOLERANCE
 from fedpai.bench.rows import Result, Row, common, results_of
 from fedpai.bench.timing import Call, Effort, Timing, interleave
-from fedpai.bench.work import DIRECTIONS, work_of
+from fedpai.bench.work import DIRECTIONS, passes_of, work_of
 
 MASK_SEED = 0
 
@@ -203,6 +203,7 @@ class _Bench:
         """One line of the results."""
         case, settings, problem = self.group.case, self.settings, self.problems[density]
         work = work_of(case, problem.mask, settings.batch, direction)
+        bound = machine.bound(*passes_of(case, problem.mask, settings.batch, direction))
         return {
             **start,
             "model": self.group.model,
@@ -219,7 +220,8 @@ class _Bench:
             "caches": "cold" if settings.cold else "as the others leave them",
             "useful_flop": work.useful_flop,
             "dense_flop": work.dense_flop,
-            "bound_ms": round(1e3 * machine.bound(work), 6),
+            "bound_ms": round(1e3 * bound.seconds, 6),
+            "roofline": {**bound.to_json(), "traffic_bytes": work.traffic},
             "choice": _choice(problem),
             "setup": self.setup[density],
             **results_of({name: self._result(density, name, timings) for name in ("ours", *settings.rivals)}),

@@ -7,11 +7,9 @@ import os
 import platform
 import re
 import subprocess
-import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,6 @@ from fedpai.bench.work import Work
 _CPUINFO = Path("/proc/cpuinfo")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _PACKAGES = {"fedpai_kernels": "fedpai-kernels", "numpy": "numpy", "sparseprop": "sparseprop"}
-
-# A sparse kernel loads one vector for each multiply-add. Share of the register-only rate that leaves: two loads
-# and two multiply-adds per cycle in the L1 cache with 32-byte vectors; with 64-byte vectors 100 of 176 GFLOP/s were
-# measured on an Ice Lake server core.
-_LOAD_SHARE = {"avx512": 0.57}
 
 
 def identity() -> dict[str, Any]:
@@ -85,10 +78,18 @@ def caches() -> dict[str, str]:
     return found
 
 
+def cache_bytes() -> dict[str, int]:
+    """The sizes of :func:`caches`, as far as they are known."""
+    return {
+        level: int(match[1]) * 1024
+        for level, size in caches().items()
+        if (match := re.fullmatch(r"(\d+)K", size))
+    }
+
+
 def last_cache_bytes() -> int:
     """Size of the largest data cache, or 64 MiB where it is unknown."""
-    sizes = [int(match[1]) * 1024 for size in caches().values() if (match := re.fullmatch(r"(\d+)K", size))]
-    return max(sizes, default=64 << 20)
+    return max(cache_bytes().values(), default=64 << 20)
 
 
 def commit() -> str | None:
@@ -114,76 +115,127 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 @dataclass(frozen=True)
-class MachineModel:
-    """What the machine can do at best, measured by small probes with the threads in use.
+class Bound:
+    """The least time that some work takes, in seconds: the larger of two floors, pass by pass.
 
     Attributes:
-        fma_gflops: of a float32 matrix product of torch's, which works from registers.
-        load_share: share of it with one vector load from L1 per multiply-add.
-        bandwidth: (bytes, GB/s): copying between two buffers that hold so many bytes together, read and
-            write counted; ascending by bytes.
+        loads: multiply-adds at the rate at which the first-level cache delivers their operands.
+        memory: compulsory traffic at the rate of a stream.
+        seconds: the larger one, summed over the passes.
+    """
+
+    loads: float
+    memory: float
+    seconds: float
+
+    @property
+    def by(self) -> str:
+        """Which of the two is larger: "loads" or "memory"."""
+        return "loads" if self.loads >= self.memory else "memory"
+
+    def to_json(self) -> dict[str, Any]:
+        """Both floors in milliseconds."""
+        return {
+            "loads_ms": round(1e3 * self.loads, 6),
+            "memory_ms": round(1e3 * self.memory, 6),
+            "by": self.by,
+        }
+
+
+@dataclass(frozen=True)
+class MachineModel:
+    """What the machine can do at best, measured with the threads and the instruction set in use.
+
+    Attributes:
+        fma_gflops: float32 multiply-adds between registers.
+        load_gflops: (bytes, GFLOP/s): multiply-adds that each load one operand from a buffer of so many bytes
+            per thread, ascending by bytes. The first one lies in the first-level cache.
+        loads_per_fma: loads per multiply-add of the kernels, forward and input gradient; weight gradient.
+        stream: (bytes, GB/s): scaling one buffer into another that hold so many bytes together, counting the
+            source read, and the destination read and written; ascending by bytes.
     """
 
     fma_gflops: float
-    load_share: float
-    bandwidth: tuple[tuple[int, float], ...]
+    load_gflops: tuple[tuple[int, float], ...]
+    loads_per_fma: tuple[float, float]
+    stream: tuple[tuple[int, float], ...]
 
     @property
     def load_bound_gflops(self) -> float:
-        """Rate of multiply-adds with one load each."""
-        return self.fma_gflops * self.load_share
+        """Rate of a convolution whose operands are in the first-level cache."""
+        return self.load_gflops[0][1] / self.loads_per_fma[0]
 
-    def bandwidth_at(self, moved: int) -> float:
+    def stream_at(self, size: int) -> float:
         """GB/s for a working set of so many bytes: that of the nearest probe that is no larger."""
-        sizes = [size for size, _ in self.bandwidth]
-        return self.bandwidth[max(0, bisect_left(sizes, moved + 1) - 1)][1]
+        sizes = [probe for probe, _ in self.stream]
+        return self.stream[max(0, bisect_left(sizes, size + 1) - 1)][1]
 
-    def bound(self, work: Work) -> float:
-        """Seconds that the work takes at least: the slower of arithmetic and memory.
+    def bound(self, *passes: Work) -> Bound:
+        """Both floors of some work, whose passes run one after the other."""
+        loads, memory = [self._loads(work) for work in passes], [self._memory(work) for work in passes]
+        return Bound(sum(loads), sum(memory), sum(map(max, loads, memory)))
 
-        A kernel that shares loads between multiply-adds may pass the arithmetic bound.
-        """
-        arithmetic = work.useful_flop / (self.load_bound_gflops * 1e9)
-        return max(arithmetic, work.bytes / (self.bandwidth_at(work.bytes) * 1e9))
+    def _loads(self, work: Work) -> float:
+        forward, weight_grad = self.loads_per_fma
+        loads = forward * (work.useful_flop - work.weight_grad_flop) + weight_grad * work.weight_grad_flop
+        return loads / (self.load_gflops[0][1] * 1e9)
+
+    def _memory(self, work: Work) -> float:
+        return work.traffic / (self.stream_at(work.bytes) * 1e9)
 
     def to_json(self) -> dict[str, Any]:
         """Plain types."""
         return {
             "fma_gflops": round(self.fma_gflops, 1),
-            "load_share": self.load_share,
-            "bandwidth_gbs": {str(size): round(rate, 1) for size, rate in self.bandwidth},
+            "load_gflops": {str(size): round(rate, 1) for size, rate in self.load_gflops},
+            "loads_per_fma": [round(loads, 4) for loads in self.loads_per_fma],
+            "stream_gbs": {str(size): round(rate, 1) for size, rate in self.stream},
         }
 
     def __str__(self) -> str:
-        rates = ", ".join(f"{rate:.0f} GB/s at {_size(size)}" for size, rate in self.bandwidth)
+        loads = ", ".join(f"{rate:.0f} from {_size(size)}" for size, rate in self.load_gflops)
+        streams = ", ".join(f"{rate:.0f} in {_size(size)}" for size, rate in self.stream)
         return (
-            f"multiply-adds {self.fma_gflops:.0f} GFLOP/s from registers, {self.load_bound_gflops:.0f} with a load "
-            f"each; copy {rates}"
+            f"multiply-adds: {self.fma_gflops:.0f} GFLOP/s from registers; with a load each {loads}\n"
+            f"stream, GB/s: {streams}"
         )
 
 
+_STREAM_BYTES = (1 << 19, 1 << 21, 1 << 23, 1 << 25, 1 << 27)
+
+
 def measure_machine(seconds: float = 1.0) -> MachineModel:
-    """Probes the machine for about so long; the best of many short calls, as disturbances only slow down."""
+    """Probes the machine for about so long; the best of many short repeats, as disturbances only slow down."""
     import fedpai_kernels
+    from fedpai_kernels import _C
 
-    side, sizes = 768, (1 << 19, 1 << 21, 1 << 23, 1 << 25, 1 << 27)
-    share = seconds / (2 * len(sizes))
-    a, b, out = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
-    product = _best(lambda: torch.mm(a, b, out=out), seconds / 2)
-    rates = []
-    for size in sizes:
-        source, target = torch.zeros(size // 8), torch.zeros(size // 8)
-        rates.append((size, size / _best(partial(target.copy_, source), share) / 1e9))
-    return MachineModel(2 * side**3 / product / 1e9, _LOAD_SHARE.get(fedpai_kernels.isa(), 1.0), tuple(rates))
+    threads, share = torch.get_num_threads(), seconds / 10
+    sizes = _load_bytes(threads)
+    registers = 2e-9 * _C.fma_rate(0, threads, share)
+    loads = [2e-9 * _C.fma_rate(size, threads, share) for size in sizes]
+    streams = [1e-9 * _C.stream_rate(size, threads, share) for size in _STREAM_BYTES]
+    fedpai_kernels.empty_cache()
+    # A smaller working set is never slower to reach: what says so was disturbed.
+    return MachineModel(
+        max(registers, *loads),
+        tuple(zip(sizes, _falling(loads), strict=True)),
+        _C.loads_per_fma(),
+        tuple(zip(_STREAM_BYTES, _falling(streams), strict=True)),
+    )
 
 
-def _best(call: Callable[[], object], seconds: float) -> float:
-    call()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while (start := time.perf_counter()) < end or best == float("inf"):
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
+def _load_bytes(threads: int) -> tuple[int, ...]:
+    """Per thread: half of the first- and of the second-level cache, and half of a thread's share of the third."""
+    found = cache_bytes()
+    first, second, third = (
+        found.get(level, usual) for level, usual in (("L1", 32 << 10), ("L2", 512 << 10), ("L3", 16 << 20))
+    )
+    return first // 2, max(second // 2, first), max(third // threads // 2, second)
+
+
+def _falling(rates: Sequence[float]) -> list[float]:
+    """Each at least as high as those after it."""
+    return [max(rates[i:]) for i in range(len(rates))]
 
 
 def _size(size: int) -> str:

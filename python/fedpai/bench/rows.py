@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Result rows: one JSON object a line, complete in itself, so that files can be appended to and joined.
 
-Every row has ``schema``, ``row`` ("layer" or "step"), ``time``, ``machine``, ``software``, ``commit``, ``threads``,
-``isa``, ``machine_model``, ``model``, ``mask``, ``density``, ``batch``, and ``results``: for each contender
+Every row has ``schema``, ``row`` ("layer", "step" or "profile"), ``time``, ``machine``, ``software``, ``commit``,
+``threads``, ``isa``, ``machine_model``, ``model``, ``mask``, ``density``, ``batch``. Those of layers and steps have
+``results``: for each contender
 
     {"status": "ok", "best": variant, "variants": {variant: {"median_ms": ..., "q20_ms": ..., ...}}}
     {"status": "wrong" | "unavailable", "reason": text}
 
-and ``speedup``: {rival: its best variant's median over ours}.
+and ``speedup``: {rival: its best variant's median over ours}. A profile row is one part of our step, of one layer or
+(``layer`` null) of all: ``counted`` says whether it is an "operation", a "gap" between operations, or the "remainder"
+that the trace does not show, and ``step`` what holds for the whole.
 """
 
 from __future__ import annotations
@@ -28,14 +31,20 @@ Row = dict[str, Any]
 
 _COMMON = (
     *("schema", "row", "time", "machine", "software", "commit", "threads", "isa", "machine_model"),
-    *("model", "mask", "density", "batch", "results", "speedup"),
+    *("model", "mask", "density", "batch"),
 )
+_COMPARED = ("results", "speedup")
 _OWN = {
     "layer": (
+        *_COMPARED,
         *("layer", "label", "count", "case", "target_density", "nnz", "direction", "caches"),
         *("useful_flop", "dense_flop", "bound_ms", "choice", "setup"),
     ),
-    "step": ("sparsity", "mac_share", "input", "mask_data", "losses", "layers"),
+    "step": (*_COMPARED, "sparsity", "mac_share", "input", "mask_data", "losses", "layers"),
+    "profile": (
+        *("sparsity", "mac_share", "input", "mask_data", "step", "part", "layer", "counted"),
+        *("median_ms", "q20_ms", "q80_ms", "share"),
+    ),
 }
 
 
@@ -152,7 +161,7 @@ def check(row: object) -> str:
     missing = [name for name in (*_COMMON, *_OWN[row["row"]]) if name not in row]
     if missing:
         return f"fields {', '.join(missing)} are missing"
-    for name, result in row["results"].items():
+    for name, result in row.get("results", {}).items():
         if result.get("status") == "ok":
             if result.get("best") not in result.get("variants", {}):
                 return f"results: {name} names no best variant"

@@ -65,6 +65,12 @@ class Table:
             console.print(table)
 
 
+def bar(share: float, width: int) -> str:
+    """A bar of a share of the width; what is above the whole ends in a plus."""
+    filled = round(max(0.0, share) * width)
+    return "█" * width + "+" if filled > width else ("█" * filled).ljust(width, "·")
+
+
 def milliseconds(value: float | None) -> str:
     """Three significant digits; a dash for None."""
     return "-" if value is None else digits(value)

@@ -14,7 +14,9 @@ import torch
 from fedpai import cli
 from fedpai.bench import machine
 
-MODEL = machine.MachineModel(100.0, 0.5, ((1 << 20, 40.0), (1 << 24, 10.0)))
+MODEL = machine.MachineModel(
+    100.0, ((1 << 14, 60.0), (1 << 18, 50.0)), (1.2, 1.1), ((1 << 20, 40.0), (1 << 24, 10.0))
+)
 FEW = ("--samples", "2", "--min-time", "0.01", "--threads", "1")
 
 

@@ -13,9 +13,8 @@ from torch.nn import functional
 from benchmarks import write_layers
 from fedpai.bench import BenchError
 from fedpai.bench.cases import LayerCase, layers_of_network, merged, read_csv, select, to_csv
-from fedpai.bench.machine import MachineModel
 from fedpai.bench.masks import uniform_mask
-from fedpai.bench.work import DIRECTIONS, Work, work_of
+from fedpai.bench.work import DIRECTIONS, work_of
 
 CASES = [
     LayerCase("same", "conv2d", 4, 6, (3, 3), (1, 1), (1, 1), image=(5, 7)),
@@ -101,14 +100,6 @@ def test_bytes_leave_out_what_no_weight_touches() -> None:
     assert work_of(case, mask, batch, "forward").bytes == 4 * (x + kept + y)
     assert work_of(case, mask, batch, "input-grad").bytes == 4 * (dy + kept + dx)
     assert work_of(case, mask, batch, "weight-grad").bytes == 4 * (x + dy + kept)
-
-
-def test_bound_is_the_slower_of_arithmetic_and_memory() -> None:
-    machine = MachineModel(100.0, 0.5, ((1 << 20, 40.0), (1 << 24, 10.0)))
-    assert machine.bound(Work(50_000_000_000, 0, 4)) == pytest.approx(1.0)
-    assert machine.bound(Work(0, 0, 1 << 20)) == pytest.approx((1 << 20) / 40e9)
-    assert machine.bound(Work(0, 0, 1 << 23)) == pytest.approx((1 << 23) / 40e9)
-    assert machine.bound(Work(0, 0, 1 << 25)) == pytest.approx((1 << 25) / 10e9)
 
 
 def test_uniform_masks_are_exact_and_repeatable() -> None:

@@ -75,8 +75,30 @@ def render(root: Path, *rows: dict[str, Any], options: tuple[str, ...] = ()) -> 
     return tables.main(["--results", str(root / "results"), "--root", str(root), *options])
 
 
+def profile_row(**changes: Any) -> dict[str, Any]:
+    row = {
+        **common("profile"), "sparsity": 0.98, "mac_share": 0.02, "input": [3, 32, 32], "mask_data": None, "step": {},
+        "part": "loss", "layer": None, "counted": "operation", "median_ms": 1.0, "q20_ms": 0.9, "q80_ms": 1.1,
+        "share": 0.01,
+    }  # fmt: skip
+    return {**row, **changes}
+
+
 def test_documents_of_this_repository_are_up_to_date() -> None:
     assert tables.main(["--check"]) == 0, "run python benchmarks/tables.py"
+
+
+def test_profiles_are_in_no_table(root: Path) -> None:
+    """Nor do they bring a machine into the documents that measured nothing else."""
+    assert check(profile_row()) == ""
+    assert check(profile_row(part="loss") | {"schema": 2}) != ""
+    missing = profile_row()
+    del missing["counted"]
+    assert "counted" in check(missing)
+    render(root, step_row())
+    before = [path.read_text() for path in tables.documents(root)]
+    render(root, profile_row(threads=7))
+    assert [path.read_text() for path in tables.documents(root)] == before
 
 
 def test_tables_in_documents(root: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedpai_kernels import Plan
 from fedpai_kernels.ops import reference, sparse_conv2d, sparse_linear
-from fedpai_kernels.ops.conv2d import resolve_geometry
+from fedpai_kernels.ops.geometry import resolve_geometry
 
 Pair = tuple[int, int]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedpai_kernels import compiled_isas, is_batch_last
-from fedpai_kernels.ops.conv2d import resolve_geometry
+from fedpai_kernels.ops.geometry import resolve_geometry
 from tests.cases import DTYPES, Case, Conv2dCase
 from tests.direct import DirectResults, direct_conv2d
 

@@ -95,9 +95,10 @@ def sparsify_(
             already stay as they are.
         fuse: computes a batch norm, the sum that alone reads it (``norm(x) + shortcut``) and the ReLU that
             alone reads either in one pass, or, where a sparse convolution alone reads the norm or its ReLU, while
-            that loads its input: the normalised activation is then neither stored nor kept. Where that is so is proven by tracing the model with `torch.fx`
-            (:func:`find_fusions`); the report names every batch norm that stays by itself, and why. The
-            modules' forwards run as they are; under hooks on the norm or its ReLU the steps are separate.
+            that loads its input: the normalised activation is then neither stored nor kept. Where that is so is
+            proven by tracing the model with `torch.fx` (:func:`find_fusions`); the report names every batch norm
+            that stays by itself, and why. The modules' forwards run as they are; under hooks on the norm, its
+            ReLU or that convolution the steps are separate.
         filter_fn: called as ``filter_fn(module, name)``; a module for which it returns False is left as it
         is.
 
@@ -274,7 +275,7 @@ def _shared_parameters(model: nn.Module, layers: list[_Layer]) -> list[list[_Lay
 def _sparse_convs(names: dict[str, nn.Module], layers: list[_Layer]) -> list[nn.Module]:
     """The convolutions that will be sparse."""
     planned = {id(layer.module): layer for layer in layers}
-    convs = []
+    convs: list[nn.Module] = []
     for module in names.values():
         layer = planned.get(id(module))
         if layer is None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds what is computed in one pass with a batch norm, by tracing the model with `torch.fx`.
 
-What is found: a ReLU that alone reads the norm; a sum that alone reads it, as at the end of a residual block; a sum that
-alone reads it with a ReLU that alone reads the sum; and a sparse convolution that alone reads the norm or the norm's
-ReLU.
+What is found: a ReLU that alone reads the norm; a sum that alone reads it, as at the end of a residual block; a
+sum that alone reads it with a ReLU that alone reads the sum; and a sparse convolution that alone reads the norm or
+the norm's ReLU.
 """
 
 from __future__ import annotations

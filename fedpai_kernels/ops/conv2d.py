@@ -10,7 +10,7 @@ fastest.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,67 +18,13 @@ from torch import Tensor
 from .. import _C
 from ..layout import empty_batch_last, to_batch_last
 from ..plan import Plan, plan_of
+from .geometry import Pair, compiled_geometry, flatten, resolve_geometry, unflatten
 from .registry import LIBRARY, keep_signature
-
-Pair = tuple[int, int]
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 _FORWARD = {dtype: getattr(_C, f"conv2d_forward_{suffix}") for dtype, suffix in _SUFFIX.items()}
 _INPUT_GRAD = {dtype: getattr(_C, f"conv2d_input_grad_{suffix}") for dtype, suffix in _SUFFIX.items()}
 _WEIGHT_GRAD = {dtype: getattr(_C, f"conv2d_weight_grad_{suffix}") for dtype, suffix in _SUFFIX.items()}
-
-
-class Geometry(NamedTuple):
-    """Stride, padding in front (top, left) and behind (bottom, right), and dilation, in pixels."""
-
-    stride: Pair
-    pad_front: Pair
-    pad_back: Pair
-    dilation: Pair
-
-    def output_size(self, image: Pair, kernel: Pair) -> Pair:
-        """Height and width of the output. May be non-positive when the image is too small."""
-        h, w = (
-            (image[i] + self.pad_front[i] + self.pad_back[i] - self.dilation[i] * (kernel[i] - 1) - 1)
-            // self.stride[i] + 1
-            for i in (0, 1)
-        )
-        return h, w
-
-
-# Products of such numbers fit the kernels' 64 bits.
-_LARGEST = 2**31 - 1
-
-
-def _pair(name: str, value: int | tuple[int, int], least: int) -> Pair:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(v, int) and least <= v <= _LARGEST for v in pair):
-        raise ValueError(f"{name}: expected an int or two ints, each from {least} to {_LARGEST}, got {value!r}")
-    return pair
-
-
-def resolve_geometry(
-    kernel: Pair, stride: int | Pair, padding: int | Pair | str, dilation: int | Pair
-) -> Geometry:
-    """Checks and expands the arguments of a convolution, with torch's meaning of ``"same"`` and ``"valid"``.
-
-    Raises:
-        ValueError: a value of the wrong form, an unknown padding name, or ``"same"`` with a stride.
-    """
-    steps = _pair("stride", stride, 1)
-    spread = _pair("dilation", dilation, 1)
-    if padding == "valid":
-        return Geometry(steps, (0, 0), (0, 0), spread)
-    if padding == "same":
-        if steps != (1, 1):
-            raise ValueError(f"padding: 'same' needs stride 1, got stride {steps}")
-        total = (spread[0] * (kernel[0] - 1), spread[1] * (kernel[1] - 1))
-        front = (total[0] // 2, total[1] // 2)
-        return Geometry(steps, front, (total[0] - front[0], total[1] - front[1]), spread)
-    if isinstance(padding, str):
-        raise ValueError(f"padding: expected 'same', 'valid', an int or two ints, got {padding!r}")
-    around = _pair("padding", padding, 0)
-    return Geometry(steps, around, around, spread)
 
 
 # ------------------------------------------------------------------------------------------------ registered ops
@@ -95,24 +41,11 @@ LIBRARY.define(
 )
 
 
-def _unflatten(geometry: list[int]) -> Geometry:
-    g = geometry
-    return Geometry((g[0], g[1]), (g[2], g[3]), (g[4], g[5]), (g[6], g[7]))
-
-
-def _flatten(geometry: Geometry) -> list[int]:
-    return [v for pair in geometry for v in pair]
-
-
 def _layer_sizes(plan: Plan) -> tuple[int, int, Pair]:
     """Output channels, input channels, kernel."""
     shape = plan.mask_shape
     kernel = (shape[2], shape[3]) if plan.kind == "conv2d" else (1, 1)
     return shape[0], shape[1] * plan.groups, kernel
-
-
-def _compiled_geometry(batch: int, image: Pair, output: Pair, g: Geometry) -> list[int]:
-    return [batch, *image, *output, *g.stride, *g.pad_front, *g.dilation]
 
 
 def _readable(t: Tensor) -> Tensor:
@@ -140,7 +73,7 @@ def run_forward(
 ) -> Tensor:
     """`norm`: empty, or what the binding takes for the batch norm (and ReLU) that x goes through first; x is
     batch-last then."""
-    layer, g = plan_of(plan), _unflatten(geometry)
+    layer, g = plan_of(plan), unflatten(geometry)
     out_channels, _, kernel = _layer_sizes(layer)
     image = (x.shape[2], x.shape[3])
     output = g.output_size(image, kernel)
@@ -149,20 +82,20 @@ def run_forward(
     values = values.contiguous()
     bias = None if bias is None else bias.contiguous()
     _FORWARD[x.dtype](
-        layer.compiled, _compiled_geometry(x.shape[0], image, output, g), x.data_ptr(), _strides(x), norm, values.data_ptr(),
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), _strides(y), torch.get_num_threads(),
+        layer.compiled, compiled_geometry(x.shape[0], image, output, g), x.data_ptr(), _strides(x), norm,
+        values.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), _strides(y), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
 def _input_grad_cpu(dy: Tensor, values: Tensor, plan: int, height: int, width: int, geometry: list[int]) -> Tensor:
-    layer, g = plan_of(plan), _unflatten(geometry)
+    layer, g = plan_of(plan), unflatten(geometry)
     _, in_channels, _ = _layer_sizes(layer)
     dy = _readable(dy)
     dx = empty_batch_last((dy.shape[0], in_channels, height, width), dtype=dy.dtype, device=dy.device)
     values = values.contiguous()
     _INPUT_GRAD[dy.dtype](
-        layer.compiled, _compiled_geometry(dy.shape[0], (height, width), (dy.shape[2], dy.shape[3]), g), dy.data_ptr(),
+        layer.compiled, compiled_geometry(dy.shape[0], (height, width), (dy.shape[2], dy.shape[3]), g), dy.data_ptr(),
         _strides(dy), values.data_ptr(), dx.data_ptr(), _strides(dx), torch.get_num_threads(),
     )  # fmt: skip
     return dx
@@ -178,14 +111,14 @@ def run_weight_grad(
     x: Tensor, norm: Sequence[int], dy: Tensor, plan: int, with_bias: bool, geometry: list[int]
 ) -> tuple[Tensor, Tensor]:
     """`norm`: as in :func:`run_forward`."""
-    layer, g = plan_of(plan), _unflatten(geometry)
+    layer, g = plan_of(plan), unflatten(geometry)
     out_channels, _, _ = _layer_sizes(layer)
     x, dy = _readable(x), _readable(dy)
     dvalues = x.new_empty(layer.nnz)
     dbias = x.new_empty(out_channels if with_bias else 0)
     _WEIGHT_GRAD[x.dtype](
         layer.compiled,
-        _compiled_geometry(x.shape[0], (x.shape[2], x.shape[3]), (dy.shape[2], dy.shape[3]), g), x.data_ptr(),
+        compiled_geometry(x.shape[0], (x.shape[2], x.shape[3]), (dy.shape[2], dy.shape[3]), g), x.data_ptr(),
         _strides(x), norm, dy.data_ptr(), _strides(dy), dvalues.data_ptr(), dbias.data_ptr() if with_bias else 0,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -200,7 +133,7 @@ LIBRARY.impl("conv2d_weight_grad", _weight_grad_cpu, "CPU")
 @torch.library.register_fake("fedpai::conv2d_forward", lib=LIBRARY)
 def _forward_fake(x: Tensor, values: Tensor, bias: Tensor | None, plan: int, geometry: list[int]) -> Tensor:
     out_channels, _, kernel = _layer_sizes(plan_of(plan))
-    output = _unflatten(geometry).output_size((x.shape[2], x.shape[3]), kernel)
+    output = unflatten(geometry).output_size((x.shape[2], x.shape[3]), kernel)
     return empty_batch_last((x.shape[0], out_channels, *output), dtype=x.dtype, device=x.device)
 
 
@@ -424,4 +357,4 @@ def checked_geometry(
             f"x: an image of {x.shape[2]} x {x.shape[3]} is too small for a kernel of {kernel[0]} x {kernel[1]} "
             f"with padding {padding} and dilation {dilation}"
         )
-    return _flatten(geometry)
+    return flatten(geometry)

@@ -6,9 +6,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..plan import Plan
-from .conv2d import _flatten, _Forward, check_operands, resolve_geometry
+from .conv2d import check_operands, differentiable_conv2d
+from .geometry import flatten, resolve_geometry
 
-_GEOMETRY = _flatten(resolve_geometry((1, 1), 1, 0, 1))
+_GEOMETRY = flatten(resolve_geometry((1, 1), 1, 0, 1))
 
 
 def sparse_linear(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None = None) -> Tensor:
@@ -37,5 +38,5 @@ def sparse_linear(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None = N
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x: expected (..., {in_features}), got shape {tuple(x.shape)}")
     rows = x if x.dim() == 2 else x.reshape(-1, in_features)
-    y = _Forward.apply(rows[:, :, None, None], values, bias, plan, _GEOMETRY)[:, :, 0, 0]
+    y = differentiable_conv2d(rows[:, :, None, None], values, bias, plan, _GEOMETRY)[:, :, 0, 0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)

@@ -24,7 +24,8 @@ from torch import Tensor
 from ..layout import to_batch_last
 from ..plan import Plan
 from .conv2d import checked_geometry, differentiable_conv2d, run_forward, run_weight_grad
-from .norm import Running, check_norm, given_statistics, twin
+from .norm import Running, check_norm, twin
+from .norm_kernels import given_statistics
 from .registry import LIBRARY, keep_signature
 
 __all__ = ["norm_conv2d"]
@@ -173,7 +174,8 @@ class _NormConv2d(torch.autograd.Function):
             found = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=True) if wanted else ()
             grads = dict(zip(wanted, found, strict=True))
             return tuple(grads.get(i) for i in range(12))
-        dx = dnorm = dvalues = dbias = None
+        dx = dvalues = dbias = None
+        dnorm: tuple[Tensor | None, Tensor | None] = (None, None)
         if need_values:
             dvalues, dbias = _ops.norm_conv2d_weight_grad(
                 x, *norm, dy, ctx.plan.handle, need_bias, ctx.geometry
@@ -183,13 +185,14 @@ class _NormConv2d(torch.autograd.Function):
         if need_x or need_norm:
             image = (x.shape[2], x.shape[3])
             dx = _ops.conv2d_input_grad(dy, values, ctx.plan.handle, *image, ctx.geometry)
-            dnorm = _ops.batch_norm_backward_(
+            affine = _ops.batch_norm_backward_(
                 dx, x, norm_weight, norm_bias, stats, ctx.through_statistics, ctx.relu, need_x, need_norm
             )
+            if need_norm:
+                dnorm = (affine[0] if needs[1] else None, affine[1] if needs[2] else None)
         return (
             dx if need_x else None,
-            dnorm[0] if needs[1] else None,
-            dnorm[1] if needs[2] else None,
+            *dnorm,
             *(None,) * 5,
             dvalues,
             dbias if need_bias else None,
@@ -217,7 +220,8 @@ def norm_conv2d(
     *,
     relu: bool = False,
 ) -> Tensor:
-    """``sparse_conv2d(batch_norm(x, ..., relu=relu), values, plan, bias, ...)`` without the tensor in between, with the same bits.
+    """``sparse_conv2d(batch_norm(x, ..., relu=relu), values, plan, bias, ...)``, with the same bits, without
+    the tensor in between.
 
     The first eight arguments and `relu` are those of :func:`fedpai_kernels.ops.norm.batch_norm`, the others those of
     :func:`fedpai_kernels.ops.sparse_conv2d`; `x` is (N, C, H, W) with at least one element. Differentiable in x, the

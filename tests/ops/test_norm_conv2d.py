@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""conv2d(relu(batch_norm(x))) as one operation: the bits of the two separate ones, and dense-masked torch in float64."""
+"""conv2d(relu(batch_norm(x))) as one operation: bit for bit the two separate ones, and dense-masked torch in float64."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch.nn import functional as F
 import fedpai_kernels as fk
 from fedpai_kernels import Plan
 from fedpai_kernels.ops.conv2d import sparse_conv2d
-from fedpai_kernels.ops.norm import batch_norm, given_statistics
+from fedpai_kernels.ops.norm import batch_norm
 from fedpai_kernels.ops.norm_conv2d import norm_conv2d
+from fedpai_kernels.ops.norm_kernels import given_statistics
 from tests.cases import CONV2D, Conv2dCase
 from tests.ops.norms import upstream
 
@@ -223,16 +224,15 @@ def test_opcheck(dtype: torch.dtype) -> None:
     x, weight, bias, values, conv_bias = (t.detach() for t in o[:5] if t is not None)
     stats, geometry = given_statistics(o.mean, o.var, 1e-5), [1, 1, 1, 1, 1, 1, 1, 1]
     norm = (x, stats, weight, bias, True)
-    dy = torch.randn(9, 9, 6, 5, dtype=dtype)
+    dy, dh = torch.randn(9, 9, 6, 5, dtype=dtype), fk.to_batch_last(torch.randn_like(x))
     # The numbers of plans cannot be found by tests that make up arguments.
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     for op, arguments in (
         (ops.batch_norm_statistics.default, (x, 1e-5)),
         (ops.norm_conv2d_forward.default, (*norm, values, conv_bias, PLAN.handle, geometry)),
         (ops.norm_conv2d_weight_grad.default, (*norm, dy, PLAN.handle, True, geometry)),
-        (ops.batch_norm_backward_.default, (fk.to_batch_last(torch.randn_like(x)), *norm[:1], weight, bias, stats)
-         + (True, True, True, True)),
-    ):  # fmt: skip
+        (ops.batch_norm_backward_.default, (dh, x, weight, bias, stats, True, True, True, True)),
+    ):
         torch.library.opcheck(op, arguments, test_utils=tests)
 
 

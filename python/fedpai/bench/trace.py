@@ -149,6 +149,8 @@ _DIRECTIONS = {
     "fedpai::conv2d_forward": "forward",
     "fedpai::conv2d_input_grad": "input-grad",
     "fedpai::conv2d_weight_grad": "weight-grad",
+    "fedpai::norm_conv2d_forward": "forward",
+    "fedpai::norm_conv2d_weight_grad": "weight-grad",
     "_Forward": "forward",
     "_ForwardBackward": "weight-grad",
     "aten::conv2d": "forward",
@@ -159,13 +161,16 @@ _DIRECTIONS = {
     "MmBackward0": "backward",
 }
 # Those that stand for a layer's forward pass; the outermost of them counts.
-_LAYER_CALLS = ("_Forward", "aten::conv2d", "aten::linear")
+_LAYER_CALLS = ("_Forward", "_NormConv2d", "aten::conv2d", "aten::linear")
 
 # By the beginning of the name, of an event or of one around it. Autograd's nodes are named after their operation.
 _BEGINNINGS = (
     (("_ToBatchLast", "_ToContiguous"), "layout"),
     (("fedpai::batch_norm_backward", "_BatchNormBackward", "NativeBatchNormBackward"), "norm backward"),
     (("fedpai::batch_norm", "_BatchNorm", "aten::batch_norm"), "norm forward"),
+    # What is left of a norm and its convolution in one, once the convolution's own operations are taken out.
+    (("_NormConv2dBackward",), "norm backward"),
+    (("_NormConv2d",), "norm forward"),
     (("aten::cross_entropy", "aten::log_softmax", "aten::nll_loss"), "loss"),
     (("aten::_log_softmax", "LogSoftmaxBackward", "NllLossBackward"), "loss"),
     (("aten::relu", "aten::threshold", "aten::dropout", "ReluBackward", "aten::native_dropout"), "activation"),
@@ -342,6 +347,10 @@ def _moved(event: Event) -> tuple[int, int]:
     if not sizes:
         return 0, 0
     if event.name in ("fedpai::batch_norm_train", "fedpai::batch_norm_eval"):  # x, residual -> y
+        return _FLOAT * sum(sizes), _FLOAT * sizes[0]
+    if event.name == "fedpai::batch_norm_statistics":  # x
+        return _FLOAT * sizes[0], 0
+    if event.name == "fedpai::batch_norm_backward_":  # dy, x -> dx
         return _FLOAT * sum(sizes), _FLOAT * sizes[0]
     if event.name == "fedpai::batch_norm_backward":  # dy, x, result of a ReLU -> dx, dresidual
         return _FLOAT * sum(sizes), _FLOAT * sum(sizes[1:])

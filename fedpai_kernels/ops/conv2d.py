@@ -19,7 +19,7 @@ from .. import _C
 from ..layout import empty_batch_last, to_batch_last
 from ..plan import Plan, plan_of
 from .geometry import Pair, compiled_geometry, flatten, resolve_geometry, unflatten
-from .registry import LIBRARY, keep_signature
+from .registry import LIBRARY, called_by_position
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 _FORWARD = {dtype: getattr(_C, f"conv2d_forward_{suffix}") for dtype, suffix in _SUFFIX.items()}
@@ -160,7 +160,7 @@ _ops: Any = torch.ops.fedpai
 # themselves: an autograd node around each costs as much as a small layer.
 
 
-@keep_signature
+@called_by_position
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, geometry: list[int]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..layout import to_batch_last
 from .norm_kernels import DTYPES, row_of
-from .registry import keep_signature
+from .registry import called_by_position
 
 __all__ = ["batch_norm"]
 
@@ -38,7 +38,7 @@ class Running(NamedTuple):
                 self.var.lerp_(stats[2], self.momentum)
 
 
-@keep_signature
+@called_by_position
 class _BatchNorm(torch.autograd.Function):
     """(x, residual | None, weight, bias, mean | None, var | None, eps, relu, running | None) -> (y, stats);
     given mean and var are constants. The running statistics are updated before anything is saved: a recomputation

@@ -26,7 +26,7 @@ from ..plan import Plan
 from .conv2d import checked_geometry, differentiable_conv2d, run_forward, run_weight_grad
 from .norm import Running, check_norm, twin
 from .norm_kernels import given_statistics
-from .registry import LIBRARY, keep_signature
+from .registry import LIBRARY, called_by_position
 
 __all__ = ["norm_conv2d"]
 
@@ -119,7 +119,7 @@ def _(
 _ops: Any = torch.ops.fedpai
 
 
-@keep_signature
+@called_by_position
 class _NormConv2d(torch.autograd.Function):
     """(x, norm weight, norm bias, mean | None, var | None, eps, relu, running | None, values, bias, plan, geometry)
     -> (y, stats); given mean and var are constants."""

@@ -11,7 +11,8 @@ A norm puts its work off only on a permit, which is valid for one call, within t
 (the site's owner) whose forward was proven (:mod:`fedpai_kernels.nn.fuse`) to add and cut the result. Two hooks on
 the owner give the permit and withdraw it. None is given while anybody could look at a step in between: under hooks,
 tracing, `torch.compile` and `torch.func`. So a norm that is called by hand, or under hooks, is a plain one, as is one
-in a part of the forward that is checkpointed by itself.
+in a part of the forward that is checkpointed by itself. When the owner's call ends, the running statistics have taken
+the batch in, whether or not anybody read the result, and what it returns is computed.
 
 Replacing the owner's forward by the traced graph would be the other way. It would be wrong wherever the forward does
 what a trace does not hold: keep things, draw numbers, branch on attributes that change later.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,21 +50,39 @@ Convolution = tuple[Tensor, Plan, "Tensor | None", Pair, "Pair | str", Pair, int
 # ----------------------------------------------------------------------------------------------------------------
 
 
+# Whether gradients are on, whether in inference mode, and the hooks on saved tensors (pack, unpack).
+Surroundings = tuple[bool, bool, "tuple[Any, Any] | None"]
+
+
 class _Permits(threading.local):
     def __init__(self) -> None:
         # What follows, and the surroundings in which the permit holds.
-        self.given: dict[nn.Module, tuple[Site, tuple[Any, ...]]] = {}
+        self.given: dict[nn.Module, tuple[Site, Surroundings]] = {}
+        # Norms that were called, but have not taken the batch into their running statistics.
+        self.uncounted: dict[int, _Norm] = {}  # by the id of the module
 
 
-def _modes() -> tuple[bool, bool]:
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-
-
-def _surroundings() -> tuple[Any, ...]:
+def surroundings() -> Surroundings:
     """Gradient modes, and the hooks on saved tensors. A part of a forward that has its own, such as one that is
     checkpointed, may run again without the rest, and must do the same then.
     """
-    return *_modes(), torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), hooks
+
+
+def _as_it_is(t: Tensor) -> Tensor:
+    return t
+
+
+@contextlib.contextmanager
+def _back_in(before: Surroundings) -> Iterator[None]:
+    grad, inference, hooks = before
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(inference))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        if hooks != surroundings()[2]:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*(hooks or (_as_it_is, _as_it_is))))
+        yield
 
 
 _PERMITS = _Permits()
@@ -115,14 +135,14 @@ class _Permit:
             return
         try:
             norm = owner.get_submodule(self.site.norm)
-            if any(_has_hooks(m) for m in self.site.watched(owner)):
+            if any(_has_hooks(m) or "forward" in vars(m) for m in self.site.watched(owner)):
                 return
             if self.site.conv and not reads_pending_norms(owner.get_submodule(self.site.conv)):
                 return
         except AttributeError:  # somebody took a module out
             return
         if type(norm) is DeferrableBatchNorm2d:
-            _PERMITS.given[norm] = self.site, _surroundings()
+            _PERMITS.given[norm] = self.site, surroundings()
 
 
 @dataclass(frozen=True)
@@ -131,11 +151,18 @@ class _Withdraw:
 
     site: Site
 
-    def __call__(self, owner: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, owner: nn.Module, args: Any, output: Any) -> Any:
         if torch.compiler.is_compiling():
-            return
+            return None
         with contextlib.suppress(AttributeError):
-            _PERMITS.given.pop(owner.get_submodule(self.site.norm), None)
+            norm = owner.get_submodule(self.site.norm)
+            _PERMITS.given.pop(norm, None)
+            uncounted = _PERMITS.uncounted.pop(id(norm), None)
+            if uncounted is not None:
+                uncounted.count()
+        if type(output) is Tensor:
+            return None
+        return tree_map_only(PendingNorm, PendingNorm.computed, output)
 
 
 def reads_pending_norms(module: nn.Module) -> bool:
@@ -187,10 +214,13 @@ class DeferrableBatchNorm2d(BatchLastBatchNorm2d):
         permit = _PERMITS.given.pop(self, None)
         if permit is None or type(input) is not Tensor or input.dim() != 4 or not self._is_ours(input):
             return super().forward(input)
-        site, surroundings = permit
-        if surroundings != _surroundings():
+        site, permitted_in = permit
+        if permitted_in != surroundings():
             return super().forward(input)
-        return PendingNorm(_Norm(input, self._settings()), None, site)
+        norm = _Norm(input, self._settings(), permitted_in, id(self))
+        if norm.updates_statistics():
+            _PERMITS.uncounted[id(self)] = norm
+        return PendingNorm(norm, None, site)
 
 
 def _version(t: Tensor | None) -> int:
@@ -200,23 +230,31 @@ def _version(t: Tensor | None) -> int:
 class _Norm:
     """A batch norm that was called but not computed."""
 
-    def __init__(self, x: Tensor, settings: Settings) -> None:
-        self.x, self.settings, self.modes = x, settings, _modes()
+    def __init__(self, x: Tensor, settings: Settings, called_in: Surroundings, module_id: int) -> None:
+        self.x, self.settings, self.called_in, self._module_id = x, settings, called_in, module_id
         self._read = (x, *settings[2:4]) if settings[4] else (x, *settings[:4])
         self._versions = [_version(t) for t in self._read]
         self._counted = False
 
+    def updates_statistics(self) -> bool:
+        mean, var, _, _, training, *_ = self.settings
+        return training and (mean is not None or var is not None)
+
+    def count(self) -> None:
+        """Takes the batch into the running statistics, unless that has happened."""
+        if not self._counted:
+            with torch.no_grad():
+                self.compute(None, False)
+
     def compute(self, residual: Tensor | None, relu: bool) -> Tensor:
         """[relu](norm(x) [+ residual])."""
+        settings = self._statistics_once()
         self._check_unchanged()
-        return batch_norm(self.x, *self._statistics_once(), relu=relu, residual=residual)
+        return batch_norm(self.x, *settings, relu=relu, residual=residual)
 
     def _check_unchanged(self) -> None:
         if [_version(t) for t in self._read] != self._versions:
-            raise RuntimeError(
-                "the input or a parameter of a batch norm was changed in place before what comes after it was "
-                "computed; convert the model with fuse=False"
-            )
+            raise RuntimeError(_CHANGED)
 
     def _statistics_once(self) -> Settings:
         """The settings; the running statistics, which take the batch in, the first time only."""
@@ -224,12 +262,14 @@ class _Norm:
         if settings[4] and self._counted:
             settings = (None, None, *settings[2:])
         self._counted = True
+        if _PERMITS.uncounted.get(self._module_id) is self:
+            del _PERMITS.uncounted[self._module_id]
         return settings
 
     def convolve(self, relu: bool, convolution: Convolution) -> Tensor:
         """conv2d([relu](norm(x))), without the tensor in between."""
-        self._check_unchanged()
         mean, var, weight, bias, training, momentum, eps = self._statistics_once()
+        self._check_unchanged()
         return norm_conv2d(
             self.x, mean, var, weight, bias, training, momentum, eps, *convolution, relu=relu
         )
@@ -256,14 +296,34 @@ _SHAPES = {
 }
 
 
+_CHANGED = (
+    "what a batch norm reads, or what is added to it, was changed in place before what comes after it was computed; "
+    "convert the model with fuse=False"
+)
 _ASTRAY = (
     "a batch norm that waits for the sum after it was used where torch cannot ask for its value; "
     "convert the model with fuse=False"
 )
 
 
-def _gradient_astray(gradient: Tensor) -> None:
-    raise RuntimeError(_ASTRAY)
+class _Astray(torch.autograd.Function):
+    """(x, other tensors that enter) -> a :class:`PendingNorm` of x, unfinished.
+
+    An autograd.Function differentiates what it is given without asking what that is; the gradient then arrives here. It
+    does so because this lies on the way to the tensors that enter: `torch.autograd.grad` goes only where it has to.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor | None) -> Tensor:
+        return _uncomputed(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(_ASTRAY)
+
+
+def _uncomputed(x: Tensor) -> Tensor:
+    return Tensor._make_wrapper_subclass(PendingNorm, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device)
 
 
 class PendingNorm(Tensor):
@@ -274,32 +334,35 @@ class PendingNorm(Tensor):
 
     _norm: _Norm
     _residual: Tensor | None
+    _residual_version: int
     _site: Site
     _is_cut: bool
     _value: Tensor | None
 
     @staticmethod
     def __new__(cls, norm: _Norm, residual: Tensor | None, site: Site, is_cut: bool = False) -> PendingNorm:
-        x = norm.x
-        made: PendingNorm = Tensor._make_wrapper_subclass(
-            cls, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device, requires_grad=norm.modes[0]
-        )
-        if norm.modes[0]:
-            # An autograd.Function takes it without asking and would then differentiate it as a leaf.
-            with torch._C.DisableTorchFunctionSubclass():
-                made.register_hook(_gradient_astray)
+        made: Any
+        if norm.called_in[0]:
+            made = _Astray.apply(norm.x, *norm.settings[2:4], residual)
+        else:
+            made = _uncomputed(norm.x)
         return made
 
     def __init__(self, norm: _Norm, residual: Tensor | None, site: Site, is_cut: bool = False) -> None:
-        self._norm, self._residual, self._site, self._is_cut, self._value = norm, residual, site, is_cut, None
+        self._norm, self._site, self._is_cut, self._value = norm, site, is_cut, None
+        self._residual, self._residual_version = residual, _version(residual)
 
     def computed(self) -> Tensor:
         """The tensor that this stands for; the same one each time."""
         if self._value is None:
-            grad, inference = self._norm.modes
-            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            self._check_residual_unchanged()
+            with _back_in(self._norm.called_in):
                 self._value = self._norm.compute(self._residual, self._is_cut)
         return self._value
+
+    def _check_residual_unchanged(self) -> None:
+        if _version(self._residual) != self._residual_version:
+            raise RuntimeError(_CHANGED)
 
     def convolved(self, convolution: Convolution) -> Tensor | None:
         """What a convolution makes of this tensor, where that can be computed in one; else None.
@@ -314,7 +377,7 @@ class PendingNorm(Tensor):
         return self._norm.convolve(self._is_cut, convolution)
 
     def _is_open(self) -> bool:
-        return self._value is None and self._norm.modes == _modes()
+        return self._value is None and self._norm.called_in == surroundings()
 
     def _may_add(self) -> bool:
         return self._residual is None and not self._is_cut and self._is_open()
@@ -327,10 +390,11 @@ class PendingNorm(Tensor):
             return z
         if not in_place:
             return PendingNorm(self._norm, residual, self._site)
-        self._residual = residual
+        self._residual, self._residual_version = residual, _version(residual)
         return self
 
     def _cut(self, in_place: bool) -> Tensor:
+        self._check_residual_unchanged()
         if self._site.conv:
             if not in_place:
                 return PendingNorm(self._norm, self._residual, self._site, True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .deferred import Site
+from .deferred import Site, surroundings
 from .packed import PackedWeight
 
 __all__ = ["Fusions", "copy_memo", "find_fusions"]
@@ -136,7 +136,7 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    """Looks into every module but torch's own and this package's; notes who called what."""
+    """Looks into every module but torch's own and this package's; notes who called what, and in which surroundings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        node.meta["calls"] = self._calls
+        node.meta["calls"], node.meta["surroundings"] = self._calls, surroundings()
         return node
 
 
@@ -216,6 +216,8 @@ class _Reading:
         if len(norm.users) != 1:
             return f"read {len(norm.users)} times"
         (reader,) = norm.users
+        if not _in_the_same_surroundings(norm, reader):
+            return f"followed by {self._title(reader)} in another gradient mode or checkpoint"
         conv = self._conv_after(reader if self._is_relu(reader) else norm)
         if conv is not None:
             place = self._place(norm, None, None if reader is conv else reader, conv)
@@ -240,6 +242,8 @@ class _Reading:
         """The sparse convolution that alone reads the node."""
         reader = next(iter(node.users)) if len(node.users) == 1 else None
         if reader is None or reader.op != "call_module" or str(reader.target) not in self._convs:
+            return None
+        if not _in_the_same_surroundings(node, reader):
             return None
         return reader if reader.args == (node,) and not reader.kwargs else None
 
@@ -309,6 +313,11 @@ class _Reading:
         if node.op == "call_module":
             return type(self._module(node)).__name__
         return str(getattr(node.target, "__name__", node.target))
+
+
+def _in_the_same_surroundings(a: fx.Node, b: fx.Node) -> bool:
+    same: bool = a.meta["surroundings"] == b.meta["surroundings"]
+    return same
 
 
 def _caller(node: fx.Node) -> tuple[str, int]:

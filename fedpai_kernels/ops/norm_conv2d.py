@@ -44,8 +44,8 @@ class _Norm:
     """The addresses of a norm's parameters, and the tensors behind them."""
 
     def __init__(self, stats: Tensor, weight: Tensor | None, bias: Tensor | None, relu: bool) -> None:
-        self._kept = [None if t is None else t.contiguous() for t in (stats, weight, bias)]
         stats, row_bytes = stats.contiguous(), stats.shape[1] * stats.element_size()
+        self._kept = [stats, *(None if t is None else t.contiguous() for t in (weight, bias))]
         parameters = (0 if t is None else t.data_ptr() for t in self._kept[1:])
         self.addresses = (stats.data_ptr(), stats.data_ptr() + row_bytes, *parameters, int(relu))
 
@@ -150,8 +150,8 @@ class _NormConv2d(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, norm_weight, norm_bias, mean, _, ctx.eps, ctx.relu, _, values, bias, ctx.plan, ctx.geometry = inputs
-        ctx.save_for_backward(x, norm_weight, norm_bias, output[1], values, bias)
+        x, norm_weight, norm_bias, mean, _, ctx.eps, ctx.relu, _, values, _, ctx.plan, ctx.geometry = inputs
+        ctx.save_for_backward(x, norm_weight, norm_bias, output[1], values)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.through_statistics = mean is None
@@ -160,7 +160,7 @@ class _NormConv2d(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 12
-        x, norm_weight, norm_bias, stats, values, bias = ctx.saved_tensors
+        x, norm_weight, norm_bias, stats, values = ctx.saved_tensors
         norm = (stats, norm_weight, norm_bias, ctx.relu)
         needs = ctx.needs_input_grad
         need_x, need_norm = needs[0], needs[1] or needs[2]
@@ -168,11 +168,13 @@ class _NormConv2d(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             given = None if ctx.through_statistics else stats
             h = twin(x, norm_weight, norm_bias, given, ctx.eps, ctx.relu)
-            y = differentiable_conv2d(h, values, bias, ctx.plan, ctx.geometry)
-            inputs = {0: x, 1: norm_weight, 2: norm_bias, 8: values, 9: bias}
+            y = differentiable_conv2d(h, values, None, ctx.plan, ctx.geometry)
+            inputs = {0: x, 1: norm_weight, 2: norm_bias, 8: values}
             wanted = {i: t for i, t in inputs.items() if needs[i]}
             found = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=True) if wanted else ()
             grads = dict(zip(wanted, found, strict=True))
+            if need_bias:
+                grads[9] = dy.sum((0, 2, 3))
             return tuple(grads.get(i) for i in range(12))
         dx = dvalues = dbias = None
         dnorm: tuple[Tensor | None, Tensor | None] = (None, None)

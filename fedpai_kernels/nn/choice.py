@@ -10,10 +10,12 @@ from typing import Literal, NamedTuple
 
 __all__ = ["KernelChoice", "LayerInfo", "choose_kernel"]
 
-# Density from which the dense kernel is taken.
-CONV2D_BREAK_EVEN = 0.5
+# Density above which the dense kernel is taken; measured in lab/004_break_even.
+CONV2D_BREAK_EVEN = 0.8
 DEPTHWISE_BREAK_EVEN = 1.0
-LINEAR_BREAK_EVEN = 0.15
+LINEAR_BREAK_EVEN = 0.35
+# Weights per output channel up to which a convolution without a mask is walked as one that keeps everything.
+FULL_CONV2D_FAN_IN = 300
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ class KernelChoice(NamedTuple):
 def choose_kernel(layer: LayerInfo) -> KernelChoice:
     """The kernel for one layer, by its density alone.
 
-    A dense convolution runs near the machine's arithmetic limit and a sparse one near its limit of one load
-    per multiply-add, about half of that; so sparse wins to a density of about one half. A dense depthwise
-    convolution is limited by memory just as the sparse one, which therefore never loses to it. A linear layer
-    has one "pixel" per row of the batch to reuse a weight on, and loses earlier.
+    Alone, a dense convolution overtakes the sparse one at a density of 0.5 to 0.8. Among batch-last layers it
+    must change the layout of what it reads and writes, and unpack its weight, which moves that to 0.8 and
+    beyond. A dense depthwise convolution is limited by memory just as the sparse one, which therefore never
+    loses to it. A linear layer has one "pixel" per row of the batch to reuse a weight on, and loses earlier.
     """
     if layer.kind == "linear":
         limit = LINEAR_BREAK_EVEN
@@ -67,3 +69,11 @@ def choose_kernel(layer: LayerInfo) -> KernelChoice:
     if layer.density <= limit:
         return KernelChoice("sparse", f"density {layer.density:.3g} is at most the break-even of {limit:g}")
     return KernelChoice("dense", f"density {layer.density:.3g} is above the break-even of {limit:g}")
+
+
+def walks_in_full(in_channels: int, groups: int, kernel_size: tuple[int, int]) -> bool:
+    """Whether a convolution without a mask, among batch-last layers, is faster by the sparse kernel.
+
+    So it is where it has few weights per output: it is limited by memory, and needs no change of layout.
+    """
+    return in_channels // groups * kernel_size[0] * kernel_size[1] <= FULL_CONV2D_FAN_IN

@@ -5,6 +5,7 @@ them.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,9 @@ from torch.nn import functional as F
 
 from ..layout import is_batch_last, to_batch_last, to_contiguous
 from ..ops.conv2d import sparse_conv2d
+from ..ops.geometry import resolve_geometry
 from ..plan import Plan
+from .choice import walks_in_full
 from .deferred import PendingNorm
 from .masks import plan_for
 from .packed import PackedWeight, match_autocast
@@ -125,10 +128,40 @@ class MaskedConv2d(_PackedConv2d):
 
 
 class BatchLastConv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` without a mask, among batch-last layers: takes any layout, hands on batch-last."""
+    """`torch.nn.Conv2d` without a mask, among batch-last layers: takes any layout, hands on batch-last.
+
+    With few weights per output channel it computes by the sparse kernel, as if by a mask that keeps everything
+    (:func:`fedpai_kernels.nn.choice.walks_in_full`).
+    """
 
     def forward(self, input: Tensor) -> Tensor:
+        if self._is_ours(input):
+            plan = _full_plan(tuple(self.weight.shape), self.groups)
+            return sparse_conv2d(input, self.weight.reshape(-1), plan, self.bias, *self._geometry(), self.groups)
         return _handed_on(super().forward(_for_dense(input)))
+
+    def _is_ours(self, x: Tensor) -> bool:
+        if type(x) is not Tensor or x.dim() != 4 or x.device.type != "cpu" or x.numel() == 0:
+            return False
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        if x.dtype not in (torch.float32, torch.float64) or x.dtype != self.weight.dtype:
+            return False
+        if self.padding_mode != "zeros" or x.shape[1] != self.in_channels:  # torch says what is wrong
+            return False
+        kernel = (self.kernel_size[0], self.kernel_size[1])
+        if not walks_in_full(self.in_channels, self.groups, kernel):
+            return False
+        geometry = resolve_geometry(kernel, *self._geometry())
+        return min(geometry.output_size((x.shape[2], x.shape[3]), kernel)) > 0
+
+    def _geometry(self) -> tuple[Any, Any, Any]:
+        return self.stride, self.padding, self.dilation
+
+
+@lru_cache(maxsize=256)
+def _full_plan(shape: tuple[int, ...], groups: int) -> Plan:
+    return Plan.from_mask(torch.ones(shape, dtype=torch.bool), groups=groups)
 
 
 def _for_dense(x: Tensor) -> Tensor:

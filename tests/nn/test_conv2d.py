@@ -90,3 +90,50 @@ def test_batch_last_conv2d_is_nn_conv2d() -> None:
     x = torch.randn(5, 4, 6, 6, dtype=torch.float64)
     assert torch.equal(layer(fk.to_batch_last(x)), dense(x))
     assert torch.equal(layer(x[0]), dense(x[0]))
+
+
+FULL = {
+    "first": (nn.Conv2d(3, 8, 3, padding=1), True),
+    "stride": (nn.Conv2d(4, 6, 3, stride=2, padding=(0, 2)), True),
+    "same": (nn.Conv2d(4, 6, (2, 3), padding="same", dilation=2), True),
+    "groups": (nn.Conv2d(6, 9, 3, groups=3, bias=False), True),
+    "depthwise": (nn.Conv2d(5, 5, 3, groups=5, padding=1), True),
+    "channels_last": (nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last), True),
+    "many_weights": (nn.Conv2d(34, 4, 3), False),
+    "reflect": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), False),
+}
+
+
+@pytest.mark.parametrize(("dense", "ours"), FULL.values(), ids=FULL.keys())
+def test_batch_last_conv2d_by_either_kernel(dense: nn.Conv2d, ours: bool) -> None:
+    dense = copy.deepcopy(dense).double()
+    layer = copy.deepcopy(dense)
+    layer.__class__ = BatchLastConv2d
+    x = torch.randn(11, dense.in_channels, 9, 8, dtype=torch.float64)
+    assert layer._is_ours(x) is ours
+    for source in (x, fk.to_batch_last(x)):
+        leaves = [source.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2)]
+        y, expected = layer(leaves[0]), dense(leaves[1])
+        torch.testing.assert_close(y, expected)
+        assert fk.is_batch_last(y)
+        dy = torch.randn_like(expected)
+        layer.zero_grad()
+        dense.zero_grad()
+        y.backward(dy)
+        expected.backward(dy)
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+        for p, q in zip(layer.parameters(), dense.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+    assert layer.state_dict().keys() == dense.state_dict().keys()
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8, 8), (2, 3, 1, 1), (2, 2)], ids=str)
+def test_batch_last_conv2d_refuses_as_torch_does(shape: tuple[int, ...]) -> None:
+    dense = nn.Conv2d(3, 4, 3)
+    layer = copy.deepcopy(dense)
+    layer.__class__ = BatchLastConv2d
+    with pytest.raises(RuntimeError) as theirs:
+        dense(torch.randn(shape))
+    with pytest.raises(RuntimeError) as ours:
+        layer(torch.randn(shape))
+    assert str(ours.value) == str(theirs.value)

@@ -39,7 +39,7 @@ class Net(nn.Module):
 def pair(dtype: torch.dtype = torch.float32) -> tuple[Net, Net, dict[str, Tensor]]:
     """The dense model with masked weights, its converted copy, and the masks."""
     dense = Net().to(dtype)
-    density = {"conv1": 0.8, "conv2": 0.15, "mix": 0.3, "head": 0.14}
+    density = {"conv1": 0.95, "conv2": 0.15, "mix": 0.3, "head": 0.14}
     masks = {name: torch.rand(dense.get_submodule(name).weight.shape) < d for name, d in density.items()}
     with torch.no_grad():
         for name, mask in masks.items():

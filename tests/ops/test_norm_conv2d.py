@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""conv2d(relu(batch_norm(x))) as one operation: bit for bit the two separate ones, and dense-masked torch in float64."""
+"""conv2d(relu(batch_norm(x))) as one: bit for bit the two separate ones, and dense-masked torch in float64."""
 
 from __future__ import annotations
 

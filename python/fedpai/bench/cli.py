@@ -95,10 +95,17 @@ def _add_step(kinds: argparse._SubParsersAction[Any]) -> None:
         metavar="S,..",
         help="share of the weights removed (0.98)",
     )
-    add(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--profile",
         action="store_true",
         help="no comparison: where the time of our step goes, part by part and layer by layer",
+    )
+    instead.add_argument(
+        "--memory",
+        action="store_true",
+        help="no times: how much memory training takes at its peak, ours against dense torch eager, each in a "
+        "process of its own",
     )
     add("--no-compile", dest="compiled", action="store_false", help="do not try dense torch compiled")
     parser.set_defaults(run=_guarded(_step))
@@ -193,6 +200,10 @@ def _prepare(arguments: argparse.Namespace) -> None:
         if arguments.rivals not in (None, ["none"]):
             raise BenchError("--rivals: --profile looks at our step alone and compares with nobody")
         arguments.rivals = ["none"]
+    if getattr(arguments, "memory", False):
+        if arguments.rivals not in (None, ["dense"], ["none"]):
+            raise BenchError("--rivals: --memory compares with dense torch alone (dense or none)")
+        arguments.rivals = arguments.rivals or ["dense"]
     if arguments.rivals is None:
         arguments.rivals = arguments.usual_rivals
     elif arguments.rivals == ["none"]:
@@ -265,6 +276,9 @@ def _step(arguments: argparse.Namespace) -> None:
     if arguments.profile:
         _profile(arguments, settings)
         return
+    if arguments.memory:
+        _memory(arguments, settings)
+        return
     rows = _collect(arguments, partial(step.measure, settings))
     step_table(rows).show()
     print(*remarks(rows), sep="\n")
@@ -282,6 +296,15 @@ def _profile(arguments: argparse.Namespace, settings: Settings) -> None:
             print()
             table.show()
         print("", *text.remarks(group), "", sep="\n")
+
+
+def _memory(arguments: argparse.Namespace, settings: Settings) -> None:
+    from fedpai.bench import memory
+    from fedpai.bench.memory_text import memory_table, remarks
+
+    rows = _collect(arguments, partial(memory.measure, settings))
+    memory_table(rows).show()
+    print(*remarks(rows), sep="\n")
 
 
 def _collect(

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Result rows: one JSON object a line, complete in itself, so that files can be appended to and joined.
 
-Every row has ``schema``, ``row`` ("layer", "step" or "profile"), ``time``, ``machine``, ``software``, ``commit``,
-``threads``, ``isa``, ``machine_model``, ``model``, ``mask``, ``density``, ``batch``. Those of layers and steps have
-``results``: for each contender
+Every row has ``schema``, ``row`` ("layer", "step", "profile" or "memory"), ``time``, ``machine``, ``software``,
+``commit``, ``threads``, ``isa``, ``machine_model``, ``model``, ``mask``, ``density``, ``batch``. Those of layers and
+steps have ``results``: for each contender
 
     {"status": "ok", "best": variant, "variants": {variant: {"median_ms": ..., "q20_ms": ..., ...}}}
     {"status": "wrong" | "unavailable", "reason": text}
 
 and ``speedup``: {rival: its best variant's median over ours}. A profile row is one part of our step, of one layer or
 (``layer`` null) of all: ``counted`` says whether it is an "operation", a "gap" between operations, or the "remainder"
-that the trace does not show, and ``step`` what holds for the whole.
+that the trace does not show, and ``step`` what holds for the whole. A memory row has ``peaks``: {contender: {variant:
+{"peak_bytes": ..., "start_bytes": ..., ...}}}, as written in ``memory.py``.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ _OWN = {
         *("sparsity", "mac_share", "input", "mask_data", "step", "part", "layer", "counted"),
         *("median_ms", "q20_ms", "q80_ms", "share"),
     ),
+    "memory": ("sparsity", "mac_share", "input", "mask_data", "steps", "method", "peaks"),
 }
 
 
@@ -161,6 +163,9 @@ def check(row: object) -> str:
     missing = [name for name in (*_COMMON, *_OWN[row["row"]]) if name not in row]
     if missing:
         return f"fields {', '.join(missing)} are missing"
+    for name, variants in row.get("peaks", {}).items():
+        if wrong := [variant for variant, numbers in variants.items() if numbers.get("peak_bytes", 0) <= 0]:
+            return f"peaks: {name}, {', '.join(wrong)}: no bytes"
     for name, result in row.get("results", {}).items():
         if result.get("status") == "ok":
             if result.get("best") not in result.get("variants", {}):

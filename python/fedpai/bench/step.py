@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedpai.bench import masks as bench_masks
 from fedpai.bench.errors import BenchError
@@ -56,7 +56,7 @@ def prepare(settings: Settings) -> None:
             raise BenchError(f"--rivals: unknown name {name!r}, expected one of {', '.join(RIVALS)}")
     for name in settings.models:
         with torch.device("meta"):
-            _network(name)
+            network_of(name)
     if max(settings.sparsities) >= 1:
         raise BenchError(f"--sparsity: got {max(settings.sparsities):g}, expected less than 1")
 
@@ -81,8 +81,13 @@ def task_of(
     model: str, mask: str, sparsity: float, batch: int, mask_data: str = bench_masks.SCORING_DATA
 ) -> tuple[Task, str | None]:
     """A network with masked weights and one batch of random images, and the data its masks were scored with."""
-    network = _network(model, seed=SEED)
+    network = network_of(model, seed=SEED)
     masks, data = bench_masks.network_masks(network, mask, sparsity, data=mask_data, seed=SEED)
+    return task_with(network, masks, batch), data
+
+
+def task_with(network: nn.Module, masks: Mapping[str, Tensor], batch: int) -> Task:
+    """The same with masks that there are already; those of the network's weights that they remove become zero."""
     with torch.no_grad():
         for name, found in masks.items():
             weight = network.get_parameter(f"{name}.weight")
@@ -91,10 +96,11 @@ def task_of(
     generator = torch.Generator().manual_seed(SEED)
     images = torch.randn((batch, *INPUT_SHAPE), generator=generator)
     labels = torch.randint(CLASSES, (batch,), generator=generator)
-    return Task(network, masks, images, labels), data
+    return Task(network, masks, images, labels)
 
 
-def _network(name: str, seed: int | None = None) -> nn.Module:
+def network_of(name: str, seed: int | None = None) -> nn.Module:
+    """A network of :mod:`fedpai.models` for the images of the measurement."""
     from fedpai import models
 
     try:
@@ -105,13 +111,28 @@ def _network(name: str, seed: int | None = None) -> nn.Module:
         raise BenchError(f"--model: {error}") from error
 
 
-def _measure(settings: Settings, model: str, sparsity: float, progress: Callable[[str], None]) -> Row:
+def setting_of(settings: Settings, model: str, sparsity: float, task: Task, data: str | None) -> Row:
+    """The fields of a row that say what was trained."""
     from fedpai.pruning import summary
 
+    kept = summary(task.masks, task.network, input_shape=INPUT_SHAPE)
+    return {
+        "model": model,
+        "mask": settings.mask,
+        "density": round(kept.density, 6),
+        "batch": settings.batch,
+        "sparsity": sparsity,
+        "mac_share": round(kept.mac_share, 6),
+        "input": list(INPUT_SHAPE),
+        "mask_data": data,
+    }
+
+
+def _measure(settings: Settings, model: str, sparsity: float, progress: Callable[[str], None]) -> Row:
     label = f"{model}, {settings.mask} {sparsity:g}"
     progress(f"{label}: masks")
     task, data = task_of(model, settings.mask, sparsity, settings.batch, settings.mask_data)
-    kept = summary(task.masks, task.network, input_shape=INPUT_SHAPE)
+    setting = setting_of(settings, model, sparsity, task, data)
     progress(f"{label}: reference losses")
     expected = masked_losses(task)
 
@@ -142,14 +163,7 @@ def _measure(settings: Settings, model: str, sparsity: float, progress: Callable
         for name in ("ours", *settings.rivals)
     }
     return {
-        "model": model,
-        "mask": settings.mask,
-        "density": round(kept.density, 6),
-        "batch": settings.batch,
-        "sparsity": sparsity,
-        "mac_share": round(kept.mac_share, 6),
-        "input": list(INPUT_SHAPE),
-        "mask_data": data,
+        **setting,
         "losses": {name: [round(value, 7) for value in found] for name, found in losses.items()},
         "layers": layers,
         **results_of(results),

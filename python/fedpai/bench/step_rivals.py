@@ -83,42 +83,48 @@ Build = Callable[[], Trainer | str]
 
 
 def _ours(task: Task, compiled: bool) -> dict[str, Build]:
-    def build() -> Trainer:
-        import fedpai_kernels
+    return {"sparsify_": lambda: our_trainer(task, copy.deepcopy(task.network))}
 
-        network = copy.deepcopy(task.network)
-        report = fedpai_kernels.sparsify_(network, task.masks)
-        kernels = [row.kernel for row in report]
-        layers = {kernel: kernels.count(kernel) for kernel in sorted(set(kernels))}
-        return Trainer(
-            network,
-            network,
-            task.images,
-            task.labels,
-            masked=True,
-            layers=layers,
-            sgd=fedpai_kernels.optim.SGD,
-        )
 
-    return {"sparsify_": build}
+def our_trainer(task: Task, network: nn.Module, fuse: bool = True) -> Trainer:
+    """Of a network that is converted in place."""
+    import fedpai_kernels
+
+    report = fedpai_kernels.sparsify_(network, task.masks, fuse=fuse)
+    kernels = [row.kernel for row in report]
+    layers = {kernel: kernels.count(kernel) for kernel in sorted(set(kernels))}
+    return Trainer(
+        network,
+        network,
+        task.images,
+        task.labels,
+        masked=True,
+        layers=layers,
+        sgd=fedpai_kernels.optim.SGD,
+    )
 
 
 def _dense(task: Task, compiled: bool) -> dict[str, Build]:
     builds: dict[str, Build] = {}
     torch.compiler.reset()  # past a number of compiled forms, torch would quietly run a network eagerly
-    for name, memory_format in _FORMATS.items():
+    for name in FORMATS:
         for mode in ("eager", "compiled") if compiled else ("eager",):
 
-            def build(memory_format: torch.memory_format = memory_format, mode: str = mode) -> Trainer:
-                network = _in_format(copy.deepcopy(task.network), memory_format)
-                images = task.images.contiguous(memory_format=memory_format)
-                called: Callable[[Tensor], Tensor] = network
+            def build(name: str = name, mode: str = mode) -> Trainer:
+                trainer = dense_trainer(task, copy.deepcopy(task.network), name)
                 if mode == "compiled":
-                    called = torch.compile(network, dynamic=False)
-                return Trainer(called, network, images, task.labels)
+                    trainer.network = torch.compile(trainer.network, dynamic=False)
+                return trainer
 
             builds[f"{name}, {mode}"] = build
     return builds
+
+
+def dense_trainer(task: Task, network: nn.Module, memory_format: str) -> Trainer:
+    """Of a network that is brought into one of :data:`FORMATS` in place."""
+    _in_format(network, FORMATS[memory_format])
+    images = task.images.contiguous(memory_format=FORMATS[memory_format])
+    return Trainer(network, network, images, task.labels)
 
 
 def _sparseprop(task: Task, compiled: bool) -> dict[str, Build]:
@@ -148,7 +154,7 @@ CONTENDERS: dict[str, Callable[[Task, bool], dict[str, Build]]] = {
 }
 
 
-_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def _in_format(network: nn.Module, memory_format: torch.memory_format) -> nn.Module:
@@ -188,7 +194,7 @@ class Expected:
 def masked_losses(task: Task) -> Expected:
     """The first losses of the task, trained by dense torch under its masks."""
     runs = []
-    for memory_format in _FORMATS.values():
+    for memory_format in FORMATS.values():
         network = _in_format(copy.deepcopy(task.network), memory_format)
         for name, mask in task.masks.items():
             network.get_parameter(f"{name}.weight").register_hook(lambda gradient, mask=mask: gradient * mask)

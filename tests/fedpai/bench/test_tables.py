@@ -84,6 +84,14 @@ def profile_row(**changes: Any) -> dict[str, Any]:
     return {**row, **changes}
 
 
+def memory_row(**changes: Any) -> dict[str, Any]:
+    row = {
+        **common("memory"), "sparsity": 0.98, "mac_share": 0.02, "input": [3, 32, 32], "mask_data": None, "steps": 5,
+        "method": "VmHWM", "peaks": {"ours": {"sparsify_": {"start_bytes": 1, "peak_bytes": 2}}},
+    }  # fmt: skip
+    return {**row, **changes}
+
+
 def test_documents_of_this_repository_are_up_to_date() -> None:
     assert tables.main(["--check"]) == 0, "run python benchmarks/tables.py"
 
@@ -98,6 +106,15 @@ def test_profiles_are_in_no_table(root: Path) -> None:
     render(root, step_row())
     before = [path.read_text() for path in tables.documents(root)]
     render(root, profile_row(threads=7))
+    assert [path.read_text() for path in tables.documents(root)] == before
+
+
+def test_memory_is_in_no_table(root: Path) -> None:
+    assert check(memory_row()) == ""
+    assert "ours, sparsify_: no bytes" in check(memory_row(peaks={"ours": {"sparsify_": {"peak_bytes": 0}}}))
+    render(root, step_row())
+    before = [path.read_text() for path in tables.documents(root)]
+    assert render(root, memory_row(threads=7)) == 0
     assert [path.read_text() for path in tables.documents(root)] == before
 
 

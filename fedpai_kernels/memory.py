@@ -84,6 +84,14 @@ def empty_cache() -> None:
     _C.empty_cache()
 
 
+def trim_heap() -> None:
+    """Give the pages that the C library keeps of freed memory back to the system, where it can (glibc).
+
+    It keeps blocks of up to 32 MB once it has seen such, as dense weights are.
+    """
+    _C.trim_heap()
+
+
 def _fills_memory() -> bool:
     # A property of the module, which its types do not know.
     return bool(deterministic.fill_uninitialized_memory)  # type: ignore[attr-defined]

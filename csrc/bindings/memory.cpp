@@ -9,6 +9,12 @@
 #include <tuple>
 #include <vector>
 
+#include <cstdlib>  // defines __GLIBC__
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "bindings/bind.h"
 #include "bindings/dlpack.h"
 #include "memory/block_cache.h"
@@ -60,6 +66,13 @@ std::size_t span(const Extents& shape, const Extents& strides, std::int64_t item
   return static_cast<std::size_t>(bytes);
 }
 
+// Gives the pages that free() has kept back to the system, where the C library can.
+void trim_heap() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
+}
+
 py::capsule empty_strided(Extents shape, Extents strides, std::uint8_t code, std::uint8_t bits) {
   const std::size_t bytes = span(shape, strides, bits / 8);
   auto loan = std::make_unique<Loan>();
@@ -92,6 +105,7 @@ py::capsule empty_strided(Extents shape, Extents strides, std::uint8_t code, std
 
 void fedpai::bind_memory(py::module_& m) {
   m.def("empty_strided", &empty_strided, py::arg("shape"), py::arg("strides"), py::arg("code"), py::arg("bits"));
+  m.def("trim_heap", &trim_heap, py::call_guard<py::gil_scoped_release>());
   m.def(
       "empty_cache", [] { fedpai::block_cache().empty(); }, py::call_guard<py::gil_scoped_release>());
   m.def("memory_stats", [] {

@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..memory import trim_heap
 from ..plan import Plan
 from .choice import KernelChoice, LayerInfo, choose_kernel
 from .conv2d import BatchLastConv2d, MaskedConv2d, SparseConv2d
@@ -124,6 +125,7 @@ def sparsify_(
     for group in groups:
         _convert(group)
     notes = _surround(names, wanted, fusions) if batch_last else []
+    trim_heap()  # what the dense weights took
     return Report(_rows(names, {id(layer.module): layer for layer in layers}, wanted), notes)
 
 

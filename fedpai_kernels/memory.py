@@ -4,8 +4,9 @@
 torch's CPU allocator hands large tensors back to the system as they are freed, and every training step then
 pays for the same pages again, one fault at a time; that can cost a third of the step. Here a freed block waits
 for the next tensor of about its size. Live and cached blocks together stay within three times the most that was
-live in recent steps; training a convolutional network needs one to two times. ``FEDPAI_MEMORY_CACHE=0`` in the
-environment leaves the allocation of all tensors to torch.
+live in recent steps; training a convolutional network needs one to two times. On a machine that is short of memory
+``FEDPAI_MEMORY_SLACK=1.1`` in the environment makes that 1.1 times, at the price of a slower step (a number of at
+least 1). ``FEDPAI_MEMORY_CACHE=0`` leaves the allocation of all tensors to torch.
 
 A tensor in such memory is an ordinary one, with two differences. Its storage cannot grow in place, like that of
 `torch.from_numpy`: ``resize_`` to more elements, or a larger result in ``out=``, raises RuntimeError, and torch
@@ -30,6 +31,7 @@ from . import _C
 __all__ = ["MemoryStats", "empty_cache", "empty_strided", "memory_stats"]
 
 VARIABLE: Final = "FEDPAI_MEMORY_CACHE"
+SLACK_VARIABLE: Final = "FEDPAI_MEMORY_SLACK"
 
 # Below this malloc keeps what is freed by itself, and torch is faster.
 SMALLEST: Final = 256 * 1024
@@ -50,7 +52,19 @@ def _wanted() -> bool:
     return value == "1"
 
 
+def _slack() -> float:
+    text = os.environ.get(SLACK_VARIABLE) or "3"
+    try:
+        slack = float(text)
+    except ValueError:
+        slack = math.nan
+    if not 1 <= slack < math.inf:
+        raise ValueError(f"{SLACK_VARIABLE}: expected a number of at least 1 (3 is the default), got {text!r}")
+    return slack
+
+
 ENABLED: Final = _wanted()
+_C.set_memory_slack(_slack())
 
 
 class MemoryStats(NamedTuple):

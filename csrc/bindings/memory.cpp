@@ -105,6 +105,7 @@ py::capsule empty_strided(Extents shape, Extents strides, std::uint8_t code, std
 
 void fedpai::bind_memory(py::module_& m) {
   m.def("empty_strided", &empty_strided, py::arg("shape"), py::arg("strides"), py::arg("code"), py::arg("bits"));
+  m.def("set_memory_slack", [](double slack) { fedpai::block_cache().set_slack(slack); }, py::arg("slack"));
   m.def("trim_heap", &trim_heap, py::call_guard<py::gil_scoped_release>());
   m.def(
       "empty_cache", [] { fedpai::block_cache().empty(); }, py::call_guard<py::gil_scoped_release>());

@@ -118,7 +118,8 @@ void BlockCache::begin_window() {
 // Makes room for `incoming` bytes under the limit.
 void BlockCache::trim(std::size_t incoming) {
   const std::size_t live = stats_.live_bytes + incoming;
-  const std::size_t limit = kSlack * std::max({former_peak_, window_peak_, live});
+  const auto limit =
+      static_cast<std::size_t>(slack_ * static_cast<double>(std::max({former_peak_, window_peak_, live})));
   while (!cached_.empty() && live + stats_.cached_bytes > limit) {
     release(std::min_element(cached_.begin(), cached_.end(),
                              [](const Cached& a, const Cached& b) { return a.freed < b.freed; }));
@@ -129,6 +130,11 @@ void BlockCache::release(std::set<Cached, BestFit>::iterator cached) noexcept {
   munmap(cached->block.data, cached->block.size);
   stats_.cached_bytes -= cached->block.size;
   cached_.erase(cached);
+}
+
+void BlockCache::set_slack(double slack) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  slack_ = slack;
 }
 
 BlockCache& block_cache() {

@@ -29,7 +29,7 @@ struct BlockCacheStats {
 
 // Every member may be called by any thread at any time.
 //
-// How much is kept: no allocation takes live and cached blocks together above kSlack times the most that was live
+// How much is kept: no allocation takes live and cached blocks together above slack times the most that was live
 // recently. To find every block that it wants, a step of training needs more than its peak, because blocks of different
 // sizes peak at different moments: 1.2 times as much for ResNet-34, 2.0 times for VGG-11. When the limit is reached,
 // the blocks left unused for longest go back to the system. "Recently" is the current window of kWindow allocations
@@ -37,7 +37,7 @@ struct BlockCacheStats {
 // it no longer needs.
 class BlockCache {
  public:
-  static constexpr std::size_t kSlack = 3;
+  static constexpr double kSlack = 3.0;  // unless set_slack() says otherwise
   static constexpr std::uint64_t kWindow = 4096;
 
   BlockCache() = default;
@@ -57,6 +57,9 @@ class BlockCache {
   void empty() noexcept;
 
   BlockCacheStats stats() const;
+
+  // At least 1. Below what training needs, every step asks the system again for the rest, which costs page faults.
+  void set_slack(double slack);
 
  private:
   struct Cached {
@@ -78,6 +81,7 @@ class BlockCache {
   mutable std::mutex mutex_;
   std::set<Cached, BestFit> cached_;
   BlockCacheStats stats_;
+  double slack_ = kSlack;
   std::size_t window_peak_ = 0;  // of live_bytes, in the current window and the one before
   std::size_t former_peak_ = 0;
   std::uint64_t allocations_ = 0;

@@ -96,10 +96,20 @@ void check_limit() {
   for (std::size_t bytes = kMiB; bytes < 64 * kMiB; bytes += bytes / 3) {
     cache.free(cache.allocate(bytes));
     const BlockCacheStats stats = cache.stats();
-    CHECK(stats.cached_bytes <= BlockCache::kSlack * stats.peak_live_bytes, text(stats));
+    CHECK(static_cast<double>(stats.cached_bytes) <= BlockCache::kSlack * static_cast<double>(stats.peak_live_bytes),
+          text(stats));
     total += bytes;
   }
   CHECK(cache.stats().cached_bytes < total, "nothing was given up");
+
+  begin_case("without slack, what is held stays within the peak");
+  BlockCache tight;
+  tight.set_slack(1.0);
+  const Block large = tight.allocate(8 * kMiB);
+  tight.free(tight.allocate(4 * kMiB));
+  tight.free(large);
+  tight.free(tight.allocate(3 * kMiB));
+  CHECK(tight.stats().cached_bytes <= tight.stats().peak_live_bytes, text(tight.stats()));
 
   begin_case("the block unused for longest goes first");
   cache.empty();

@@ -226,3 +226,23 @@ def test_environment_is_checked() -> None:
 def test_public_names() -> None:
     assert fedpai_kernels.empty_cache is empty_cache
     assert isinstance(memory_stats(), fedpai_kernels.MemoryStats)
+
+
+def test_less_slack_holds_less() -> None:
+    program = (
+        "import torch, fedpai_kernels as fk\n"
+        "from fedpai_kernels.memory import empty_strided\n"
+        "for mib in (8, 6, 4, 3, 2):\n"
+        "    empty_strided((mib << 18,), (1,), dtype=torch.float32, device='cpu')\n"
+        "stats = fk.memory_stats()\n"
+        "print(stats.cached_bytes / stats.peak_live_bytes)\n"
+    )
+    held = {slack: float(python(program, FEDPAI_MEMORY_SLACK=slack).stdout) for slack in ("1", "1.5", "3")}
+    assert held["1"] <= 1 < held["1.5"] <= 1.5 < held["3"] <= 3
+
+
+@pytest.mark.parametrize("value", ["0.5", "much", "inf", "nan"])
+def test_a_slack_that_makes_no_sense_is_refused(value: str) -> None:
+    done = python("import fedpai_kernels", FEDPAI_MEMORY_SLACK=value)
+    assert done.returncode == 1
+    assert "FEDPAI_MEMORY_SLACK: expected a number of at least 1" in done.stderr.strip().splitlines()[-1]

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +36,7 @@ from ..ops.norm import batch_norm
 from ..ops.norm_conv2d import norm_conv2d
 from ..plan import Plan
 from .norm import BatchLastBatchNorm2d, Settings
+from .sites import Site, Surroundings, back_in, is_watched_by_torch, reads_pending_norms, surroundings
 
 __all__ = ["DeferrableBatchNorm2d", "PendingNorm", "Site", "attach", "detach"]
 
@@ -51,7 +51,6 @@ Convolution = tuple[Tensor, Plan, "Tensor | None", Pair, "Pair | str", Pair, int
 
 
 # Whether gradients are on, whether in inference mode, and the hooks on saved tensors (pack, unpack).
-Surroundings = tuple[bool, bool, "tuple[Any, Any] | None"]
 
 
 class _Permits(threading.local):
@@ -62,66 +61,7 @@ class _Permits(threading.local):
         self.uncounted: dict[int, _Norm] = {}  # by the id of the module
 
 
-def surroundings() -> Surroundings:
-    """Gradient modes, and the hooks on saved tensors. A part of a forward that has its own, such as one that is
-    checkpointed, may run again without the rest, and must do the same then.
-    """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), hooks
-
-
-def _as_it_is(t: Tensor) -> Tensor:
-    return t
-
-
-@contextlib.contextmanager
-def _back_in(before: Surroundings) -> Iterator[None]:
-    grad, inference, hooks = before
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(inference))
-        stack.enter_context(torch.set_grad_enabled(grad))
-        if hooks != surroundings()[2]:
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*(hooks or (_as_it_is, _as_it_is))))
-        yield
-
-
 _PERMITS = _Permits()
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place in the forward of a module, the owner, where a batch norm's result is added to, cut, or both.
-
-    Attributes:
-        norm: path of the norm from the owner.
-        between: paths of the modules, outermost first, through whose forward the norm is called.
-        relu_module: path of the ReLU, or "" where it is a function or there is none.
-        adds: whether the norm is added to something.
-        relu: whether a ReLU comes after those.
-        conv: path of the :class:`SparseConv2d` that alone reads the result, or "".
-    """
-
-    norm: str
-    between: tuple[str, ...]
-    relu_module: str
-    adds: bool
-    relu: bool
-    conv: str = ""
-
-    @property
-    def what(self) -> str:
-        """What comes after the norm, in words."""
-        return " and ".join(
-            ["the sum"] * self.adds + ["the ReLU"] * self.relu + ["the convolution"] * bool(self.conv)
-        )
-
-    def computed(self, owner: nn.Module) -> list[nn.Module]:
-        """The modules that are computed in one: the norm first."""
-        return [owner.get_submodule(path) for path in (self.norm, self.relu_module, self.conv) if path]
-
-    def watched(self, owner: nn.Module) -> list[nn.Module]:
-        """The modules whose hooks would see what is not computed."""
-        return [*self.computed(owner), *(owner.get_submodule(path) for path in self.between)]
 
 
 @dataclass(frozen=True)
@@ -131,7 +71,7 @@ class _Permit:
     site: Site
 
     def __call__(self, owner: nn.Module, args: Any) -> None:
-        if _is_watched_by_torch() or torch_module._has_any_global_hook():
+        if is_watched_by_torch() or torch_module._has_any_global_hook():
             return
         try:
             norm = owner.get_submodule(self.site.norm)
@@ -163,20 +103,6 @@ class _Withdraw:
         if type(output) is Tensor:
             return None
         return tree_map_only(PendingNorm, PendingNorm.computed, output)
-
-
-def reads_pending_norms(module: nn.Module) -> bool:
-    """Whether a module computes what a :class:`PendingNorm` puts off together with its own work."""
-    return getattr(type(module), "reads_pending_norms", False) is True
-
-
-def _is_watched_by_torch() -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-    )
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -356,7 +282,7 @@ class PendingNorm(Tensor):
         """The tensor that this stands for; the same one each time."""
         if self._value is None:
             self._check_residual_unchanged()
-            with _back_in(self._norm.called_in):
+            with back_in(self._norm.called_in):
                 self._value = self._norm.compute(self._residual, self._is_cut)
         return self._value
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .deferred import Site, surroundings
 from .packed import PackedWeight
+from .sites import Site, surroundings
 
 __all__ = ["Fusions", "copy_memo", "find_fusions"]
 

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import Tensor
 
+from fedpai_kernels.nn import deferred
 from fedpai_kernels.nn.deferred import PendingNorm
 
 
@@ -21,3 +24,24 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[PendingNorm]:
 
     monkeypatch.setattr(PendingNorm, "computed", count)
     return calls
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """One entry for each time that a norm and a convolution were computed in one."""
+    calls: list[bool] = []
+    original = deferred.norm_conv2d
+
+    def count(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(True)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(deferred, "norm_conv2d", count)
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind() -> Any:
+    yield
+    assert not deferred._PERMITS.given
+    assert not deferred._PERMITS.uncounted

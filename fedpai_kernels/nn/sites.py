@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where in a model a batch norm may wait for what comes after it, and what must be the same when it is computed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Site", "Surroundings", "back_in", "is_watched_by_torch", "reads_pending_norms", "surroundings"]
+
+Surroundings = tuple[bool, bool, "tuple[Any, Any] | None"]
+
+
+def surroundings() -> Surroundings:
+    """Gradient modes, and the hooks on saved tensors. A part of a forward that has its own, such as one that is
+    checkpointed, may run again without the rest, and must do the same then.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), hooks
+
+
+def _as_it_is(t: Tensor) -> Tensor:
+    return t
+
+
+@contextlib.contextmanager
+def back_in(before: Surroundings) -> Iterator[None]:
+    grad, inference, hooks = before
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(inference))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        if hooks != surroundings()[2]:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*(hooks or (_as_it_is, _as_it_is))))
+        yield
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the forward of a module, the owner, where a batch norm's result is added to, cut, or both.
+
+    Attributes:
+        norm: path of the norm from the owner.
+        between: paths of the modules, outermost first, through whose forward the norm is called.
+        relu_module: path of the ReLU, or "" where it is a function or there is none.
+        adds: whether the norm is added to something.
+        relu: whether a ReLU comes after those.
+        conv: path of the :class:`SparseConv2d` that alone reads the result, or "".
+    """
+
+    norm: str
+    between: tuple[str, ...]
+    relu_module: str
+    adds: bool
+    relu: bool
+    conv: str = ""
+
+    @property
+    def what(self) -> str:
+        """What comes after the norm, in words."""
+        return " and ".join(
+            ["the sum"] * self.adds + ["the ReLU"] * self.relu + ["the convolution"] * bool(self.conv)
+        )
+
+    def computed(self, owner: nn.Module) -> list[nn.Module]:
+        """The modules that are computed in one: the norm first."""
+        return [owner.get_submodule(path) for path in (self.norm, self.relu_module, self.conv) if path]
+
+    def watched(self, owner: nn.Module) -> list[nn.Module]:
+        """The modules whose hooks would see what is not computed."""
+        return [*self.computed(owner), *(owner.get_submodule(path) for path in self.between)]
+
+
+def reads_pending_norms(module: nn.Module) -> bool:
+    """Whether a module computes what a :class:`PendingNorm` puts off together with its own work."""
+    return getattr(type(module), "reads_pending_norms", False) is True
+
+
+def is_watched_by_torch() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    )

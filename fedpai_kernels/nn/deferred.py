@@ -227,7 +227,7 @@ _CHANGED = (
     "convert the model with fuse=False"
 )
 _ASTRAY = (
-    "a batch norm that waits for the sum after it was used where torch cannot ask for its value; "
+    "a batch norm that waits for what comes after it was used where torch cannot ask for its value; "
     "convert the model with fuse=False"
 )
 

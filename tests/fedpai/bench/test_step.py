@@ -75,20 +75,8 @@ def test_a_compiler_that_fails_is_no_end(
     assert "failed: no compiler" in capsys.readouterr().out
 
 
-def test_losses_that_differ_are_wrong(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = CONTENDERS["ours"]
-
-    def twice(task: Any, compiled: bool) -> dict[str, Callable[[], Trainer | str]]:
-        def build() -> Trainer:
-            trainer = ours(task, compiled)["sparsify_"]()
-            assert isinstance(trainer, Trainer)
-            network = trainer.network
-            trainer.network = lambda x: 2.0 * network(x)
-            return trainer
-
-        return {"sparsify_": build}
-
-    monkeypatch.setitem(CONTENDERS, "ours", twice)
+@pytest.mark.usefixtures("ours_is_wrong")
+def test_losses_that_differ_are_wrong(bench: Bench) -> None:
     (row,) = bench("step", "--model", "mlp", "--batch", "8", "--no-compile", "--rivals", "dense")
     assert row["results"]["ours"]["status"] == "wrong"
     assert "loss of step 1 is" in row["results"]["ours"]["reason"]

@@ -30,9 +30,9 @@ struct BlockCacheStats {
 // Every member may be called by any thread at any time.
 //
 // Blocks are cut out of long segments of address space, and what is freed joins its free neighbours, so that the memory
-// of one size serves every other: replayed, steps of ResNet-18 and VGG-19 hold at most 5 % more than their peak, where
-// blocks that are kept whole hold 25 to 45 % more (lab/005_block_cache). Address space that nobody has written to, or
-// that was given back, costs nothing; it is asked for only where cached memory does not suffice.
+// of one size serves every other: steps of ResNet-18 and VGG-19 hold at most 5 % more than their peak (docs/dead_ends.md
+// has what blocks that are kept whole cost). Address space that nobody has written to, or that was given back, costs
+// nothing; it is asked for only where cached memory does not suffice.
 //
 // How much is kept: no allocation takes live and cached memory together above slack times the most that was live
 // recently. When the limit is reached, what was left unused for longest goes back to the system. "Recently" is the

@@ -30,7 +30,7 @@ struct BlockCacheStats {
 // Every member may be called by any thread at any time.
 //
 // Blocks are cut out of long segments of address space, and what is freed joins its free neighbours, so that the memory
-// of one size serves every other: steps of ResNet-18 and VGG-19 hold at most 5 % more than their peak (docs/dead_ends.md
+// of one size serves every other: steps of ResNet-18 and VGG-19 hold at most 5 % more than their peak (dead_ends.md
 // has what blocks that are kept whole cost). Address space that nobody has written to, or that was given back, costs
 // nothing; it is asked for only where cached memory does not suffice.
 //

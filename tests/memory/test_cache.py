@@ -248,7 +248,12 @@ def test_memory_of_one_size_serves_others() -> None:
     del_me = contiguous((8, *LARGE))
     address, misses = del_me.data_ptr(), memory_stats().misses
     del del_me
-    parts = [contiguous((3, *LARGE)), contiguous((256, 1024)), contiguous((2, *LARGE)), contiguous((300, 300))]
+    parts = [
+        contiguous((3, *LARGE)),
+        contiguous((256, 1024)),
+        contiguous((2, *LARGE)),
+        contiguous((300, 300)),
+    ]
     assert {address <= x.data_ptr() < address + 2**25 for x in parts} == {True}
     parts.clear()
     assert contiguous((8, *LARGE)).data_ptr() == address

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from .packed import PackedWeight
 from .sites import Site, surroundings
@@ -78,7 +79,10 @@ def find_fusions(model: nn.Module, sparse: Collection[nn.Module] = ()) -> Fusion
                 traced = copy.deepcopy(model, copy_memo(model)).train(training)
                 for module in traced.modules():
                     _clear_hooks(module)
-                found.append(_Reading(traced, convs).found)
+                try:
+                    found.append(_Reading(traced, convs).found)
+                finally:
+                    _drop_tensors(traced, model)
     except Exception as error:  # tracing runs the user's forward, which may raise anything
         reason = str(error).strip().splitlines()
         untraced = f"torch.fx cannot trace the model ({type(error).__name__}: {reason[0] if reason else ''})"
@@ -115,6 +119,17 @@ _HOOKS = (
 def _clear_hooks(module: nn.Module) -> None:
     for name in _HOOKS:
         getattr(module, name).clear()
+
+
+def _drop_tensors(traced: nn.Module, model: nn.Module) -> None:
+    """Frees what the parameters and buffers of the traced copy hold, the size of the dense model.
+
+    A trace is full of reference cycles, so the copy itself lives until some later garbage collection.
+    """
+    kept = {id(t) for t in itertools.chain(model.parameters(), model.buffers())}
+    for t in itertools.chain(traced.parameters(), traced.buffers()):
+        if id(t) not in kept and not is_lazy(t):  # a tensor may copy itself as itself
+            t.data = t.data.new_empty(0)
 
 
 def _has_hooks(module: nn.Module) -> bool:

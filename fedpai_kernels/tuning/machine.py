@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import platform
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ __all__ = ["cpu_model", "facts"]
 _CPUINFO = Path("/proc/cpuinfo")
 
 
+@lru_cache(maxsize=1)  # the kernel writes that file anew for every reader, core by core
 def cpu_model() -> str:
     """Name, with family and model number where the kernel tells: virtual machines shorten the name."""
     try:

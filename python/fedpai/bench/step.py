@@ -115,7 +115,9 @@ def network_of(name: str, seed: int | None = None) -> nn.Module:
 def setting_of(settings: Settings, model: str, sparsity: float, task: Task, data: str | None) -> Row:
     """The fields of a row that say what was trained."""
     from fedpai.pruning import summary
+    from fedpai_kernels.tuning import break_evens
 
+    figures = break_evens()
     kept = summary(task.masks, task.network, input_shape=INPUT_SHAPE)
     return {
         "model": model,
@@ -126,6 +128,7 @@ def setting_of(settings: Settings, model: str, sparsity: float, task: Task, data
         "mac_share": round(kept.mac_share, 6),
         "input": list(INPUT_SHAPE),
         "mask_data": data,
+        "break_evens": f"{figures.source}: {figures}",
     }
 
 

@@ -16,6 +16,7 @@ from ..layout import is_batch_last, to_batch_last, to_contiguous
 from ..ops.conv2d import sparse_conv2d
 from ..ops.geometry import resolve_geometry
 from ..plan import Plan
+from ..tuning import BUILT_IN
 from .choice import walks_in_full
 from .deferred import PendingNorm
 from .masks import plan_for
@@ -132,7 +133,12 @@ class BatchLastConv2d(nn.Conv2d):
 
     With few weights per output channel it computes by the sparse kernel, as if by a mask that keeps everything
     (:func:`fedpai_kernels.nn.choice.walks_in_full`).
+
+    Attributes:
+        full_fan_in: how many these are at most; `sparsify_` sets it where it was measured on this machine.
     """
+
+    full_fan_in = BUILT_IN.full_fan_in
 
     def forward(self, input: Tensor) -> Tensor:
         if self._is_ours(input):
@@ -150,7 +156,7 @@ class BatchLastConv2d(nn.Conv2d):
         if self.padding_mode != "zeros" or x.shape[1] != self.in_channels:  # torch says what is wrong
             return False
         kernel = (self.kernel_size[0], self.kernel_size[1])
-        if not walks_in_full(self.in_channels, self.groups, kernel):
+        if not walks_in_full(self.in_channels, self.groups, kernel, self.full_fan_in):
             return False
         geometry = resolve_geometry(kernel, *self._geometry())
         return min(geometry.output_size((x.shape[2], x.shape[3]), kernel)) > 0

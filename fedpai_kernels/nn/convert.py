@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..memory import trim_heap
 from ..plan import Plan
+from ..tuning import BreakEvens, break_evens
 from .choice import KernelChoice, LayerInfo, choose_kernel
 from .conv2d import BatchLastConv2d, MaskedConv2d, SparseConv2d
 from .deferred import DeferrableBatchNorm2d, attach, detach
@@ -81,7 +82,8 @@ def sparsify_(
     """Makes a model compute with the weights that masks keep, in place.
 
     Each masked `nn.Conv2d` and `nn.Linear` becomes a :class:`SparseConv2d` or :class:`SparseLinear`, or,
-    where the dense kernel is faster (:func:`fedpai_kernels.nn.choose_kernel`), a :class:`MaskedConv2d` or
+    where the dense kernel is faster (:func:`fedpai_kernels.nn.choose_kernel`, by figures that come with the package
+    or that :func:`fedpai_kernels.tune` measured on this machine), a :class:`MaskedConv2d` or
     :class:`MaskedLinear`; all of them train `values`, the packed weights. If any convolution is sparse, batch
     norms, pooling and the remaining convolutions become their batch-last forms, so that activations keep one
     layout from end to end. Weights outside of a mask are dropped. Make the optimiser afterwards: the
@@ -110,10 +112,11 @@ def sparsify_(
         TypeError: a mask that is no tensor, or one for a module that is no plain Conv2d or Linear.
         ValueError: a mask for a missing module (with the nearest name), of another shape, with entries other
             than 0 and 1 (NaN, infinity), or that keeps nothing; no masks at all; a parameter shared by layers
-            of different masks. The model is unchanged then.
+            of different masks; FEDPAI_TUNING names a file that cannot be used. The model is unchanged then.
     """
     wanted = filter_fn if filter_fn is not None else _everything
-    layers = _planned(model, masks, wanted)
+    figures = break_evens()
+    layers = _planned(model, masks, wanted, figures)
     names = dict(_named(model))
     batch_last = any(
         type(module) is SparseConv2d and module not in {layer.module for layer in layers}
@@ -124,7 +127,7 @@ def sparsify_(
 
     for group in groups:
         _convert(group)
-    notes = _surround(names, wanted, fusions) if batch_last else []
+    notes = _surround(names, wanted, fusions, figures) if batch_last else []
     trim_heap()  # what the dense weights took
     return Report(_rows(names, {id(layer.module): layer for layer in layers}, wanted), notes)
 
@@ -157,6 +160,7 @@ def densify_(model: Model) -> Model:
             weights[key] = module.retype_dense(shared)._parameters["weight"]  # type: ignore[assignment]
         elif type(module) in _PLAIN:
             module.__class__ = _PLAIN[type(module)]
+            module.__dict__.pop("full_fan_in", None)  # what the conversion added
     return model
 
 
@@ -173,7 +177,9 @@ def _named(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(model.named_modules())
 
 
-def _planned(model: nn.Module, masks: Mapping[str, Tensor] | None, wanted: Filter) -> list[_Layer]:
+def _planned(
+    model: nn.Module, masks: Mapping[str, Tensor] | None, wanted: Filter, figures: BreakEvens
+) -> list[_Layer]:
     found = _given(model, masks) if masks is not None else _carried(model)
     layers = []
     for name, module, mask in found:
@@ -181,7 +187,7 @@ def _planned(model: nn.Module, masks: Mapping[str, Tensor] | None, wanted: Filte
             continue
         weight, groups = _weight(module), int(getattr(module, "groups", 1))
         plan = Plan.from_mask(mask, groups=groups)
-        layers.append(_Layer(name, module, plan, _choice(module, plan, weight)))
+        layers.append(_Layer(name, module, plan, _choice(module, plan, weight, figures)))
     if not layers and masks is None and not any(isinstance(m, PackedWeight) for m in model.modules()):
         raise ValueError(
             "masks: none given, and no layer carries one (torch.nn.utils.prune, or exact zeros in a weight)"
@@ -237,13 +243,13 @@ def _weight(module: nn.Module) -> Tensor:
     return module.weight if isinstance(module, PackedWeight) else unpruned_weight(module)
 
 
-def _choice(module: nn.Module, plan: Plan, weight: Tensor) -> KernelChoice:
+def _choice(module: nn.Module, plan: Plan, weight: Tensor, figures: BreakEvens) -> KernelChoice:
     if weight.dtype not in (torch.float32, torch.float64):
         return KernelChoice("dense", f"no sparse kernel for {weight.dtype}")
     if weight.device.type != "cpu":
         return KernelChoice("dense", f"no sparse kernel for device {weight.device.type}")
     stride = getattr(module, "stride", (1, 1))
-    return choose_kernel(LayerInfo(plan.kind, plan.mask_shape, plan.nnz, plan.groups, stride))
+    return choose_kernel(LayerInfo(plan.kind, plan.mask_shape, plan.nnz, plan.groups, stride), figures)
 
 
 def _shared_parameters(model: nn.Module, layers: list[_Layer]) -> list[list[_Layer]]:
@@ -310,7 +316,9 @@ def _convert(group: list[_Layer]) -> None:
         values = target.retype(module, layer.plan, values).values
 
 
-def _surround(names: dict[str, nn.Module], wanted: Filter, fusions: Fusions) -> list[str]:
+def _surround(
+    names: dict[str, nn.Module], wanted: Filter, fusions: Fusions, figures: BreakEvens
+) -> list[str]:
     """Gives the modules around sparse convolutions their batch-last forms; what it did, for the report."""
     name_of = {id(module): name for name, module in names.items()}
     counts: dict[str, int] = {}
@@ -320,6 +328,8 @@ def _surround(names: dict[str, nn.Module], wanted: Filter, fusions: Fusions) -> 
         elif type(module) in _BATCH_LAST and wanted(module, name):
             counts[type(module).__name__] = counts.get(type(module).__name__, 0) + 1
             module.__class__ = _BATCH_LAST[type(module)]
+            if isinstance(module, BatchLastConv2d) and module.full_fan_in != figures.full_fan_in:
+                module.full_fan_in = figures.full_fan_in
     notes = [f"batch-last: {', '.join(f'{n} {kind}' for kind, n in counts.items())}"] if counts else []
     fused: dict[str, int] = {}
     alone = dict(fusions.others)

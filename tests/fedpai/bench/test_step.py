@@ -35,8 +35,13 @@ def test_rows_and_table(bench: Bench, capsys: pytest.CaptureFixture[str]) -> Non
         assert len(masked) == CHECKED_STEPS
         assert row["losses"]["ours, sparsify_"] == pytest.approx(masked, rel=1e-4)
         assert row["losses"]["dense, contiguous, eager"][0] == pytest.approx(masked[0], rel=1e-4)
+        for name in ("ours", "dense"):
+            for numbers in row["results"][name]["variants"].values():
+                assert numbers["first_step_ms"] > 0
+                assert ("convert_ms" in numbers) is (name == "ours")
+        assert row["break_evens"].startswith("built in: ")
     printed = capsys.readouterr().out
-    for words in ("whole training step, batch 8", "uniform 90 %", "of the dense multiply-adds"):
+    for words in ("whole training step, batch 8", "uniform 90 %", "of the dense multiply-adds", "converted in "):
         assert words in printed
 
 

@@ -24,7 +24,7 @@ from .choice import KernelChoice, LayerInfo, choose_kernel
 from .conv2d import BatchLastConv2d, MaskedConv2d, SparseConv2d
 from .deferred import DeferrableBatchNorm2d, attach, detach
 from .fuse import Fusions, copy_memo, find_fusions
-from .group_norm import BatchLastGroupNorm, BatchLastGroupNormReLU
+from .group_norm import BatchLastGroupNorm, BatchLastGroupNormReLU, BatchLastInstanceNorm2d
 from .linear import MaskedLinear, SparseLinear
 from .masks import checked_mask, is_pruned, mask_of, remove_pruning, unpruned_weight
 from .norm import AbsorbedReLU, BatchLastBatchNorm2d, BatchLastBatchNormReLU2d
@@ -41,6 +41,7 @@ Filter = Callable[[nn.Module, str], bool]
 _BATCH_LAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: BatchLastBatchNorm2d,
     nn.GroupNorm: BatchLastGroupNorm,
+    nn.InstanceNorm2d: BatchLastInstanceNorm2d,
     nn.MaxPool2d: BatchLastMaxPool2d,
     nn.AvgPool2d: BatchLastAvgPool2d,
     nn.AdaptiveAvgPool2d: BatchLastAdaptiveAvgPool2d,

@@ -48,6 +48,11 @@ def _contiguous(t: Tensor | None) -> tuple[Tensor | None, int]:
     return t, 0 if t is None else t.data_ptr()
 
 
+def _halves(t: Tensor) -> tuple[int, int]:
+    """The addresses of both rows of a contiguous tensor of two, zeros where it has no elements."""
+    return t.data_ptr(), t.data_ptr() + t.numel() // 2 * t.element_size()
+
+
 def _outputs(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return empty_batch_last(x.shape, dtype=x.dtype, device=x.device), x.new_empty(2, groups, x.shape[0])
 
@@ -58,8 +63,8 @@ def _forward(
     x, (weight, weight_at), (bias, bias_at) = to_batch_last(x), _contiguous(weight), _contiguous(bias)
     y, stats = _outputs(x, groups)
     _FORWARD[x.dtype](
-        *_sizes(x, groups), x.data_ptr(), weight_at, bias_at, eps, relu, y.data_ptr(), stats.data_ptr(),
-        stats[1].data_ptr(), torch.get_num_threads(),
+        *_sizes(x, groups), x.data_ptr(), weight_at, bias_at, eps, relu, y.data_ptr(),
+        *_halves(stats), torch.get_num_threads(),
     )  # fmt: skip
     return y, stats
 
@@ -84,10 +89,9 @@ def _backward(
     dy, x = to_batch_last(dy), to_batch_last(x)
     (weight, weight_at), (bias, bias_at) = _contiguous(weight), _contiguous(bias)
     dx, affine = _gradients(x, need_x, need_affine)
-    dweight, dbias = (affine[0].data_ptr(), affine[1].data_ptr()) if need_affine else (0, 0)
     _BACKWARD[x.dtype](
-        *_sizes(x, groups), dy.data_ptr(), x.data_ptr(), weight_at, bias_at, stats.data_ptr(), stats[1].data_ptr(),
-        relu, dx.data_ptr() if need_x else 0, dweight, dbias, torch.get_num_threads(),
+        *_sizes(x, groups), dy.data_ptr(), x.data_ptr(), weight_at, bias_at, *_halves(stats), relu,
+        dx.data_ptr() if need_x else 0, *_halves(affine), torch.get_num_threads(),
     )  # fmt: skip
     return dx, affine
 

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 import fedpai_kernels as fk
 from fedpai.models.resnet import ResNet
-from fedpai_kernels.nn import AbsorbedReLU, BatchLastGroupNorm, BatchLastGroupNormReLU
+from fedpai_kernels.nn import (
+    AbsorbedReLU,
+    BatchLastGroupNorm,
+    BatchLastGroupNormReLU,
+    BatchLastInstanceNorm2d,
+)
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -82,12 +87,39 @@ def test_is_a_group_norm_and_travels() -> None:
     plain.load_state_dict(ours.state_dict())
 
 
+@pytest.mark.parametrize("tracking", [False, True], ids=["plain", "running_statistics"])
+@pytest.mark.parametrize("affine", [False, True], ids=["bare", "affine"])
+def test_instance_norm(affine: bool, tracking: bool) -> None:
+    plain = nn.InstanceNorm2d(6, affine=affine, track_running_stats=tracking).double()
+    ours = BatchLastInstanceNorm2d(6, affine=affine, track_running_stats=tracking).double()
+    for module in (plain, ours):
+        for i, p in enumerate(module.parameters()):
+            nn.init.constant_(p, 0.5 + i)
+    for training in (True, False):
+        x = torch.randn(7, 6, 4, 3, dtype=torch.float64)
+        x1, x2 = x.clone().requires_grad_(), fk.to_batch_last(x).requires_grad_()
+        y1, y2 = plain.train(training)(x1), ours.train(training)(x2)
+        assert tracking or fk.is_batch_last(y2)
+        dy = torch.randn_like(y1)
+        y1.backward(dy)
+        y2.backward(dy)
+        torch.testing.assert_close(y2, y1)
+        torch.testing.assert_close(x2.grad, x1.grad)
+        for source in (x, x[0]):
+            assert torch.equal(ours(source), plain(source))
+    for p1, p2 in zip(plain.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(p2.grad, p1.grad)
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict())
+    with pytest.raises(ValueError, match="Expected more than 1 spatial element"):
+        ours.train()(fk.to_batch_last(torch.zeros(3, 6, 1, 1, dtype=torch.float64)))
+
+
 # ---- conversion
 # ----------------------------------------------------------------------------------------------------------------
 
 
 class Mixed(nn.Module):
-    """Group norms before a ReLU module, before a function, before a sum, and read twice."""
+    """Group norms before a ReLU module, before a function, before a sum, and read by a product; other norms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,14 +131,14 @@ class Mixed(nn.Module):
         self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(1, 8)
         self.conv3, self.norm3 = nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(8, 8)
         self.conv4, self.norm4 = nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8, affine=False)
-        self.bn, self.relu2 = nn.BatchNorm2d(8), nn.ReLU()
+        self.bn, self.relu2, self.instance = nn.BatchNorm2d(8), nn.ReLU(), nn.InstanceNorm2d(8)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu1(self.norm1(self.conv1(x)))
         x = torch.relu(self.norm2(self.conv2(x)))
         x = torch.relu(self.norm3(self.conv3(x)) + x)
         x = self.norm4(self.conv4(x))
-        return self.relu2(self.bn(x * x))
+        return self.instance(self.relu2(self.bn(x * x)))
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
@@ -135,7 +167,7 @@ def test_report_and_the_way_back() -> None:
     model, masks = masked(Mixed())
     before = {name: type(m) for name, m in model.named_modules()}
     report = fk.sparsify_(model, masks)
-    assert "batch-last: 4 GroupNorm, 1 BatchNorm2d" in report.notes
+    assert "batch-last: 4 GroupNorm, 1 BatchNorm2d, 1 InstanceNorm2d" in report.notes
     assert "fused: 1 group norms with the ReLU after them" in report.notes
     assert "fused: 1 batch norms with the ReLU after them" in report.notes
     (alone,) = (note for note in report.notes if note.startswith("not fused"))

@@ -5,7 +5,7 @@
 //   backward   dx = (g * weight - mean(g * weight) - (x - mean) * mean(g * weight * (x - mean)) * invstd^2) * invstd
 //
 // Layout: batch-last activations, C, H, W, N. A group of D channels is D*H*W rows of N images; statistics belong to an
-// image, so images are the lanes: a sum is one vector accumulator, never folded over its lanes. A strip is up to four
+// image, so images are the lanes: a sum is one vector accumulator, never folded over its lanes. A strip is up to eight
 // vectors of images, the last one perhaps partial; x, y, dy, dx point to the strip's first row, rows are N apart.
 //
 // Bytes, in activations: forward 2 reads and 1 write, of which the second read comes from the cache where a strip of a
@@ -25,6 +25,8 @@
 namespace fedpai::FEDPAI_TARGET {
 namespace {
 
+constexpr int kGroupPinned = 4;  // vectors side by side whose sums and operands all fit the registers
+
 // W vectors side by side; a partial one comes last.
 template <class T, int W, bool Partial>
 struct GroupLanes {
@@ -32,7 +34,6 @@ struct GroupLanes {
   using reg = typename V::reg;
   static constexpr int vectors = W;
   static constexpr int size = W * V::lanes;
-  static constexpr int unroll = W >= 3 ? 1 : kGroupNormVectors / W;  // rows at once: hides the latency of additions
   static_assert(size <= kGroupNormWidth, "sums of a strip are kept in arrays of that size");
 
   int last;  // elements of the partial vector
@@ -45,16 +46,10 @@ struct GroupLanes {
     }
     return V::loadu(row + w * V::lanes);
   }
-  FEDPAI_INLINE void store(T* row, int w, const reg& v) const {
-    if constexpr (Partial) {
-      if (w == W - 1) {
-        V::store_partial(row + w * V::lanes, v, last);
-        return;
-      }
-    }
-    V::storeu(row + w * V::lanes, v);
-  }
 };
+
+// Rows that are walked at once, with sums of their own, to hide the latency of additions.
+constexpr int group_unroll(int vectors) { return vectors > kGroupPinned / 2 ? 1 : kGroupPinned / vectors; }
 
 // Calls visit(row, copy) for all rows; rows that follow one another come with different copies of the sums.
 template <int Unroll, class F>
@@ -78,11 +73,36 @@ FEDPAI_INLINE void group_gather(const typename Vec<T>::reg (&sums)[W][Unroll], T
   }
 }
 
+// Of `Count` vectors from `First` on, over the rows of a block: sums of x - centre and of its square. All arrays are
+// those of the whole strip.
+template <int First, int Count, class T, class Lanes>
+FEDPAI_INLINE void group_deviations(Lanes lanes, const T* block, std::int64_t rows, std::int64_t stride,
+                                    const T* centres, T* off, T* squares) {
+  using V = Vec<T>;
+  using reg = typename V::reg;
+  constexpr int U = group_unroll(Count);
+  reg centre[Count], s[Count][U], s2[Count][U];
+  for (int w = 0; w < Count; ++w) {
+    centre[w] = V::loadu(centres + (First + w) * V::lanes);
+    for (int u = 0; u < U; ++u) s[w][u] = s2[w][u] = V::zero();
+  }
+  group_each_row<U>(rows, [&](std::int64_t row, int u) {
+    FEDPAI_UNROLL
+    for (int w = 0; w < Count; ++w) {
+      const reg d = V::sub(lanes.load(block + row * stride, First + w), centre[w]);
+      s[w][u] = V::add(s[w][u], d);
+      s2[w][u] = V::fma(d, d, s2[w][u]);
+    }
+  });
+  group_gather<T, Count, U>(s, off + First * V::lanes);
+  group_gather<T, Count, U>(s2, squares + First * V::lanes);
+}
+
 template <class T, class Lanes>
 void group_moments_in(Lanes lanes, const T* x, GroupStrip strip, GroupMoments* result) {
   using V = Vec<T>;
   using reg = typename V::reg;
-  constexpr int W = Lanes::vectors, U = Lanes::unroll;
+  constexpr int W = Lanes::vectors, U = group_unroll(W);
   double* const mean = result->mean;
   double* const m2 = result->m2;
   for (int i = 0; i < Lanes::size; ++i) mean[i] = m2[i] = 0.0;
@@ -92,7 +112,7 @@ void group_moments_in(Lanes lanes, const T* x, GroupStrip strip, GroupMoments* r
     const T* const block = x + begin * strip.stride;
     const double n = static_cast<double>(rows);
 
-    reg s[W][U], s2[W][U], centre[W];
+    reg s[W][U];
     for (int w = 0; w < W; ++w) {
       for (int u = 0; u < U; ++u) s[w][u] = V::zero();
     }
@@ -102,22 +122,16 @@ void group_moments_in(Lanes lanes, const T* x, GroupStrip strip, GroupMoments* r
     });
     T centres[Lanes::size], off[Lanes::size], squares[Lanes::size];
     group_gather<T, W, U>(s, centres);
-    const reg share = V::set1(static_cast<T>(1.0 / n));
-    for (int w = 0; w < W; ++w) {
-      centre[w] = V::mul(V::loadu(centres + w * V::lanes), share);
-      V::storeu(centres + w * V::lanes, centre[w]);
-      for (int u = 0; u < U; ++u) s[w][u] = s2[w][u] = V::zero();
+    const T share = static_cast<T>(1.0 / n);
+    for (int i = 0; i < Lanes::size; ++i) centres[i] *= share;
+
+    // The second look, from L1, at as many vectors as have their sums in registers.
+    if constexpr (W <= kGroupPinned) {
+      group_deviations<0, W>(lanes, block, rows, strip.stride, centres, off, squares);
+    } else {
+      group_deviations<0, kGroupPinned>(lanes, block, rows, strip.stride, centres, off, squares);
+      group_deviations<kGroupPinned, W - kGroupPinned>(lanes, block, rows, strip.stride, centres, off, squares);
     }
-    group_each_row<U>(rows, [&](std::int64_t row, int u) {
-      FEDPAI_UNROLL
-      for (int w = 0; w < W; ++w) {
-        const reg d = V::sub(lanes.load(block + row * strip.stride, w), centre[w]);
-        s[w][u] = V::add(s[w][u], d);
-        s2[w][u] = V::fma(d, d, s2[w][u]);
-      }
-    });
-    group_gather<T, W, U>(s, off);
-    group_gather<T, W, U>(s2, squares);
 
     // Chan's pairwise update.
     const double total = count + n, weight = n / total, between = count * weight;
@@ -134,32 +148,10 @@ void group_moments_in(Lanes lanes, const T* x, GroupStrip strip, GroupMoments* r
 }
 
 template <bool Relu, class T, class Lanes>
-void group_apply_in(Lanes lanes, const T* x, T* y, GroupStrip strip, GroupAffine<T> p) {
-  using V = Vec<T>;
-  using reg = typename V::reg;
-  constexpr int W = Lanes::vectors;
-  const reg shift = V::set1(p.bias), zero = V::zero();
-  reg mean[W], scale[W];
-  for (int w = 0; w < W; ++w) {
-    mean[w] = lanes.load(p.mean, w);
-    scale[w] = V::mul(lanes.load(p.invstd, w), V::set1(p.weight));
-  }
-  for (std::int64_t row = 0; row < strip.rows; ++row) {
-    const std::int64_t at = row * strip.stride;
-    FEDPAI_UNROLL
-    for (int w = 0; w < W; ++w) {
-      reg v = V::fma(V::sub(lanes.load(x + at, w), mean[w]), scale[w], shift);
-      if constexpr (Relu) v = V::max(zero, v);  // in this order NaN stays NaN
-      lanes.store(y + at, w, v);
-    }
-  }
-}
-
-template <bool Relu, class T, class Lanes>
 void group_sums_in(Lanes lanes, const T* dy, const T* x, GroupStrip strip, GroupAffine<T> p, GroupSums* result) {
   using V = Vec<T>;
   using reg = typename V::reg;
-  constexpr int W = Lanes::vectors, U = Lanes::unroll;
+  constexpr int W = Lanes::vectors, U = group_unroll(W);
   const reg shift = V::set1(p.bias);
   reg mean[W], scale[W];
   for (int w = 0; w < W; ++w) {
@@ -194,42 +186,75 @@ void group_sums_in(Lanes lanes, const T* dy, const T* x, GroupStrip strip, Group
   }
 }
 
-template <bool Relu, class T, class Lanes>
-void group_dx_in(Lanes lanes, const T* dy, const T* x, T* dx, GroupStrip strip, GroupAffine<T> p, GroupPull<T> pull) {
+// Calls visit(i, load, store) for each vector of a strip's row, from element i on; without sums there is nothing to keep
+// in registers, and one loop serves every width.
+template <class T, class F>
+FEDPAI_INLINE void group_each_vector(int width, const F& visit) {
   using V = Vec<T>;
   using reg = typename V::reg;
-  constexpr int W = Lanes::vectors;
-  const reg weight = V::set1(p.weight), shift = V::set1(p.bias);
-  reg mean[W], invstd[W], mean_g[W], minus_slope[W];
-  for (int w = 0; w < W; ++w) {
-    mean[w] = lanes.load(p.mean, w);
-    invstd[w] = lanes.load(p.invstd, w);
-    mean_g[w] = lanes.load(pull.mean_g, w);
-    minus_slope[w] = V::sub(V::zero(), lanes.load(pull.slope, w));
+  int i = 0;
+  for (; i + V::lanes <= width; i += V::lanes) {
+    visit(i, [](const T* p) { return V::loadu(p); }, [](T* p, const reg& v) { V::storeu(p, v); });
   }
+  const int rest = width - i;
+  if (rest == 0) return;
+  visit(i, [rest](const T* p) { return V::load_partial(p, rest); },
+        [rest](T* p, const reg& v) { V::store_partial(p, v, rest); });
+}
+
+// invstd * weight, for each image.
+template <class T>
+FEDPAI_INLINE void group_scales(int width, GroupAffine<T> p, T* scale) {
+  for (int i = 0; i < width; ++i) scale[i] = p.invstd[i] * p.weight;
+}
+
+template <class T, bool Relu>
+void group_apply(const T* x, T* y, GroupStrip strip, GroupAffine<T> p) {
+  using V = Vec<T>;
+  using reg = typename V::reg;
+  T scale[kGroupNormWidth];
+  group_scales(strip.width, p, scale);
+  const reg shift = V::set1(p.bias), zero = V::zero();
   for (std::int64_t row = 0; row < strip.rows; ++row) {
     const std::int64_t at = row * strip.stride;
-    FEDPAI_UNROLL
-    for (int w = 0; w < W; ++w) {
-      const reg xc = V::sub(lanes.load(x + at, w), mean[w]);
-      reg g = lanes.load(dy + at, w);
-      if constexpr (Relu) g = V::select_gt0(V::fma(xc, V::mul(invstd[w], weight), shift), g);
-      const reg pulled = V::fma(xc, minus_slope[w], V::sub(V::mul(g, weight), mean_g[w]));
-      lanes.store(dx + at, w, V::mul(pulled, invstd[w]));
-    }
+    group_each_vector<T>(strip.width, [&](int i, const auto& load, const auto& store) {
+      reg v = V::fma(V::sub(load(x + at + i), load(p.mean + i)), load(scale + i), shift);
+      if constexpr (Relu) v = V::max(zero, v);  // in this order NaN stays NaN
+      store(y + at + i, v);
+    });
+  }
+}
+
+template <class T, bool Relu>
+void group_dx(const T* dy, const T* x, T* dx, GroupStrip strip, GroupAffine<T> p, GroupPull<T> pull) {
+  using V = Vec<T>;
+  using reg = typename V::reg;
+  T scale[kGroupNormWidth];
+  group_scales(strip.width, p, scale);
+  const reg weight = V::set1(p.weight), shift = V::set1(p.bias);
+  for (std::int64_t row = 0; row < strip.rows; ++row) {
+    const std::int64_t at = row * strip.stride;
+    group_each_vector<T>(strip.width, [&](int i, const auto& load, const auto& store) {
+      const reg xc = V::sub(load(x + at + i), load(p.mean + i));
+      reg g = load(dy + at + i);
+      if constexpr (Relu) g = V::select_gt0(V::fma(xc, load(scale + i), shift), g);
+      const reg kept = V::sub(V::mul(g, weight), load(pull.mean_g + i));
+      store(dx + at + i, V::mul(V::sub(kept, V::mul(xc, load(pull.slope + i))), load(p.invstd + i)));
+    });
   }
 }
 
 // Calls run with the lanes of the strip: the number of vectors, and whether the last one is partial, are constants there.
-template <class T, class F>
+template <class T, int W = 1, class F>
 FEDPAI_INLINE void group_by_width(int width, const F& run) {
   constexpr int lanes = Vec<T>::lanes;
-  const bool partial = width % lanes != 0;
-  switch ((width + lanes - 1) / lanes) {
-    case 1: return partial ? run(GroupLanes<T, 1, true>(width)) : run(GroupLanes<T, 1, false>(width));
-    case 2: return partial ? run(GroupLanes<T, 2, true>(width)) : run(GroupLanes<T, 2, false>(width));
-    case 3: return partial ? run(GroupLanes<T, 3, true>(width)) : run(GroupLanes<T, 3, false>(width));
-    default: return partial ? run(GroupLanes<T, 4, true>(width)) : run(GroupLanes<T, 4, false>(width));
+  if constexpr (W < group_norm_vectors(lanes)) {
+    if (width > W * lanes) return group_by_width<T, W + 1>(width, run);
+  }
+  if (width == W * lanes) {
+    run(GroupLanes<T, W, false>(width));
+  } else {
+    run(GroupLanes<T, W, true>(width));
   }
 }
 
@@ -239,18 +264,8 @@ void group_moments(const T* x, GroupStrip strip, GroupMoments* result) {
 }
 
 template <class T, bool Relu>
-void group_apply(const T* x, T* y, GroupStrip strip, GroupAffine<T> p) {
-  group_by_width<T>(strip.width, [&](auto lanes) { group_apply_in<Relu>(lanes, x, y, strip, p); });
-}
-
-template <class T, bool Relu>
 void group_sums(const T* dy, const T* x, GroupStrip strip, GroupAffine<T> p, GroupSums* result) {
   group_by_width<T>(strip.width, [&](auto lanes) { group_sums_in<Relu>(lanes, dy, x, strip, p, result); });
-}
-
-template <class T, bool Relu>
-void group_dx(const T* dy, const T* x, T* dx, GroupStrip strip, GroupAffine<T> p, GroupPull<T> pull) {
-  group_by_width<T>(strip.width, [&](auto lanes) { group_dx_in<Relu>(lanes, dy, x, dx, strip, p, pull); });
 }
 
 template <class T>

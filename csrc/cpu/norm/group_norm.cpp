@@ -35,7 +35,8 @@ Cut cut(const GroupNormShape& shape, int lanes, int threads) {
   const std::int64_t useful = shape.channels * shape.pixels * shape.images / kElementsPerThread;
   c.threads = static_cast<int>(std::clamp<std::int64_t>(useful, 1, std::max(threads, 1)));
   const std::int64_t vectors = (shape.images + lanes - 1) / lanes;
-  c.strips = (vectors + kGroupNormVectors - 1) / kGroupNormVectors;
+  const std::int64_t widest = group_norm_vectors(lanes);
+  c.strips = (vectors + widest - 1) / widest;
   c.width = (vectors + c.strips - 1) / c.strips * lanes;
   c.strips = (shape.images + c.width - 1) / c.width;
   c.channels_per_group = shape.channels / shape.groups;
@@ -94,7 +95,7 @@ void add(GroupSums& to, const GroupSums& piece, int width, double weight = 1.0) 
 }
 
 // result = gather(piece) for each piece of a unit, added up in their order; finish(unit, first piece, result); write(
-// piece) for each. `write` goes from the last piece to the first, which the cache may have lost.
+// piece) for each. A thread writes the pieces that it has gathered from, beginning with the last, which its cache holds.
 template <class Result, class Gather, class Finish, class Write>
 void for_units(const GroupNormShape& shape, const Cut& c, const Gather& gather, const Finish& finish,
                const Write& write) {
@@ -109,10 +110,13 @@ void for_units(const GroupNormShape& shape, const Cut& c, const Gather& gather, 
     }
     return;
   }
-  std::vector<Result> results(static_cast<std::size_t>(c.units * c.pieces));
-#pragma omp parallel for num_threads(c.threads) schedule(static)
-  for (std::int64_t i = 0; i < c.units * c.pieces; ++i) {
-    results[static_cast<std::size_t>(i)] = gather(piece(shape, c, i / c.pieces, i % c.pieces));
+  const std::int64_t total = c.units * c.pieces;
+  std::vector<Result> results(static_cast<std::size_t>(total));
+#pragma omp parallel for num_threads(c.threads) schedule(static, 1)
+  for (int thread = 0; thread < c.threads; ++thread) {
+    for (std::int64_t i = total * thread / c.threads; i < total * (thread + 1) / c.threads; ++i) {
+      results[static_cast<std::size_t>(i)] = gather(piece(shape, c, i / c.pieces, i % c.pieces));
+    }
   }
   for (std::int64_t unit = 0; unit < c.units; ++unit) {
     const Piece first = piece(shape, c, unit, 0);
@@ -120,8 +124,12 @@ void for_units(const GroupNormShape& shape, const Cut& c, const Gather& gather, 
     for (std::int64_t i = 1; i < c.pieces; ++i) add(result[0], result[i], first.width);
     finish(unit, first, result[0]);
   }
-#pragma omp parallel for num_threads(c.threads) schedule(static)
-  for (std::int64_t i = 0; i < c.units * c.pieces; ++i) write(i / c.pieces, piece(shape, c, i / c.pieces, i % c.pieces));
+#pragma omp parallel for num_threads(c.threads) schedule(static, 1)
+  for (int thread = 0; thread < c.threads; ++thread) {
+    for (std::int64_t i = total * (thread + 1) / c.threads - 1; i >= total * thread / c.threads; --i) {
+      write(i / c.pieces, piece(shape, c, i / c.pieces, i % c.pieces));
+    }
+  }
 }
 
 template <class T>
@@ -129,6 +137,28 @@ GroupAffine<T> affine(const GroupNormShape& shape, const Piece& p, std::int64_t 
                       const T* bias, const T* mean, const T* invstd) {
   const std::int64_t at = p.group * shape.images + p.image;
   return {mean + at, invstd + at, weight != nullptr ? weight[channel] : T(1), bias != nullptr ? bias[channel] : T(0)};
+}
+
+// What some rows of a channel add to the gradients of its weight and bias.
+struct Share {
+  double weight, bias;
+};
+
+// The sums over the images, four at a time: one chain of additions would take longer than the rows of a small image.
+template <class T>
+Share over_images(const GroupSums& sums, const T* invstd, int width) {
+  Share part[4] = {};
+  const auto add_image = [&](Share& to, int image) {
+    to.weight += sums.g_xc[image] * static_cast<double>(invstd[image]);
+    to.bias += sums.g[image];
+  };
+  int image = 0;
+  for (; image + 4 <= width; image += 4) {
+    for (int i = 0; i < 4; ++i) add_image(part[i], image + i);
+  }
+  for (; image < width; ++image) add_image(part[0], image);
+  return {(part[0].weight + part[1].weight) + (part[2].weight + part[3].weight),
+          (part[0].bias + part[1].bias) + (part[2].bias + part[3].bias)};
 }
 
 }  // namespace
@@ -167,9 +197,6 @@ void group_norm_backward(GroupNormShape shape, const T* dy, const T* x, const T*
   const GroupNormKernels<T>& k = group_norm_kernels<T>();
   const Cut c = cut(shape, k.lanes, threads);
   // What each piece adds to the gradients of its channels' weight and bias: [channel, part, strip].
-  struct Share {
-    double weight, bias;
-  };
   const std::int64_t shares_per_channel = c.parts * c.strips;
   std::vector<Share> shares(dweight != nullptr ? static_cast<std::size_t>(shape.channels * shares_per_channel) : 0);
   struct Pull {
@@ -186,10 +213,7 @@ void group_norm_backward(GroupNormShape shape, const T* dy, const T* x, const T*
       (relu ? k.sums_relu : k.sums)(dy + at, x + at, {p.rows, shape.images, p.width}, a, &sums);
       if (dweight != nullptr) {
         Share& share = shares[static_cast<std::size_t>(channel * shares_per_channel + p.part * c.strips + p.strip)];
-        for (int i = 0; i < p.width; ++i) {
-          share.weight += sums.g_xc[i] * static_cast<double>(a.invstd[i]);
-          share.bias += sums.g[i];
-        }
+        share = over_images(sums, a.invstd, p.width);
       }
       add(weighted, sums, p.width, static_cast<double>(a.weight));
     }

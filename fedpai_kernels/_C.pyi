@@ -77,6 +77,19 @@ batch_norm_train_f64 = batch_norm_train_f32
 batch_norm_eval_f64 = batch_norm_eval_f32
 batch_norm_backward_f64 = batch_norm_backward_f32
 
+# As above; mean, invstd: one value per group and image.
+def group_norm_forward_f32(
+    images: int, channels: int, pixels: int, groups: int, x: int, weight: int, bias: int, eps: float, relu: bool,
+    y: int, mean: int, invstd: int, threads: int,
+) -> None: ...
+def group_norm_backward_f32(
+    images: int, channels: int, pixels: int, groups: int, dy: int, x: int, weight: int, bias: int, mean: int,
+    invstd: int, relu: bool, dx: int, dweight: int, dbias: int, threads: int,
+) -> None: ...
+
+group_norm_forward_f64 = group_norm_forward_f32
+group_norm_backward_f64 = group_norm_backward_f32
+
 # rows, columns: in, out, kernel, stride, padding, dilation
 def max_pool2d_fwd_f32(
     channels: int, batch: int, rows: Sequence[int], columns: Sequence[int], x: int, y: int, argmax: int, threads: int

@@ -15,6 +15,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiled_isas", &fedpai::compiled_isas, "Instruction sets compiled into this library, best last.");
   fedpai::bind_plan(m);
   fedpai::bind_conv2d(m);
+  fedpai::bind_group_norm(m);
   fedpai::bind_machine(m);
   fedpai::bind_memory(m);
   fedpai::bind_norm(m);

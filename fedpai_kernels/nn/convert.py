@@ -25,6 +25,7 @@ from .choice import KernelChoice, LayerInfo, choose_kernel
 from .conv2d import BatchLastConv2d, MaskedConv2d, SparseConv2d
 from .deferred import DeferrableBatchNorm2d, attach, detach
 from .fuse import Fusions, copy_memo, find_fusions
+from .group_norm import BatchLastGroupNorm, BatchLastGroupNormReLU, BatchLastInstanceNorm2d
 from .linear import MaskedLinear, SparseLinear
 from .masks import checked_mask, is_pruned, mask_of, remove_pruning, unpruned_weight
 from .norm import AbsorbedReLU, BatchLastBatchNorm2d, BatchLastBatchNormReLU2d
@@ -40,6 +41,8 @@ Filter = Callable[[nn.Module, str], bool]
 # Exact types: a subclass may compute something else.
 _BATCH_LAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: BatchLastBatchNorm2d,
+    nn.GroupNorm: BatchLastGroupNorm,
+    nn.InstanceNorm2d: BatchLastInstanceNorm2d,
     nn.MaxPool2d: BatchLastMaxPool2d,
     nn.AvgPool2d: BatchLastAvgPool2d,
     nn.AdaptiveAvgPool2d: BatchLastAdaptiveAvgPool2d,
@@ -48,8 +51,13 @@ _BATCH_LAST: dict[type[nn.Module], type[nn.Module]] = {
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     **{ours: theirs for theirs, ours in _BATCH_LAST.items()},
     BatchLastBatchNormReLU2d: nn.BatchNorm2d,
+    BatchLastGroupNormReLU: nn.GroupNorm,
     DeferrableBatchNorm2d: nn.BatchNorm2d,
     AbsorbedReLU: nn.ReLU,
+}
+_WITH_RELU: dict[type[nn.Module], type[nn.Module]] = {
+    BatchLastBatchNorm2d: BatchLastBatchNormReLU2d,
+    BatchLastGroupNorm: BatchLastGroupNormReLU,
 }
 _KIND: dict[type[nn.Module], Literal["conv2d", "linear"]] = {
     nn.Conv2d: "conv2d",
@@ -84,7 +92,7 @@ def sparsify_(
     Each masked `nn.Conv2d` and `nn.Linear` becomes a :class:`SparseConv2d` or :class:`SparseLinear`, or,
     where the dense kernel is faster (:func:`fedpai_kernels.nn.choose_kernel`, by figures that come with the package
     or that :func:`fedpai_kernels.tune` measured on this machine), a :class:`MaskedConv2d` or
-    :class:`MaskedLinear`; all of them train `values`, the packed weights. If any convolution is sparse, batch
+    :class:`MaskedLinear`; all of them train `values`, the packed weights. If any convolution is sparse,
     norms, pooling and the remaining convolutions become their batch-last forms, so that activations keep one
     layout from end to end. Weights outside of a mask are dropped. Make the optimiser afterwards: the
     parameters are new objects.
@@ -98,10 +106,10 @@ def sparsify_(
             already stay as they are.
         fuse: computes a batch norm, the sum that alone reads it (``norm(x) + shortcut``) and the ReLU that
             alone reads either in one pass, or, where a sparse convolution alone reads the norm or its ReLU, while
-            that loads its input: the normalised activation is then neither stored nor kept. Where that is so is
-            proven by tracing the model with `torch.fx` (:func:`find_fusions`); the report names every batch norm
-            that stays by itself, and why. The modules' forwards run as they are; under hooks on the norm, its
-            ReLU or that convolution the steps are separate.
+            that loads its input: the normalised activation is then neither stored nor kept. Likewise a group norm and
+            the ReLU, a module, that alone reads it. Where that is so is proven by tracing the model with `torch.fx`
+            (:func:`find_fusions`); the report names every norm that stays by itself, and why. The modules' forwards
+            run as they are; under hooks on the norm, its ReLU or that convolution the steps are separate.
         filter_fn: called as ``filter_fn(module, name)``; a module for which it returns False is left as it
         is.
 
@@ -338,18 +346,19 @@ def _surround(
         if not all(wanted(module, name_of[id(module)]) for module in (norm, *others)):
             alone[name_of[id(norm)]] = "left out by filter_fn"
             return False
-        fused[what] = fused.get(what, 0) + 1
+        title = f"{'group' if isinstance(norm, nn.GroupNorm) else 'batch'} norms with {what}"
+        fused[title] = fused.get(title, 0) + 1
         return True
 
     for norm, relu in fusions.pairs:
         if may("the ReLU", norm, relu):
-            norm.__class__, relu.__class__ = BatchLastBatchNormReLU2d, AbsorbedReLU
+            norm.__class__, relu.__class__ = _WITH_RELU[type(norm)], AbsorbedReLU
     for owner, site in fusions.sites:
         if may(site.what, *site.computed(owner)):
             attach(owner, site)
-    notes += [f"fused: {n} batch norms with {what} after them" for what, n in fused.items()]
+    notes += [f"fused: {n} {title} after them" for title, n in fused.items()]
     if fusions.untraced:
-        return [*notes, f"batch norms not fused: {fusions.untraced}"]
+        return [*notes, f"norms not fused: {fusions.untraced}"]
     if alone:
         notes.append("not fused: " + ", ".join(f"{name} ({reason})" for name, reason in alone.items()))
     return notes

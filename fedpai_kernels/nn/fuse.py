@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds what is computed in one pass with a batch norm, by tracing the model with `torch.fx`.
+"""Finds what is computed in one pass with a norm, by tracing the model with `torch.fx`.
 
 What is found: a ReLU that alone reads the norm; a sum that alone reads it, as at the end of a residual block; a
 sum that alone reads it with a ReLU that alone reads the sum; and a sparse convolution that alone reads the norm or
-the norm's ReLU.
+the norm's ReLU. Of a group norm, only the first, where the ReLU is a module.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Fusions:
     """What :func:`find_fusions` found.
 
     Attributes:
-        pairs: (BatchNorm2d, ReLU), both modules.
+        pairs: (BatchNorm2d or GroupNorm, ReLU), both modules.
         sites: (owner, site): norms that are added or cut by the code of the owner's forward.
-        others: reason by name, for every other BatchNorm2d.
+        others: reason by name, for every other BatchNorm2d and GroupNorm.
         untraced: why nothing was found, where the model cannot be traced; else empty.
     """
 
@@ -57,8 +57,8 @@ def copy_memo(model: nn.Module) -> dict[int, Any]:
 
 
 def find_fusions(model: nn.Module, sparse: Collection[nn.Module] = ()) -> Fusions:
-    """What can be computed in one pass with each BatchNorm2d of `model`, in training and in evaluation mode
-    alike.
+    """What can be computed in one pass with each BatchNorm2d and GroupNorm of `model`, in training and in evaluation
+    mode alike.
 
     The norm must be called once, and what reads it must be its only reader. A ReLU module forms a pair with the
     norm if it too is called once and neither has hooks. Everything else is a site: a sum of the norm with
@@ -69,7 +69,7 @@ def find_fusions(model: nn.Module, sparse: Collection[nn.Module] = ()) -> Fusion
     """
     by_name = dict(model.named_modules())
     convs = {name for name, m in model.named_modules(remove_duplicate=False) if any(m is c for c in sparse)}
-    norms = [name for name, m in by_name.items() if type(m) is nn.BatchNorm2d]
+    norms = [name for name, m in by_name.items() if type(m) in _NORMS]
     if not norms:
         return Fusions()
     found: list[dict[str, _Found]] = []
@@ -105,6 +105,7 @@ def find_fusions(model: nn.Module, sparse: Collection[nn.Module] = ()) -> Fusion
     return fusions
 
 
+_NORMS = (nn.BatchNorm2d, nn.GroupNorm)
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -200,7 +201,7 @@ _RELUS = {torch.relu, F.relu, torch.relu_, F.relu_, "relu", "relu_"}
 
 
 class _Reading:
-    """What one trace says about each batch norm: `found`, by name."""
+    """What one trace says about each norm: `found`, by name."""
 
     def __init__(self, model: nn.Module, convs: Collection[str]) -> None:
         graph = _Tracer().trace(model)
@@ -216,7 +217,7 @@ class _Reading:
         # A sum of two norms goes with the later one: less lies between the norm and the sum.
         for nodes in sorted(self._calls.values(), key=lambda nodes: -self._order[nodes[0]]):
             norm = nodes[0]
-            if type(self._module(norm)) is nn.BatchNorm2d:
+            if type(self._module(norm)) in _NORMS:
                 name = str(norm.target)
                 self.found[name] = what = self._read(norm, len(nodes), sums)
                 if isinstance(what, _Place):
@@ -233,16 +234,18 @@ class _Reading:
         (reader,) = norm.users
         if not _in_the_same_surroundings(norm, reader):
             return f"followed by {self._title(reader)} in another gradient mode or checkpoint"
+        may_wait = type(self._module(norm)) is nn.BatchNorm2d
         conv = self._conv_after(reader if self._is_relu(reader) else norm)
-        if conv is not None:
+        if may_wait and conv is not None:
             place = self._place(norm, None, None if reader is conv else reader, conv)
             if isinstance(place, _Place) or reader is conv:
                 return place
         if self._is_relu(reader):
             if reader.op == "call_module" and len(self._calls[id(self._module(reader))]) == 1:
                 return _Pair(str(reader.target))
-            return self._place(norm, None, reader)
-        if not self._is_sum_of(reader, norm):
+            if may_wait:
+                return self._place(norm, None, reader)
+        if not may_wait or not self._is_sum_of(reader, norm):
             return f"followed by {self._title(reader)}"
         if reader in sums:
             return f"its sum goes with {sums[reader].target}"

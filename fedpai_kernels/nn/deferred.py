@@ -103,7 +103,8 @@ class _Withdraw:
                 uncounted.count()
         if type(output) is Tensor:
             return None
-        return tree_map_only(PendingNorm, PendingNorm.computed, output)
+        # Another owner's, around this one, goes on waiting.
+        return tree_map_only(PendingNorm, lambda y: y.computed() if y._site == self.site else y, output)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -61,16 +61,17 @@ conv2d_weight_grad_f64 = conv2d_weight_grad_f32
 
 # Batch-last activations; a tensor that is absent is 0. mean, invstd, var, weight, bias: one value per channel.
 def batch_norm_train_f32(
-    channels: int, row: int, x: int, residual: int, weight: int, bias: int, eps: float, relu: bool, y: int, mean: int,
-    invstd: int, var: int, threads: int,
+    channels: int, row: int, x: int, residual: int, weight: int, bias: int, eps: float, activation: int,
+    slope: float, y: int, mean: int, invstd: int, var: int, threads: int,
 ) -> None: ...
 def batch_norm_eval_f32(
-    channels: int, row: int, x: int, residual: int, weight: int, bias: int, mean: int, var: int, eps: float, relu: bool,
-    y: int, invstd: int, threads: int,
+    channels: int, row: int, x: int, residual: int, weight: int, bias: int, mean: int, var: int, eps: float,
+    activation: int, slope: float, y: int, invstd: int, threads: int,
 ) -> None: ...
 def batch_norm_backward_f32(
     channels: int, row: int, dy: int, x: int, z: int, weight: int, bias: int, mean: int, invstd: int,
-    through_statistics: bool, relu: bool, dx: int, dresidual: int, dweight: int, dbias: int, threads: int,
+    through_statistics: bool, activation: int, slope: float, dx: int, dresidual: int, dweight: int, dbias: int,
+    threads: int,
 ) -> None: ...
 
 batch_norm_train_f64 = batch_norm_train_f32

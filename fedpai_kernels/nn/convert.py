@@ -104,12 +104,13 @@ def sparsify_(
             no weight. Without `masks`, a layer's mask is the one that `torch.nn.utils.prune` gave it (whose
             hooks and buffers are then removed), else the exact zeros of its weight; layers that are sparse
             already stay as they are.
-        fuse: computes a batch norm, the sum that alone reads it (``norm(x) + shortcut``) and the ReLU that
-            alone reads either in one pass, or, where a sparse convolution alone reads the norm or its ReLU, while
-            that loads its input: the normalised activation is then neither stored nor kept. Likewise a group norm and
-            the ReLU, a module, that alone reads it. Where that is so is proven by tracing the model with `torch.fx`
-            (:func:`find_fusions`); the report names every norm that stays by itself, and why. The modules' forwards
-            run as they are; under hooks on the norm, its ReLU or that convolution the steps are separate.
+        fuse: computes a batch norm, the sum that alone reads it (``norm(x) + shortcut``) and the activation
+            (ReLU, ReLU6, LeakyReLU, SiLU, GELU) that alone reads either in one pass, or, where a sparse
+            convolution alone reads the norm or its activation, while that loads its input: the normalised
+            activation is then neither stored nor kept. Likewise a group norm and the ReLU, a module, that alone
+            reads it. Where that is so is proven by tracing the model with `torch.fx` (:func:`find_fusions`); the
+            report names every norm that stays by itself, and why. The modules' forwards run as they are; under
+            hooks on the norm, its activation or that convolution the steps are separate.
         filter_fn: called as ``filter_fn(module, name)``; a module for which it returns False is left as it
         is.
 

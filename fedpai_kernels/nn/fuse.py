@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds what is computed in one pass with a norm, by tracing the model with `torch.fx`.
 
-What is found: a ReLU that alone reads the norm; a sum that alone reads it, as at the end of a residual block; a
-sum that alone reads it with a ReLU that alone reads the sum; and a sparse convolution that alone reads the norm or
-the norm's ReLU. Of a group norm, only the first, where the ReLU is a module.
+What is found: an activation (ReLU, ReLU6, LeakyReLU, SiLU, GELU) that alone reads the norm; a sum that alone reads it,
+as at the end of a residual block; a sum that alone reads it with an activation that alone reads the sum; and a sparse
+convolution that alone reads the norm or the norm's activation. Of a group norm, only a ReLU module.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
+from ..ops.activation import NONE, RELU, Activation, activation_of_call, activation_of_module
 from .packed import PackedWeight
 from .sites import Site, surroundings
 
@@ -32,7 +32,7 @@ class Fusions:
 
     Attributes:
         pairs: (BatchNorm2d or GroupNorm, ReLU), both modules.
-        sites: (owner, site): norms that are added or cut by the code of the owner's forward.
+        sites: (owner, site): norms that are added or activated by the code of the owner's forward.
         others: reason by name, for every other BatchNorm2d and GroupNorm.
         untraced: why nothing was found, where the model cannot be traced; else empty.
     """
@@ -62,8 +62,8 @@ def find_fusions(model: nn.Module, sparse: Collection[nn.Module] = ()) -> Fusion
 
     The norm must be called once, and what reads it must be its only reader. A ReLU module forms a pair with the
     norm if it too is called once and neither has hooks. Everything else is a site: a sum of the norm with
-    another tensor, in any spelling (``+``, ``+=``, `torch.add`), and a ReLU, function or module; or one of the
-    convolutions `sparse`, after the norm or after its ReLU. What comes last must be called by the forward of one
+    another tensor, in any spelling (``+``, ``+=``, `torch.add`), and an activation, function or module; or one of the
+    convolutions `sparse`, after the norm or after its activation. What comes last must be called by the forward of one
     module, which the norm is a part of and is called from, directly or through other modules. The model is
     traced as a copy, without its hooks, and not changed.
     """
@@ -197,7 +197,6 @@ _Found = _Pair | _Place | str  # a string: why there is nothing
 
 _ADDS = {torch.add, operator.add, "add"}
 _ADDS_IN_PLACE = {operator.iadd, "add_"}
-_RELUS = {torch.relu, F.relu, torch.relu_, F.relu_, "relu", "relu_"}
 
 
 class _Reading:
@@ -235,13 +234,15 @@ class _Reading:
         if not _in_the_same_surroundings(norm, reader):
             return f"followed by {self._title(reader)} in another gradient mode or checkpoint"
         may_wait = type(self._module(norm)) is nn.BatchNorm2d
-        conv = self._conv_after(reader if self._is_relu(reader) else norm)
+        activation = self._activation(reader)
+        conv = self._conv_after(norm if activation is None else reader)
         if may_wait and conv is not None:
             place = self._place(norm, None, None if reader is conv else reader, conv)
             if isinstance(place, _Place) or reader is conv:
                 return place
-        if self._is_relu(reader):
-            if reader.op == "call_module" and len(self._calls[id(self._module(reader))]) == 1:
+        if activation is not None:
+            once = reader.op == "call_module" and len(self._calls[id(self._module(reader))]) == 1
+            if once and activation == RELU:
                 return _Pair(str(reader.target))
             if may_wait:
                 return self._place(norm, None, reader)
@@ -249,12 +250,12 @@ class _Reading:
             return f"followed by {self._title(reader)}"
         if reader in sums:
             return f"its sum goes with {sums[reader].target}"
-        relu = next(iter(reader.users)) if len(reader.users) == 1 else None
+        after = next(iter(reader.users)) if len(reader.users) == 1 else None
         # Directly after the sum, so that nothing can change the summands in between, and in the same forward.
-        follows = relu is not None and relu is reader.next and _caller(relu) == _caller(reader)
-        if relu is None or not follows or not self._is_relu(relu):
-            relu = None
-        return self._place(norm, reader, relu)
+        follows = after is not None and after is reader.next and _caller(after) == _caller(reader)
+        if after is None or not follows or self._activation(after) is None:
+            after = None
+        return self._place(norm, reader, after)
 
     def _conv_after(self, node: fx.Node) -> fx.Node | None:
         """The sparse convolution that alone reads the node."""
@@ -265,12 +266,13 @@ class _Reading:
             return None
         return reader if reader.args == (node,) and not reader.kwargs else None
 
-    def _is_relu(self, node: fx.Node) -> bool:
-        if len(node.args) != 1 or not node.kwargs.keys() <= {"inplace"}:
-            return False
+    def _activation(self, node: fx.Node) -> Activation | None:
         if node.op == "call_module":
-            return type(self._module(node)) is nn.ReLU
-        return node.op in ("call_function", "call_method") and node.target in _RELUS
+            return activation_of_module(self._module(node)) if len(node.args) == 1 and not node.kwargs else None
+        if node.op not in ("call_function", "call_method"):
+            return None
+        called = activation_of_call(node.target, node.args, node.kwargs)
+        return None if called is None else called[0]
 
     def _is_sum_of(self, node: fx.Node, norm: fx.Node) -> bool:
         if node.op not in ("call_function", "call_method") or len(node.args) != 2 or node.kwargs:
@@ -282,13 +284,13 @@ class _Reading:
         return node.target in _ADDS or (node.target in _ADDS_IN_PLACE and a is norm)
 
     def _place(
-        self, norm: fx.Node, added: fx.Node | None, relu: fx.Node | None, conv: fx.Node | None = None
+        self, norm: fx.Node, added: fx.Node | None, activation: fx.Node | None, conv: fx.Node | None = None
     ) -> _Found:
-        """The site where `added`, else `conv`, else `relu` is the last to be computed with the norm."""
-        last = added or conv or relu
+        """The site where `added`, else `conv`, else `activation` is the last to be computed with the norm."""
+        last = added or conv or activation
         assert last is not None
         owner = _caller(last)
-        waiting = [norm] if conv is None or relu is None else [norm, relu]
+        waiting = [norm] if conv is None or activation is None else [norm, activation]
         if not all(owner in node.meta["calls"] for node in waiting):
             return f"followed by {self._title(last)} in another module"
         if not self._may_wait(norm, waiting, last):
@@ -297,14 +299,16 @@ class _Reading:
         for node in waiting:
             stack = node.meta["calls"]
             between += [path for path, _ in stack[stack.index(owner) + 1 :]]
-        relu_module = str(relu.target) if relu is not None and relu.op == "call_module" else ""
+        what = NONE if activation is None else self._activation(activation)
+        assert what is not None
+        module = str(activation.target) if activation is not None and activation.op == "call_module" else ""
         conv_module = str(conv.target) if conv is not None else ""
         prefix = f"{owner[0]}." if owner[0] else ""
-        paths = [str(norm.target), *dict.fromkeys(between), relu_module, conv_module]
+        paths = [str(norm.target), *dict.fromkeys(between), module, conv_module]
         if not all(path.startswith(prefix) for path in paths if path):
             return f"not a part of {owner[0]}, which reads it"
-        name, *through, cut, read = (path[len(prefix) :] for path in paths)
-        return _Place(owner[0], Site(name, tuple(through), cut, added is not None, relu is not None, read))
+        name, *through, activated, read = (path[len(prefix) :] for path in paths)
+        return _Place(owner[0], Site(name, tuple(through), activated, added is not None, what, read))
 
     def _may_wait(self, norm: fx.Node, waiting: list[fx.Node], until: fx.Node) -> bool:
         """Whether the norm's input is sure to be the same later: nothing happens that could change it, or nobody

@@ -22,27 +22,27 @@ DTYPES = tuple(_TRAIN)
 
 # stats: (3, C) mean, 1 / sqrt(var + eps), unbiased variance; of given statistics (2, C), without the last.
 LIBRARY.define(
-    "batch_norm_train(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool relu)"
-    " -> (Tensor, Tensor)"
+    "batch_norm_train(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, int activation,"
+    " float slope=0.0) -> (Tensor, Tensor)"
 )
 # The stats of x alone.
 LIBRARY.define("batch_norm_statistics(Tensor x, float eps) -> Tensor")
 LIBRARY.define(
     "batch_norm_eval(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var,"
-    " float eps, bool relu) -> (Tensor, Tensor)"
+    " float eps, int activation, float slope=0.0) -> (Tensor, Tensor)"
 )
 # (dx, (2, C) gradients of weight and bias, gradient of the residual); what is not needed comes back with no
-# elements. z: what the forward op returned, where that had a residual and a ReLU; only then is the residual's
-# gradient another tensor than dy, and need_residual allowed.
+# elements. z: where the forward op had a residual and an activation, what it returned, or the residual itself where
+# the activation is smooth; only then is the residual's gradient another tensor than dy, and need_residual allowed.
 LIBRARY.define(
     "batch_norm_backward(Tensor dy, Tensor x, Tensor? z, Tensor? weight, Tensor? bias, Tensor stats,"
-    " bool through_statistics, bool relu, bool need_x, bool need_affine, bool need_residual)"
-    " -> (Tensor, Tensor, Tensor)"
+    " bool through_statistics, int activation, bool need_x, bool need_affine, bool need_residual,"
+    " float slope=0.0) -> (Tensor, Tensor, Tensor)"
 )
 # Without a residual; dy, batch-last, becomes dx where that is needed. Returns the gradients of weight and bias.
 LIBRARY.define(
     "batch_norm_backward_(Tensor(a!) dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats,"
-    " bool through_statistics, bool relu, bool need_x, bool need_affine) -> Tensor"
+    " bool through_statistics, int activation, bool need_x, bool need_affine, float slope=0.0) -> Tensor"
 )
 
 
@@ -71,11 +71,17 @@ def _as_kernels_read(
 
 
 def _train(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: int,
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     x, residual, weight, bias = _as_kernels_read(x, residual, weight, bias)
     y = empty_batch_last(x.shape, dtype=x.dtype, device=x.device)
-    return y, _run_train(x, residual, weight, bias, eps, relu, y)
+    return y, _run_train(x, residual, weight, bias, eps, activation, slope, y)
 
 
 def _run_train(
@@ -84,21 +90,22 @@ def _run_train(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    relu: bool,
+    activation: int,
+    slope: float,
     y: Tensor | None,
 ) -> Tensor:
     """The stats; y is written where there is one."""
     stats = x.new_empty(3, x.shape[1])
     mean, row_bytes = stats.data_ptr(), stats.shape[1] * stats.element_size()
     _TRAIN[x.dtype](
-        x.shape[1], row_of(x), x.data_ptr(), _address(residual), _address(weight), _address(bias), eps, relu,
-        _address(y), mean, mean + row_bytes, mean + 2 * row_bytes, torch.get_num_threads(),
+        x.shape[1], row_of(x), x.data_ptr(), _address(residual), _address(weight), _address(bias), eps, activation,
+        slope, _address(y), mean, mean + row_bytes, mean + 2 * row_bytes, torch.get_num_threads(),
     )  # fmt: skip
     return stats
 
 
 def _statistics(x: Tensor, eps: float) -> Tensor:
-    return _run_train(to_batch_last(x), None, None, None, eps, False, None)
+    return _run_train(to_batch_last(x), None, None, None, eps, 0, 0.0, None)
 
 
 def _eval(
@@ -109,7 +116,8 @@ def _eval(
     mean: Tensor,
     var: Tensor,
     eps: float,
-    relu: bool,
+    activation: int,
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     x, residual, weight, bias = _as_kernels_read(x, residual, weight, bias)
     y, var = empty_batch_last(x.shape, dtype=x.dtype, device=x.device), var.contiguous()
@@ -117,7 +125,7 @@ def _eval(
     stats[0] = mean
     _EVAL[x.dtype](
         x.shape[1], row_of(x), x.data_ptr(), _address(residual), _address(weight), _address(bias),
-        stats.data_ptr(), var.data_ptr(), eps, relu, y.data_ptr(),
+        stats.data_ptr(), var.data_ptr(), eps, activation, slope, y.data_ptr(),
         stats.data_ptr() + stats.shape[1] * stats.element_size(), torch.get_num_threads(),
     )  # fmt: skip
     return y, stats
@@ -130,9 +138,10 @@ def _backward_in_place(
     bias: Tensor | None,
     stats: Tensor,
     through_statistics: bool,
-    relu: bool,
+    activation: int,
     need_x: bool,
     need_affine: bool,
+    slope: float = 0.0,
 ) -> Tensor:
     x, _, weight, bias = _as_kernels_read(x, None, weight, bias)
     row_bytes = x.shape[1] * x.element_size()
@@ -140,7 +149,7 @@ def _backward_in_place(
     dweight = affine.data_ptr() if need_affine else 0
     _BACKWARD[x.dtype](
         x.shape[1], row_of(x), dy.data_ptr(), x.data_ptr(), 0, _address(weight), _address(bias), stats.data_ptr(),
-        stats.data_ptr() + row_bytes, through_statistics, relu, dy.data_ptr() if need_x else 0, 0, dweight,
+        stats.data_ptr() + row_bytes, through_statistics, activation, slope, dy.data_ptr() if need_x else 0, 0, dweight,
         dweight + row_bytes if need_affine else 0, torch.get_num_threads(),
     )  # fmt: skip
     return affine
@@ -154,10 +163,11 @@ def _backward(
     bias: Tensor | None,
     stats: Tensor,
     through_statistics: bool,
-    relu: bool,
+    activation: int,
     need_x: bool,
     need_affine: bool,
     need_residual: bool,
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy, (x, z, weight, bias) = to_batch_last(dy), _as_kernels_read(x, z, weight, bias)
     channels, row_bytes = x.shape[1], x.shape[1] * x.element_size()
@@ -165,7 +175,7 @@ def _backward(
     dweight = affine.data_ptr() if need_affine else 0
     _BACKWARD[x.dtype](
         channels, row_of(x), dy.data_ptr(), x.data_ptr(), _address(z), _address(weight), _address(bias),
-        stats.data_ptr(), stats.data_ptr() + row_bytes, through_statistics, relu,
+        stats.data_ptr(), stats.data_ptr() + row_bytes, through_statistics, activation, slope,
         dx.data_ptr() if need_x else 0, dresidual.data_ptr() if need_residual else 0, dweight,
         dweight + row_bytes if need_affine else 0, torch.get_num_threads(),
     )  # fmt: skip
@@ -192,7 +202,13 @@ LIBRARY.impl("batch_norm_backward_", _backward_in_place, "CPU")
 
 @torch.library.register_fake("fedpai::batch_norm_train", lib=LIBRARY)
 def _(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: int,
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     return empty_batch_last(x.shape, dtype=x.dtype, device=x.device), x.new_empty(3, x.shape[1])
 
@@ -211,7 +227,8 @@ def _(
     mean: Tensor,
     var: Tensor,
     eps: float,
-    relu: bool,
+    activation: int,
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     return empty_batch_last(x.shape, dtype=x.dtype, device=x.device), x.new_empty(2, x.shape[1])
 
@@ -225,10 +242,11 @@ def _(
     bias: Tensor | None,
     stats: Tensor,
     through_statistics: bool,
-    relu: bool,
+    activation: int,
     need_x: bool,
     need_affine: bool,
     need_residual: bool,
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients(x, need_x, need_affine, need_residual)
 
@@ -241,9 +259,10 @@ def _(
     bias: Tensor | None,
     stats: Tensor,
     through_statistics: bool,
-    relu: bool,
+    activation: int,
     need_x: bool,
     need_affine: bool,
+    slope: float = 0.0,
 ) -> Tensor:
     return x.new_empty(2 if need_affine else 0, x.shape[1])
 
@@ -253,7 +272,7 @@ def given_statistics(mean: Tensor, var: Tensor, eps: float) -> Tensor:
     stats, var = mean.new_empty(2, mean.shape[0]), var.contiguous()
     stats[0] = mean
     _EVAL[mean.dtype](
-        mean.shape[0], 0, 0, 0, 0, 0, 0, var.data_ptr(), eps, False, 0,
+        mean.shape[0], 0, 0, 0, 0, 0, 0, var.data_ptr(), eps, 0, 0.0, 0,
         stats.data_ptr() + stats.shape[1] * stats.element_size(), 1,
     )  # fmt: skip
     return stats

@@ -33,15 +33,20 @@ _living: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 class _Streams:
     """What the plans of one mask have in common, however often that mask is compiled: the memory and the work."""
 
-    __slots__ = ("__weakref__", "compiled", "indices")
+    __slots__ = ("__weakref__", "compiled", "digest", "indices")
 
     def __init__(self, compiled: _C.CompiledPlan, indices: Tensor) -> None:
         self.compiled = compiled
         self.indices = indices
+        self.digest: str | None = None
 
 
-# By digest. Weak as well: the streams go with the last plan of their mask.
-_streams: weakref.WeakValueDictionary[str, _Streams] = weakref.WeakValueDictionary()
+# Kind, shape, groups, and the number and sum of the indices.
+_Likeness = tuple[Kind, tuple[int, ...], int, int, int]
+
+# Weak as well: the streams go with the last plan of their mask. Not by digest, which takes as long to compute as half
+# of a new mask's compilation; of two masks that are alike but not equal, one is not shared.
+_streams: weakref.WeakValueDictionary[_Likeness, _Streams] = weakref.WeakValueDictionary()
 _streams_lock = threading.Lock()
 
 
@@ -64,7 +69,7 @@ class Plan:
     """
 
     __slots__ = (
-        "__weakref__", "_streams", "digest", "groups", "handle", "kind", "mask_shape", "nnz",
+        "__weakref__", "_streams", "groups", "handle", "kind", "mask_shape", "nnz",
     )  # fmt: skip
 
     kind: Kind
@@ -72,7 +77,6 @@ class Plan:
     groups: int
     nnz: int
     handle: int
-    digest: str
     structure: str = "unstructured"
     _streams: _Streams
 
@@ -120,15 +124,12 @@ class Plan:
         return plan
 
     def _build(self, kind: Kind, shape: tuple[int, ...], groups: int, dense: Tensor) -> None:
-        header = f"{_DIGEST_FORMAT}|{kind}|{'x'.join(map(str, shape))}|{groups}|".encode()
-        digest = hashlib.sha256(header + _packed(dense)).hexdigest()
-        streams = _shared_streams(digest, kind, shape, groups, dense)
+        streams = _shared_streams(kind, shape, groups, dense)
         set_attribute = object.__setattr__
         set_attribute(self, "kind", kind)
         set_attribute(self, "mask_shape", shape)
         set_attribute(self, "groups", groups)
         set_attribute(self, "nnz", streams.compiled.nnz)
-        set_attribute(self, "digest", digest)
         set_attribute(self, "_streams", streams)
         set_attribute(self, "handle", next(_next_handle))
         _living[self.handle] = self
@@ -147,6 +148,15 @@ class Plan:
         return self.nnz / self.numel
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of kind, shape, groups and mask bits, as hex."""
+        streams = self._streams
+        if streams.digest is None:  # on first use: masks that change between rounds may never need it
+            header = f"{_DIGEST_FORMAT}|{self.kind}|{'x'.join(map(str, self.mask_shape))}|{self.groups}|".encode()
+            streams.digest = hashlib.sha256(header + self._packed_mask()).hexdigest()
+        return streams.digest
+
+    @property
     def compiled(self) -> _C.CompiledPlan:
         """The compiled object, for the ops; one for all plans of this mask."""
         return self._streams.compiled
@@ -163,7 +173,8 @@ class Plan:
         return mask.reshape(self.mask_shape)
 
     def _packed_mask(self) -> bytes:
-        return _packed(self.mask())
+        """One bit per weight, row-major, the first in the highest bit of its byte."""
+        return np.packbits(self.mask().numpy().reshape(-1)).tobytes()
 
     def pack(self, dense: Tensor) -> Tensor:
         """The surviving weights of a dense weight: (nnz,), differentiable.
@@ -209,24 +220,17 @@ class Plan:
         )
 
 
-def _packed(mask: Tensor) -> bytes:
-    """A contiguous bool mask with one bit per weight, row-major, the first in the highest bit of its byte."""
-    return np.packbits(mask.numpy().reshape(-1)).tobytes()
-
-
-def _shared_streams(digest: str, kind: Kind, shape: tuple[int, ...], groups: int, dense: Tensor) -> _Streams:
+def _shared_streams(kind: Kind, shape: tuple[int, ...], groups: int, dense: Tensor) -> _Streams:
     """The streams of this mask: those that there are, else new ones."""
-    with _streams_lock:
-        found = _streams.get(digest)
-    if found is not None:
-        return found
     kernel_h, kernel_w = shape[2:] if kind == "conv2d" else (1, 1)
     compiled = _C.CompiledPlan(dense.data_ptr(), shape[0], shape[1], kernel_h, kernel_w, groups)
     indices = torch.empty(compiled.nnz, dtype=torch.int64)
     compiled.flat_indices(indices.data_ptr())
     made = _Streams(compiled, indices)
+    likeness = kind, shape, groups, compiled.nnz, int(indices.sum())
     with _streams_lock:  # not held while compiling: masks of several layers may be compiled at once
-        return _streams.setdefault(digest, made)
+        found = _streams.setdefault(likeness, made)
+    return found if torch.equal(found.indices, indices) else made
 
 
 def plan_of(handle: int) -> Plan:

@@ -85,6 +85,35 @@ FEDPAI_SUITE(tilings) {
   }
 }
 
+// A register tile's window stays in a first-level cache of 64 sets of 8 lines if it is no larger than that: 22 channels of
+// 5 x 4 pixels of 16 images, which the packed patch has 144 lines apart, would meet in some sets eleven times.
+FEDPAI_SUITE(patches_spread) {
+  const WeightShape shape{64, 64, 3, 3, 1};
+  const std::vector<std::uint8_t> mask(64 * 64 * 9, 1);
+  const Plan plan(mask.data(), shape);
+  const Conv2dGeometry geometry{64, 32, 32, 32, 32, 1, 1, 1, 1, 1, 1};
+  Tiling tiling;
+  tiling.blocks = 2, tiling.groups = 4, tiling.tile_rows = 3, tiling.tile_columns = 2;
+  tiling.patch_rows = 2, tiling.patch_columns = 8, tiling.channel_block = 22;
+  const TiledPass pass = tiled_pass(forward_axes(plan, geometry), plan.by_output(), {8, 14, 4}, tiling);
+  const auto most_in_a_set = [&](std::int64_t plane) {
+    std::vector<int> held(64);
+    for (std::int64_t c = 0; c < 22; ++c) {
+      for (std::int64_t y = 0; y < 5; ++y) {
+        for (std::int64_t x = 0; x < 4; ++x) {
+          ++held[static_cast<std::size_t>((c * plane + y * pass.source_row + x * pass.lane_group) / 16 % 64)];
+        }
+      }
+    }
+    return *std::max_element(held.begin(), held.end());
+  };
+  begin_case("no spread");
+  CHECK(most_in_a_set(pass.y.slots * pass.source_row) > 8, "the case shows nothing");
+  begin_case("spread");
+  CHECK(pass.plane >= pass.y.slots * pass.source_row && pass.plane <= pass.y.slots * pass.source_row + 15 * 16, "distance");
+  CHECK(most_in_a_set(pass.plane) <= 8, "crowded");
+}
+
 // A choice is always possible to run, and no unit of it is larger than a thread should keep.
 FEDPAI_SUITE(tiling_choice) {
   for (const std::int64_t batch : {1, 100, 100000}) {

@@ -69,12 +69,12 @@ def by_hand() -> nn.Module:
 
 # The network, and how many norms are fused with what comes after them.
 RELU, CONV, RELU_CONV = "the ReLU", "the convolution", "the ReLU and the convolution"
-SUM, SUM_RELU = "the sum", "the sum and the ReLU"
+RELU6_CONV, SUM, SUM_RELU = "the ReLU6 and the convolution", "the sum", "the sum and the ReLU"
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "resnet18": (lambda: ResNet(18, width=0.125), {RELU: 1, RELU_CONV: 8, SUM_RELU: 8}),
     "wideresnet": (lambda: WideResNet(10, 1), {RELU: 3, RELU_CONV: 4}),
     "vgg11": (lambda: VGG(11, width=0.125), {RELU: 5, RELU_CONV: 3}),
-    "by_hand": (by_hand, {RELU: 1, RELU_CONV: 2, SUM: 2, SUM_RELU: 2}),
+    "by_hand": (by_hand, {RELU: 1, RELU_CONV: 2, RELU6_CONV: 2, SUM: 2, SUM_RELU: 2}),
 }
 EVERY = pytest.mark.parametrize("name", NETWORKS)
 

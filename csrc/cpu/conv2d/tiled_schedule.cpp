@@ -2,6 +2,7 @@
 #include "cpu/conv2d/tiled_schedule.h"
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <stdexcept>
 
@@ -178,6 +179,55 @@ void lay_out_entries(TiledPass& pass, const PassAxes& axes, const EntryList& lis
   pass.block_task_begin.push_back(static_cast<std::int64_t>(pass.tasks.size()));
 }
 
+// First-level caches: 64 sets of 8 lines on many cores, as many sets of more lines on others.
+constexpr std::int64_t kCacheSets = 64;
+constexpr std::int64_t kCacheWays = 8;
+
+// The cache lines that one channel of a register tile's window touches.
+std::vector<std::int64_t> window_lines(const TiledPass& pass, std::int64_t line) {
+  std::vector<std::int64_t> lines;
+  for (const TiledAxis::Residue& y : pass.y.residues) {
+    for (std::int64_t row = y.slot; row < y.slot + pass.tiling.tile_rows + y.halo; ++row) {
+      for (const TiledAxis::Residue& x : pass.x.residues) {
+        const std::int64_t begin = row * pass.source_row + x.slot * pass.lane_group;
+        const std::int64_t end = begin + (pass.tiling.tile_columns + x.halo) * pass.lane_group;
+        for (std::int64_t l = begin / line; l * line < end; ++l) lines.push_back(l);
+      }
+    }
+  }
+  return lines;
+}
+
+// Lines of the window that find their cache set full, where channels are `plane` lines apart.
+std::int64_t crowded_lines(const std::vector<std::int64_t>& lines, std::int64_t channels, std::int64_t plane) {
+  std::array<std::int64_t, kCacheSets> held{};
+  std::int64_t crowded = 0;
+  for (std::int64_t c = 0; c < channels; ++c) {
+    for (const std::int64_t l : lines) {
+      crowded += ++held[static_cast<std::size_t>((c * plane + l) % kCacheSets)] > kCacheWays;
+    }
+  }
+  return crowded;
+}
+
+// Elements from channel to channel of a packed patch. Multiples of large powers of two would crowd the channels of a
+// window into a few cache sets: up to 15 lines more, as few as crowd it least. Worth 8 to 18 % where 22 channels of
+// 8 x 18 pixels are 9 KiB apart.
+std::int64_t spread_plane(const TiledPass& pass, std::int64_t channels, std::int64_t line) {
+  const std::vector<std::int64_t> lines = window_lines(pass, line);
+  const auto per_channel = static_cast<std::int64_t>(lines.size());
+  // Beyond twice the cache, every choice is as bad.
+  const std::int64_t counted = std::min(channels, 2 * kCacheSets * kCacheWays / per_channel + 1);
+  const std::int64_t unavoidable = std::max<std::int64_t>(0, counted * per_channel - kCacheSets * kCacheWays);
+  const std::int64_t needed = (pass.y.slots * pass.source_row + line - 1) / line;
+  std::int64_t best = needed, fewest = crowded_lines(lines, counted, needed);
+  for (std::int64_t plane = needed + 1; plane < needed + 16 && fewest > unavoidable; ++plane) {
+    const std::int64_t crowded = crowded_lines(lines, counted, plane);
+    if (crowded < fewest) best = plane, fewest = crowded;
+  }
+  return best * line;
+}
+
 TiledAxis with_residues(const Axis& axis) {
   TiledAxis result;
   static_cast<Axis&>(result) = axis;
@@ -218,17 +268,18 @@ TiledPass tiled_pass(const PassAxes& axes, const EntryList& list, const VectorSh
   pass.dest_channels = list.rows();
   pass.lane_group = static_cast<std::int64_t>(tiling.blocks) * vector.lanes;
   pass.source_row = pass.x.slots * pass.lane_group;
-  pass.plane = pass.y.slots * pass.source_row;
   // In double: the product may exceed 64 bits.
-  if (static_cast<double>(pass.y.slots) * static_cast<double>(pass.source_row) *
+  if ((static_cast<double>(pass.y.slots) * static_cast<double>(pass.source_row) + 16 * kLineBytes) *
           static_cast<double>(tiling.channel_block) >
       std::numeric_limits<std::int32_t>::max()) {
     throw std::length_error("input: one patch of the image exceeds 2^31 - 1 elements");
   }
+  const std::int64_t line = kLineBytes / vector.element_size;
+  const std::int64_t channels = std::min<std::int64_t>(tiling.channel_block, list.columns);
+  pass.plane = spread_plane(pass, channels, line);
   // Packing writes all lane groups at once: an odd number of cache lines apart, or their lines fall into the same cache
   // sets.
-  const std::int64_t line = kLineBytes / vector.element_size;
-  const std::int64_t lines = (pass.plane * std::min<std::int64_t>(tiling.channel_block, list.columns) + line - 1) / line;
+  const std::int64_t lines = (pass.plane * channels + line - 1) / line;
   pass.group = (lines | 1) * line;
   lay_out_entries(pass, axes, list);
   return pass;

@@ -215,7 +215,7 @@ std::int64_t crowded_lines(const std::vector<std::int64_t>& lines, std::int64_t 
 // 8 x 18 pixels are 9 KiB apart.
 std::int64_t spread_plane(const TiledPass& pass, std::int64_t channels, std::int64_t line) {
   const std::vector<std::int64_t> lines = window_lines(pass, line);
-  const auto per_channel = static_cast<std::int64_t>(lines.size());
+  const auto per_channel = std::max<std::int64_t>(1, static_cast<std::int64_t>(lines.size()));  // none without taps
   // Beyond twice the cache, every choice is as bad.
   const std::int64_t counted = std::min(channels, 2 * kCacheSets * kCacheWays / per_channel + 1);
   const std::int64_t unavoidable = std::max<std::int64_t>(0, counted * per_channel - kCacheSets * kCacheWays);

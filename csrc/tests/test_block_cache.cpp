@@ -287,6 +287,7 @@ void check_random() {
 
 void check_fork() {
   begin_case("a child of a process whose other threads allocate");
+  block_cache().stats();  // made before there are threads, as by the import of the module
   std::atomic<bool> stop{false};
   std::vector<std::thread> threads;
   for (std::size_t i = 0; i < 2; ++i) {

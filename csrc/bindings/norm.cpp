@@ -33,11 +33,17 @@ void eval(std::int64_t channels, std::int64_t row, Address x, Address residual, 
 }
 
 template <class T>
-void backward(std::int64_t channels, std::int64_t row, Address dy, Address x, Address z, Address weight, Address bias,
-              Address mean, Address invstd, bool through_statistics, bool relu, Address dx, Address dresidual,
+NormKept<T> kept_at(Address address, bool rounded) {
+  if (rounded) return {nullptr, at<const Bf16>(address)};
+  return {at<const T>(address), nullptr};
+}
+
+template <class T>
+void backward(std::int64_t channels, std::int64_t row, Address dy, Address x, Address z, bool rounded, Address weight,
+              Address bias, Address mean, Address invstd, bool through_statistics, bool relu, Address dx, Address dresidual,
               Address dweight, Address dbias, int threads) {
-  batch_norm_backward<T>({channels, row}, at<const T>(dy), at<const T>(x), at<const T>(z), at<const T>(weight),
-                         at<const T>(bias), at<const T>(mean), at<const T>(invstd), through_statistics, relu,
+  batch_norm_backward<T>({channels, row}, at<const T>(dy), kept_at<T>(x, rounded), kept_at<T>(z, rounded),
+                         at<const T>(weight), at<const T>(bias), at<const T>(mean), at<const T>(invstd), through_statistics, relu,
                          at<T>(dx), at<T>(dresidual), at<T>(dweight), at<T>(dbias), threads);
 }
 
@@ -51,7 +57,7 @@ void bind(py::module_& m, const char* train_name, const char* eval_name, const c
         py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("var"), py::arg("eps"), py::arg("relu"),
         py::arg("y"), py::arg("invstd"), py::arg("threads"), release);
   m.def(backward_name, &backward<T>, py::arg("channels"), py::arg("row"), py::arg("dy"), py::arg("x"), py::arg("z"),
-        py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("invstd"), py::arg("through_statistics"),
+        py::arg("rounded"), py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("invstd"), py::arg("through_statistics"),
         py::arg("relu"), py::arg("dx"), py::arg("dresidual"), py::arg("dweight"), py::arg("dbias"), py::arg("threads"),
         release);
 }

@@ -3,9 +3,11 @@
 #include <cmath>
 #include <limits>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "check.h"
+#include "cpu/bf16/bf16.h"
 #include "cpu/norm/norm.h"
 
 using namespace fedpai;
@@ -102,9 +104,10 @@ void check_norm(std::int64_t channels, std::int64_t row, bool residual, bool rel
                        y.data(), invstd.data(), threads);
   }
   const T* const z = residual && relu ? y.data() : nullptr;
+  NormKept<T> kept_x{x.data()}, kept_z{z};
   const auto backward = [&](T* to_dx, T* to_dr, T* to_dweight, T* to_dbias) {
-    batch_norm_backward<T>(shape, dy.data(), x.data(), z, weight.data(), bias.data(), mean.data(), invstd.data(), train,
-                           relu, to_dx, to_dr, to_dweight, to_dbias, threads);
+    batch_norm_backward<T>(shape, dy.data(), kept_x, kept_z, weight.data(), bias.data(), mean.data(), invstd.data(),
+                           train, relu, to_dx, to_dr, to_dweight, to_dbias, threads);
   };
   backward(dx.data(), z != nullptr ? dr.data() : nullptr, dweight.data(), dbias.data());
 
@@ -143,6 +146,28 @@ void check_norm(std::int64_t channels, std::int64_t row, bool residual, bool rel
   if (z != nullptr) {
     backward(nullptr, alone.data(), nullptr, nullptr);
     for (std::int64_t i = 0; i < channels * row; ++i) CHECK(alone[i] == dr[i], "dr alone");
+  }
+
+  // Kept as bfloat16, which holds these x exactly and the signs of z.
+  if constexpr (std::is_same_v<T, float>) {
+    Buffer<Bf16> short_x(channels * row), short_z(channels * row);
+    round_to_bf16(x.data(), short_x.data(), channels * row, threads);
+    round_to_bf16(y.data(), short_z.data(), channels * row, threads);
+    kept_x = {nullptr, short_x.data()};
+    if (z != nullptr) kept_z = {nullptr, short_z.data()};
+    Buffer<T> from_short(channels * row), dr_short(channels * row);
+    backward(from_short.data(), z != nullptr ? dr_short.data() : nullptr, dweight_alone.data(), dbias_alone.data());
+    for (std::int64_t i = 0; i < channels * row; ++i) {
+      CHECK(from_short[i] == dx[i], "dx from bfloat16");
+      if (z != nullptr) CHECK(dr_short[i] == dr[i], "dr from bfloat16");
+    }
+    for (std::int64_t c = 0; c < channels; ++c) {
+      CHECK(dweight_alone[c] == dweight[c] && dbias_alone[c] == dbias[c], "dweight and dbias from bfloat16");
+    }
+    if (z != nullptr) {
+      backward(nullptr, dr_short.data(), nullptr, nullptr);
+      for (std::int64_t i = 0; i < channels * row; ++i) CHECK(dr_short[i] == dr[i], "dr alone, from bfloat16");
+    }
   }
 }
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..layout import to_batch_last
 from .norm_kernels import DTYPES, row_of
 from .registry import called_by_position
+from .stored import refuse_graph, stored, stores
 
 __all__ = ["batch_norm"]
 
@@ -40,7 +41,7 @@ class Running(NamedTuple):
 
 @called_by_position
 class _BatchNorm(torch.autograd.Function):
-    """(x, residual | None, weight, bias, mean | None, var | None, eps, relu, running | None) -> (y, stats);
+    """(x, residual | None, weight, bias, mean | None, var | None, eps, relu, running | None, stores) -> (y, stats);
     given mean and var are constants. The running statistics are updated before anything is saved: a recomputation
     by `torch.utils.checkpoint` may stop there, and torch's batch norm has updated them by then.
     """
@@ -56,6 +57,7 @@ class _BatchNorm(torch.autograd.Function):
         eps: float,
         relu: bool,
         running: Running | None,
+        stores: bool,
     ) -> tuple[Tensor, Tensor]:
         ops = torch.ops.fedpai
         if mean is None or var is None:
@@ -68,9 +70,11 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, residual, weight, bias, mean, _, ctx.eps, ctx.relu, _ = inputs
+        x, residual, weight, bias, mean, _, ctx.eps, ctx.relu, _, stores = inputs
         # With a residual, the ReLU's mask is read from its result. The residual itself is not kept.
         z = output[0] if residual is not None and ctx.relu else None
+        if stores and any(ctx.needs_input_grad):
+            x, z = stored(x), None if z is None else stored(z)
         ctx.save_for_backward(x, z, weight, bias, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -79,10 +83,11 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 9
+            return (None,) * 10
         x, z, weight, bias, stats = ctx.saved_tensors
         need_x, need_residual, *need_affine = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            refuse_graph(x)
             g = dy if z is None else dy * (z.detach() > 0)
             given = None if ctx.through_statistics else stats
             y = twin(x, weight, bias, given, ctx.eps, ctx.relu and z is None)
@@ -90,7 +95,7 @@ class _BatchNorm(torch.autograd.Function):
             wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True) if wanted else ())
             dx, dweight, dbias = (next(found) if need else None for need in needs)
-            return (dx, g if need_residual else None, dweight, dbias, None, None, None, None, None)
+            return (dx, g if need_residual else None, dweight, dbias, *(None,) * 6)
         dx, affine, dresidual = torch.ops.fedpai.batch_norm_backward(
             dy, x, z, weight, bias, stats, ctx.through_statistics, ctx.relu, need_x, any(need_affine),
             need_residual and z is not None,
@@ -102,8 +107,8 @@ class _BatchNorm(torch.autograd.Function):
             dresidual if need_residual else None,
             affine[0] if need_affine[0] else None,
             affine[1] if need_affine[1] else None,
-            None, None, None, None, None,
-        )  # fmt: skip
+            *(None,) * 6,
+        )
 
 
 def twin(
@@ -184,6 +189,7 @@ def batch_norm(
     *,
     relu: bool = False,
     residual: Tensor | None = None,
+    activation_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` of a 4-D tensor, returned batch-last; with `residual`, plus that; with
     `relu`, followed by a ReLU: ``relu(batch_norm(x) + residual)``.
@@ -201,6 +207,8 @@ def batch_norm(
         relu: y = max(y, 0) in the same pass.
         residual: (N, C, H, W), added before the ReLU in the same pass. With a ReLU too, the result is kept
         for the gradient, as by `torch.relu`, and changing it in place is an error then.
+        activation_dtype: `torch.bfloat16` keeps a float32 `x`, and that result, for the gradient rounded
+        (:mod:`fedpai_kernels.ops.stored`); None keeps them as they are. The statistics are those of `x`.
 
     Differentiable in `x`, `residual`, `weight` and `bias`; gradients of gradients are left to torch. An empty
     `x` changes no statistics.
@@ -211,6 +219,7 @@ def batch_norm(
         with.
     """
     check_norm(x, running_mean, running_var, weight, bias, training, residual)
+    keeps = stores(x, activation_dtype)
     if x.numel() == 0:
         y = torch.nn.functional.batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps
@@ -219,13 +228,12 @@ def batch_norm(
             y = y + residual
         return to_batch_last(torch.relu(y) if relu else y)
     if not training:
-        out: Tensor = _BatchNorm.apply(x, residual, weight, bias, running_mean, running_var, eps, relu, None)[
-            0
-        ]
+        given = x, residual, weight, bias, running_mean, running_var, eps, relu, None, keeps
+        out: Tensor = _BatchNorm.apply(*given)[0]
         return out
     running = Running(running_mean, running_var, momentum)
     compiling = torch.compiler.is_compiling()  # which takes tensors as arguments only, and stops nowhere
-    arguments = x, residual, weight, bias, None, None, eps, relu, None if compiling else running
+    arguments = x, residual, weight, bias, None, None, eps, relu, None if compiling else running, keeps
     y, stats = _BatchNorm.apply(*arguments)
     if compiling:
         running.update(stats)

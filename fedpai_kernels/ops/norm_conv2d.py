@@ -27,6 +27,7 @@ from .conv2d import checked_geometry, differentiable_conv2d, run_forward, run_we
 from .norm import Running, check_norm, twin
 from .norm_kernels import given_statistics
 from .registry import LIBRARY, called_by_position
+from .stored import refuse_graph, stored, stores
 
 __all__ = ["norm_conv2d"]
 
@@ -121,8 +122,8 @@ _ops: Any = torch.ops.fedpai
 
 @called_by_position
 class _NormConv2d(torch.autograd.Function):
-    """(x, norm weight, norm bias, mean | None, var | None, eps, relu, running | None, values, bias, plan, geometry)
-    -> (y, stats); given mean and var are constants."""
+    """(x, norm weight, norm bias, mean | None, var | None, eps, relu, running | None, values, bias, plan, geometry,
+    stores) -> (y, stats); given mean and var are constants."""
 
     @staticmethod
     def forward(
@@ -138,6 +139,7 @@ class _NormConv2d(torch.autograd.Function):
         bias: Tensor | None,
         plan: Plan,
         geometry: list[int],
+        stores: bool,
     ) -> tuple[Tensor, Tensor]:
         if mean is None or var is None:
             stats: Tensor = _ops.batch_norm_statistics(x, eps)
@@ -150,7 +152,9 @@ class _NormConv2d(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, norm_weight, norm_bias, mean, _, ctx.eps, ctx.relu, _, values, _, ctx.plan, ctx.geometry = inputs
+        x, norm_weight, norm_bias, mean, _, ctx.eps, ctx.relu, _, values, _, ctx.plan, ctx.geometry, stores = inputs
+        if stores and any(ctx.needs_input_grad):
+            x = stored(x)
         ctx.save_for_backward(x, norm_weight, norm_bias, output[1], values)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -159,13 +163,14 @@ class _NormConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 12
+            return (None,) * 13
         x, norm_weight, norm_bias, stats, values = ctx.saved_tensors
         norm = (stats, norm_weight, norm_bias, ctx.relu)
         needs = ctx.needs_input_grad
         need_x, need_norm = needs[0], needs[1] or needs[2]
         need_values, need_bias = needs[8:10]
         if torch.is_grad_enabled():  # create_graph=True
+            refuse_graph(x)
             given = None if ctx.through_statistics else stats
             h = twin(x, norm_weight, norm_bias, given, ctx.eps, ctx.relu)
             y = differentiable_conv2d(h, values, None, ctx.plan, ctx.geometry)
@@ -175,7 +180,7 @@ class _NormConv2d(torch.autograd.Function):
             grads = dict(zip(wanted, found, strict=True))
             if need_bias:
                 grads[9] = dy.sum((0, 2, 3))
-            return tuple(grads.get(i) for i in range(12))
+            return tuple(grads.get(i) for i in range(13))
         dx = dvalues = dbias = None
         dnorm: tuple[Tensor | None, Tensor | None] = (None, None)
         if need_values:
@@ -198,8 +203,7 @@ class _NormConv2d(torch.autograd.Function):
             *(None,) * 5,
             dvalues,
             dbias if need_bias else None,
-            None,
-            None,
+            *(None,) * 3,
         )
 
 
@@ -221,6 +225,7 @@ def norm_conv2d(
     groups: int = 1,
     *,
     relu: bool = False,
+    activation_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``sparse_conv2d(batch_norm(x, ..., relu=relu), values, plan, bias, ...)``, with the same bits, without
     the tensor in between.
@@ -228,7 +233,8 @@ def norm_conv2d(
     The first eight arguments and `relu` are those of :func:`fedpai_kernels.ops.norm.batch_norm`, the others those of
     :func:`fedpai_kernels.ops.sparse_conv2d`; `x` is (N, C, H, W) with at least one element. Differentiable in x, the
     norm's weight and bias, values and bias; gradients of gradients go through torch's own batch norm. The running
-    statistics are updated in place when `training`.
+    statistics are updated in place when `training`. `activation_dtype` is that of both, for `x`; the
+    gradient of values then has other bits than from the two, which would round the normalised activation.
 
     Raises:
         TypeError, ValueError: as those two.
@@ -242,6 +248,7 @@ def norm_conv2d(
     else:
         mean, var, running = None, None, Running(running_mean, running_var, momentum)
     y: Tensor = _NormConv2d.apply(
-        x, norm_weight, norm_bias, mean, var, eps, relu, running, values, bias, plan, geometry
+        x, norm_weight, norm_bias, mean, var, eps, relu, running, values, bias, plan, geometry,
+        stores(x, activation_dtype),
     )[0]
     return y

@@ -31,6 +31,7 @@ LIBRARY.define(
     "batch_norm_eval(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var,"
     " float eps, bool relu) -> (Tensor, Tensor)"
 )
+# x and z may be float32 that was rounded to bfloat16 (both, or neither).
 # (dx, (2, C) gradients of weight and bias, gradient of the residual); what is not needed comes back with no
 # elements. z: what the forward op returned, where that had a residual and a ReLU; only then is the residual's
 # gradient another tensor than dy, and need_residual allowed.
@@ -135,13 +136,13 @@ def _backward_in_place(
     need_affine: bool,
 ) -> Tensor:
     x, _, weight, bias = _as_kernels_read(x, None, weight, bias)
-    row_bytes = x.shape[1] * x.element_size()
-    affine = x.new_empty(2 if need_affine else 0, x.shape[1])
-    dweight = affine.data_ptr() if need_affine else 0
-    _BACKWARD[x.dtype](
-        x.shape[1], row_of(x), dy.data_ptr(), x.data_ptr(), 0, _address(weight), _address(bias), stats.data_ptr(),
-        stats.data_ptr() + row_bytes, through_statistics, relu, dy.data_ptr() if need_x else 0, 0, dweight,
-        dweight + row_bytes if need_affine else 0, torch.get_num_threads(),
+    row_bytes = x.shape[1] * dy.element_size()
+    affine = dy.new_empty(2 if need_affine else 0, x.shape[1])
+    dweight, rounded = affine.data_ptr() if need_affine else 0, x.dtype == torch.bfloat16
+    _BACKWARD[dy.dtype](
+        x.shape[1], row_of(x), dy.data_ptr(), x.data_ptr(), 0, rounded, _address(weight), _address(bias),
+        stats.data_ptr(), stats.data_ptr() + row_bytes, through_statistics, relu, dy.data_ptr() if need_x else 0,
+        0, dweight, dweight + row_bytes if need_affine else 0, torch.get_num_threads(),
     )  # fmt: skip
     return affine
 
@@ -160,11 +161,12 @@ def _backward(
     need_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy, (x, z, weight, bias) = to_batch_last(dy), _as_kernels_read(x, z, weight, bias)
-    channels, row_bytes = x.shape[1], x.shape[1] * x.element_size()
-    dx, affine, dresidual = _gradients(x, need_x, need_affine, need_residual)
+    channels, row_bytes = x.shape[1], x.shape[1] * dy.element_size()
+    dx, affine, dresidual = _gradients(dy, need_x, need_affine, need_residual)
     dweight = affine.data_ptr() if need_affine else 0
-    _BACKWARD[x.dtype](
-        channels, row_of(x), dy.data_ptr(), x.data_ptr(), _address(z), _address(weight), _address(bias),
+    rounded = x.dtype == torch.bfloat16
+    _BACKWARD[dy.dtype](
+        channels, row_of(x), dy.data_ptr(), x.data_ptr(), _address(z), rounded, _address(weight), _address(bias),
         stats.data_ptr(), stats.data_ptr() + row_bytes, through_statistics, relu,
         dx.data_ptr() if need_x else 0, dresidual.data_ptr() if need_residual else 0, dweight,
         dweight + row_bytes if need_affine else 0, torch.get_num_threads(),
@@ -173,14 +175,14 @@ def _backward(
 
 
 def _gradients(
-    x: Tensor, need_x: bool, need_affine: bool, need_residual: bool
+    dy: Tensor, need_x: bool, need_affine: bool, need_residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised outputs of the backward op."""
     dx, dresidual = (
-        empty_batch_last(x.shape if need else (0, 0, 0, 0), dtype=x.dtype, device=x.device)
+        empty_batch_last(dy.shape if need else (0, 0, 0, 0), dtype=dy.dtype, device=dy.device)
         for need in (need_x, need_residual)
     )
-    return dx, x.new_empty(2 if need_affine else 0, x.shape[1]), dresidual
+    return dx, dy.new_empty(2 if need_affine else 0, dy.shape[1]), dresidual
 
 
 LIBRARY.impl("batch_norm_train", _train, "CPU")
@@ -230,7 +232,7 @@ def _(
     need_affine: bool,
     need_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(x, need_x, need_affine, need_residual)
+    return _gradients(dy, need_x, need_affine, need_residual)
 
 
 @torch.library.register_fake("fedpai::batch_norm_backward_", lib=LIBRARY)
@@ -245,7 +247,7 @@ def _(
     need_x: bool,
     need_affine: bool,
 ) -> Tensor:
-    return x.new_empty(2 if need_affine else 0, x.shape[1])
+    return dy.new_empty(2 if need_affine else 0, x.shape[1])
 
 
 def given_statistics(mean: Tensor, var: Tensor, eps: float) -> Tensor:

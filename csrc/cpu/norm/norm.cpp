@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -106,6 +107,18 @@ const T* offset(const T* row, std::int64_t by) {
   return row != nullptr ? row + by : nullptr;
 }
 
+// n <= kNormBlock elements from `at` on, which are widened into scratch if need be.
+template <class T>
+const T* kept_block(const NormKept<T>& kept, std::int64_t at, std::int64_t n, T* scratch) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (kept.rounded != nullptr) {
+      kernels().bf16.widen(kept.rounded + at, scratch, n);
+      return scratch;
+    }
+  }
+  return kept.exact + at;
+}
+
 }  // namespace
 
 template <class T>
@@ -180,16 +193,17 @@ void batch_norm_eval(NormShape shape, const T* x, const T* r, const T* weight, c
 }
 
 template <class T>
-void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* z, const T* weight, const T* bias,
+void batch_norm_backward(NormShape shape, const T* dy, NormKept<T> x, NormKept<T> z, const T* weight, const T* bias,
                          const T* mean, const T* invstd, bool through_statistics, bool relu, T* dx, T* dr, T* dweight,
                          T* dbias, int threads) {
   const NormKernels<T>& k = norm_kernels<T>();
-  const bool recompute = relu && z == nullptr;  // the mask, from x
+  const bool from_z = z.exact != nullptr || z.rounded != nullptr;
+  const bool recompute = relu && !from_z;  // the mask, from x
   const auto sums = recompute ? k.sums_relu : k.sums;
   const auto pull_dx = recompute ? k.dx_relu : k.dx;
   const auto fixed_dx = recompute ? k.dx_fixed_relu : k.dx_fixed;
   T* const kept = dr != nullptr ? dr : dx;  // where the cut gradient stays for the second look; null: nowhere
-  const T* const g = z != nullptr ? kept : dy;
+  const T* const g = from_z ? kept : dy;
   const Cut c = cut(shape, threads);
   const bool want_sums = dweight != nullptr || (dx != nullptr && through_statistics);
   std::vector<NormPull<T>> pulls(static_cast<std::size_t>(shape.channels));
@@ -199,11 +213,12 @@ void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* z, c
   };
   const auto block = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
     const std::int64_t at = channel * shape.row + begin;
-    if (z == nullptr) return sums(dy + at, x + at, n, params(channel));
+    T wide[kNormBlock];
+    if (!from_z) return sums(dy + at, kept_block(x, at, n, wide), n, params(channel));
     T scratch[kNormBlock];
     T* const cut_block = kept != nullptr ? kept + at : scratch;
-    k.cut(dy + at, z + at, cut_block, n);
-    return sums(cut_block, x + at, n, params(channel));
+    k.cut(dy + at, kept_block(z, at, n, wide), cut_block, n);
+    return sums(cut_block, kept_block(x, at, n, wide), n, params(channel));
   };
   const auto finish = [&](std::int64_t channel, const SumsFold& f) {
     const double inv = static_cast<double>(invstd[channel]), count = static_cast<double>(shape.row);
@@ -215,18 +230,24 @@ void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* z, c
                                                 static_cast<T>(f.g_xc * inv * inv / count)};
   };
   const auto write_dx = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
-    const std::int64_t at = channel * shape.row + begin;
-    if (through_statistics) {
-      pull_dx(g + at, x + at, dx + at, n, params(channel), pulls[static_cast<std::size_t>(channel)]);
-    } else {
-      fixed_dx(g + at, x + at, dx + at, n, params(channel));
+    T wide[kNormBlock];
+    const std::int64_t step = x.rounded != nullptr ? kNormBlock : n;
+    for (std::int64_t i = begin; i < begin + n; i += step) {
+      const std::int64_t at = channel * shape.row + i, size = std::min(step, begin + n - i);
+      const T* const from = kept_block(x, at, size, wide);
+      if (through_statistics) {
+        pull_dx(g + at, from, dx + at, size, params(channel), pulls[static_cast<std::size_t>(channel)]);
+      } else {
+        fixed_dx(g + at, from, dx + at, size, params(channel));
+      }
     }
   };
   // Without sums there was no first look that cut the gradient.
   const auto cut_and_write = [&](std::int64_t channel, std::int64_t begin, std::int64_t size) {
     for (std::int64_t i = begin; i < begin + size; i += kNormBlock) {
       const std::int64_t at = channel * shape.row + i, n = std::min(kNormBlock, begin + size - i);
-      if (kept != nullptr && z != nullptr) k.cut(dy + at, z + at, kept + at, n);
+      T wide[kNormBlock];
+      if (kept != nullptr && from_z) k.cut(dy + at, kept_block(z, at, n, wide), kept + at, n);
       if (dx != nullptr) write_dx(channel, i, n);
     }
   };
@@ -262,7 +283,7 @@ void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* z, c
                                     T*, int);                                                                       \
   template void batch_norm_eval<T>(NormShape, const T*, const T*, const T*, const T*, const T*, const T*, double,   \
                                    bool, T*, T*, int);                                                              \
-  template void batch_norm_backward<T>(NormShape, const T*, const T*, const T*, const T*, const T*, const T*,       \
+  template void batch_norm_backward<T>(NormShape, const T*, NormKept<T>, NormKept<T>, const T*, const T*, const T*, \
                                        const T*, bool, bool, T*, T*, T*, T*, int);
 FEDPAI_INSTANTIATE(float)
 FEDPAI_INSTANTIATE(double)

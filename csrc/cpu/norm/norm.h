@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/bf16/kernels.h"
 #include "cpu/norm/kernels.h"
 
 namespace fedpai {
@@ -38,12 +39,19 @@ template <class T>
 void batch_norm_eval(NormShape shape, const T* x, const T* r, const T* weight, const T* bias, const T* mean,
                      const T* var, double eps, bool relu, T* y, T* invstd, int threads);
 
+// [channels, row] elements as they were kept for the backward pass: of T, or, of float, rounded to bfloat16. Null: absent.
+template <class T>
+struct NormKept {
+  const T* exact = nullptr;
+  const Bf16* rounded = nullptr;
+};
+
 // dx: [channels, row] or null (not wanted); dweight, dbias: [channels] each, or both null. `through_statistics` tells
 // whether mean and invstd came from x itself (batch_norm_train) or were given. z: [channels, row], the result of the
 // forward pass, needed where that had a residual and a ReLU, else null. dr: [channels, row], the residual's gradient, or
 // null (not wanted); given with z only, for without a ReLU it is dy itself.
 template <class T>
-void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* z, const T* weight, const T* bias,
+void batch_norm_backward(NormShape shape, const T* dy, NormKept<T> x, NormKept<T> z, const T* weight, const T* bias,
                          const T* mean, const T* invstd, bool through_statistics, bool relu, T* dx, T* dr, T* dweight,
                          T* dbias, int threads);
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Settings:
         compiled: whether dense torch is tried compiled as well.
         effort: how long to measure.
         mask_data: images for criteria that score with them.
+        bf16: whether ours is also tried with saved activations in bfloat16.
     """
 
     models: Sequence[str]
@@ -46,6 +47,7 @@ class Settings:
     compiled: bool = True
     effort: Effort = field(default_factory=Effort)
     mask_data: str = bench_masks.SCORING_DATA
+    bf16: bool = False
 
 
 def prepare(settings: Settings) -> None:
@@ -133,6 +135,7 @@ def _measure(settings: Settings, model: str, sparsity: float, progress: Callable
     progress(f"{label}: masks")
     task, data = task_of(model, settings.mask, sparsity, settings.batch, settings.mask_data)
     setting = setting_of(settings, model, sparsity, task, data)
+    task = replace(task, bf16=settings.bf16)
     progress(f"{label}: reference losses")
     expected = masked_losses(task)
 
@@ -149,7 +152,7 @@ def _measure(settings: Settings, model: str, sparsity: float, progress: Callable
                 continue
             found, failure = _first_losses(trainer)
             losses[f"{name}, {variant}"] = found
-            problem = failure or expected.problem(found, trainer.masked)
+            problem = failure or expected.problem(found, trainer.masked, trainer.exact)
             if problem:
                 reasons.setdefault(name, []).append(("wrong", f"{variant}: {problem}"))
                 continue

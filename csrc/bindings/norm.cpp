@@ -40,11 +40,11 @@ NormKept<T> kept_at(Address address, bool rounded) {
 
 template <class T>
 void backward(std::int64_t channels, std::int64_t row, Address dy, Address x, Address z, bool rounded, Address weight,
-              Address bias, Address mean, Address invstd, bool through_statistics, bool relu, Address dx, Address dresidual,
-              Address dweight, Address dbias, int threads) {
+              Address bias, Address mean, Address invstd, bool through_statistics, bool relu, Address dx,
+              Address dresidual, Address dweight, Address dbias, int threads) {
   batch_norm_backward<T>({channels, row}, at<const T>(dy), kept_at<T>(x, rounded), kept_at<T>(z, rounded),
-                         at<const T>(weight), at<const T>(bias), at<const T>(mean), at<const T>(invstd), through_statistics, relu,
-                         at<T>(dx), at<T>(dresidual), at<T>(dweight), at<T>(dbias), threads);
+                         at<const T>(weight), at<const T>(bias), at<const T>(mean), at<const T>(invstd),
+                         through_statistics, relu, at<T>(dx), at<T>(dresidual), at<T>(dweight), at<T>(dbias), threads);
 }
 
 template <class T>
@@ -57,8 +57,9 @@ void bind(py::module_& m, const char* train_name, const char* eval_name, const c
         py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("var"), py::arg("eps"), py::arg("relu"),
         py::arg("y"), py::arg("invstd"), py::arg("threads"), release);
   m.def(backward_name, &backward<T>, py::arg("channels"), py::arg("row"), py::arg("dy"), py::arg("x"), py::arg("z"),
-        py::arg("rounded"), py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("invstd"), py::arg("through_statistics"),
-        py::arg("relu"), py::arg("dx"), py::arg("dresidual"), py::arg("dweight"), py::arg("dbias"), py::arg("threads"),
+        py::arg("rounded"), py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("invstd"),
+        py::arg("through_statistics"), py::arg("relu"), py::arg("dx"), py::arg("dresidual"), py::arg("dweight"), py::arg("dbias"),
+        py::arg("threads"),
         release);
 }
 

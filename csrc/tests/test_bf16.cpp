@@ -26,8 +26,8 @@ std::uint32_t bits_of(float value) {
   return bits;
 }
 
-// Of the two bfloat16 numbers around x the nearer one, of equally near ones that with the even last bit. What comes after
-// the largest finite number counts as 2^128, and stands for infinity.
+// Of the two bfloat16 numbers around x the nearer one, of equally near ones that with the even last bit. What comes
+// after the largest finite number counts as 2^128, and stands for infinity.
 Bf16 expected_of(float x) {
   const auto toward_zero = static_cast<Bf16>(bits_of(x) >> 16);
   if (std::isinf(x)) return toward_zero;

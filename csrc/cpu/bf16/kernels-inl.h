@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = x rounded to bfloat16, and y = x widened to float.
 //
-// Rounding is to nearest, ties to even, as torch's: half of the last bit that stays, less one where that bit is even, is
-// added to the bits of the float, and the carry does the rest, infinities and subnormals included. What is NaN stays
+// Rounding is to nearest, ties to even, as torch's: half of the last bit that stays, less one where that bit is even,
+// is added to the bits of the float, and the carry does the rest, infinities and subnormals included. What is NaN stays
 // NaN: the addition could carry one to zero, so its upper half is taken as it is, with the quiet bit set. Widening is
 // exact.
 //

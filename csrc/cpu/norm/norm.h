@@ -39,7 +39,7 @@ template <class T>
 void batch_norm_eval(NormShape shape, const T* x, const T* r, const T* weight, const T* bias, const T* mean,
                      const T* var, double eps, bool relu, T* y, T* invstd, int threads);
 
-// [channels, row] elements as they were kept for the backward pass: of T, or, of float, rounded to bfloat16. Null: absent.
+// [channels, row] elements as they were kept for the backward pass: of T, or floats rounded to bfloat16. Null: absent.
 template <class T>
 struct NormKept {
   const T* exact = nullptr;

@@ -16,8 +16,7 @@
 //     store_partial(p, v, n)
 //     add sub mul div max min sqrt
 //     fma(a, b, c) = a * b + c        one rounding where the hardware has it
-//     loadu_bf16(p) storeu_bf16(p, v)   float only: from and to the upper halves of floats, rounded to nearest even; NaN
-//                                     stays NaN
+//     loadu_bf16(p) storeu_bf16(p, v)   float only: upper halves of floats, rounded to nearest even; NaN stays NaN
 //     select_gt0(a, b)                b where a > 0, else 0 (NaN in a gives 0): the gradient of ReLU
 //     reduce_add(v)                   fixed order: halves are folded, so the same bits every time
 //     fold(a, b)                      half of the way from two vectors to the sums of their lanes,

@@ -58,9 +58,8 @@ void bind(py::module_& m, const char* train_name, const char* eval_name, const c
         py::arg("y"), py::arg("invstd"), py::arg("threads"), release);
   m.def(backward_name, &backward<T>, py::arg("channels"), py::arg("row"), py::arg("dy"), py::arg("x"), py::arg("z"),
         py::arg("rounded"), py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("invstd"),
-        py::arg("through_statistics"), py::arg("relu"), py::arg("dx"), py::arg("dresidual"), py::arg("dweight"), py::arg("dbias"),
-        py::arg("threads"),
-        release);
+        py::arg("through_statistics"), py::arg("relu"), py::arg("dx"), py::arg("dresidual"), py::arg("dweight"),
+        py::arg("dbias"), py::arg("threads"), release);
 }
 
 }  // namespace

@@ -65,22 +65,36 @@ conv2d_weight_grad_f64 = conv2d_weight_grad_f32
 
 # Batch-last activations; a tensor that is absent is 0. mean, invstd, var, weight, bias: one value per channel.
 def batch_norm_train_f32(
-    channels: int, row: int, x: int, residual: int, weight: int, bias: int, eps: float, relu: bool, y: int, mean: int,
-    invstd: int, var: int, threads: int,
+    channels: int, row: int, x: int, residual: int, weight: int, bias: int, eps: float, activation: int,
+    slope: float, y: int, mean: int, invstd: int, var: int, threads: int,
 ) -> None: ...
 def batch_norm_eval_f32(
-    channels: int, row: int, x: int, residual: int, weight: int, bias: int, mean: int, var: int, eps: float, relu: bool,
-    y: int, invstd: int, threads: int,
+    channels: int, row: int, x: int, residual: int, weight: int, bias: int, mean: int, var: int, eps: float,
+    activation: int, slope: float, y: int, invstd: int, threads: int,
 ) -> None: ...
 # rounded: x and z are bfloat16.
 def batch_norm_backward_f32(
     channels: int, row: int, dy: int, x: int, z: int, rounded: bool, weight: int, bias: int, mean: int, invstd: int,
-    through_statistics: bool, relu: bool, dx: int, dresidual: int, dweight: int, dbias: int, threads: int,
+    through_statistics: bool, activation: int, slope: float, dx: int, dresidual: int, dweight: int, dbias: int,
+    threads: int,
 ) -> None: ...
 
 batch_norm_train_f64 = batch_norm_train_f32
 batch_norm_eval_f64 = batch_norm_eval_f32
 batch_norm_backward_f64 = batch_norm_backward_f32
+
+# As above; mean, invstd: one value per group and image.
+def group_norm_forward_f32(
+    images: int, channels: int, pixels: int, groups: int, x: int, weight: int, bias: int, eps: float, relu: bool,
+    y: int, mean: int, invstd: int, threads: int,
+) -> None: ...
+def group_norm_backward_f32(
+    images: int, channels: int, pixels: int, groups: int, dy: int, x: int, weight: int, bias: int, mean: int,
+    invstd: int, relu: bool, dx: int, dweight: int, dbias: int, threads: int,
+) -> None: ...
+
+group_norm_forward_f64 = group_norm_forward_f32
+group_norm_backward_f64 = group_norm_backward_f32
 
 # rows, columns: in, out, kernel, stride, padding, dilation
 def max_pool2d_fwd_f32(

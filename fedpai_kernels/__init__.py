@@ -32,6 +32,7 @@ from .memory import MemoryStats, empty_cache, memory_stats
 from .nn.convert import densify_, sparsify, sparsify_
 from .nn.report import Report
 from .plan import Plan
+from .tuning.measure import tune
 
 __version__ = _C.__version__
 
@@ -56,4 +57,5 @@ __all__ = [
     "sparsify_",
     "to_batch_last",
     "to_contiguous",
+    "tune",
 ]

@@ -2,11 +2,11 @@
 """Memory for the outputs of the ops, kept when a tensor is freed and given to the next one.
 
 torch's CPU allocator hands large tensors back to the system as they are freed, and every training step then
-pays for the same pages again, one fault at a time; that can cost a third of the step. Here a freed block waits
-for the next tensor of about its size. Live and cached blocks together stay within three times the most that was
-live in recent steps; training a convolutional network needs one to two times. On a machine that is short of memory
-``FEDPAI_MEMORY_SLACK=1.1`` in the environment makes that 1.1 times, at the price of a slower step (a number of at
-least 1). ``FEDPAI_MEMORY_CACHE=0`` leaves the allocation of all tensors to torch.
+pays for the same pages again, one fault at a time; that can cost a third of the step. Here freed memory joins what is
+free beside it and waits for the next tensors, whatever their sizes. Live and cached memory together stay within 1.25
+times the most that was live in recent steps; training a convolutional network needs 1.0 to 1.1 times.
+``FEDPAI_MEMORY_SLACK`` in the environment makes that another factor of at least 1: less on a machine that is short of
+memory, more where shapes change all the time. ``FEDPAI_MEMORY_CACHE=0`` leaves the allocation of all tensors to torch.
 
 A tensor in such memory is an ordinary one, with two differences. Its storage cannot grow in place, like that of
 `torch.from_numpy`: ``resize_`` to more elements, or a larger result in ``out=``, raises RuntimeError, and torch
@@ -54,13 +54,13 @@ def _wanted() -> bool:
 
 
 def _slack() -> float:
-    text = os.environ.get(SLACK_VARIABLE) or "3"
+    text = os.environ.get(SLACK_VARIABLE) or "1.25"
     try:
         slack = float(text)
     except ValueError:
         slack = math.nan
     if not 1 <= slack < math.inf:
-        raise ValueError(f"{SLACK_VARIABLE}: expected a number of at least 1 (3 is the default), got {text!r}")
+        raise ValueError(f"{SLACK_VARIABLE}: expected a number of at least 1 (1.25 is the default), got {text!r}")
     return slack
 
 
@@ -75,7 +75,7 @@ class MemoryStats(NamedTuple):
         live_bytes: in tensors that exist, in plans, and in the working memory of kernels.
         cached_bytes: kept for tensors to come.
         peak_live_bytes: the most that `live_bytes` has ever been.
-        hits: tensors that found a cached block, since the start of the process.
+        hits: tensors that cached memory sufficed for, since the start of the process.
         misses: tensors for which the system was asked.
     """
 

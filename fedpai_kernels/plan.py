@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
 import weakref
 from typing import Literal
 
@@ -29,11 +30,27 @@ _next_handle = itertools.count(1)
 _living: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 
 
+class _Streams:
+    """What the plans of one mask have in common, however often that mask is compiled: the memory and the work."""
+
+    __slots__ = ("__weakref__", "compiled", "indices")
+
+    def __init__(self, compiled: _C.CompiledPlan, indices: Tensor) -> None:
+        self.compiled = compiled
+        self.indices = indices
+
+
+# By digest. Weak as well: the streams go with the last plan of their mask.
+_streams: weakref.WeakValueDictionary[str, _Streams] = weakref.WeakValueDictionary()
+_streams_lock = threading.Lock()
+
+
 class Plan:
     """The compiled form of a mask. Immutable; equal and hashable by content; made with :meth:`from_mask`.
 
-    Pickling keeps the mask as packed bits and rebuilds the index streams. Copies (``copy``, ``deepcopy``) are the same
-    object, so that all clients of a process share its schedules. Safe to use from several threads.
+    All plans of one mask in a process share its index streams and its schedules, whether they are copies, were
+    unpickled, or were made from equal masks one by one: so the clients of a federation hold them once. Pickling keeps
+    the mask as packed bits. Copies (``copy``, ``deepcopy``) are the same object. Safe to use from several threads.
 
     Attributes:
         kind: ``"conv2d"`` or ``"linear"``.
@@ -47,7 +64,7 @@ class Plan:
     """
 
     __slots__ = (
-        "__weakref__", "_compiled", "_digest", "_indices", "groups", "handle", "kind", "mask_shape", "nnz",
+        "__weakref__", "_streams", "digest", "groups", "handle", "kind", "mask_shape", "nnz",
     )  # fmt: skip
 
     kind: Kind
@@ -55,10 +72,9 @@ class Plan:
     groups: int
     nnz: int
     handle: int
+    digest: str
     structure: str = "unstructured"
-    _compiled: _C.CompiledPlan
-    _digest: str | None
-    _indices: Tensor
+    _streams: _Streams
 
     def __init__(self) -> None:
         raise TypeError("Plan: use Plan.from_mask(mask)")
@@ -104,19 +120,16 @@ class Plan:
         return plan
 
     def _build(self, kind: Kind, shape: tuple[int, ...], groups: int, dense: Tensor) -> None:
-        out_channels, in_channels = shape[:2]
-        kernel_h, kernel_w = shape[2:] if kind == "conv2d" else (1, 1)
-        compiled = _C.CompiledPlan(dense.data_ptr(), out_channels, in_channels, kernel_h, kernel_w, groups)
-        indices = torch.empty(compiled.nnz, dtype=torch.int64)
-        compiled.flat_indices(indices.data_ptr())
+        header = f"{_DIGEST_FORMAT}|{kind}|{'x'.join(map(str, shape))}|{groups}|".encode()
+        digest = hashlib.sha256(header + _packed(dense)).hexdigest()
+        streams = _shared_streams(digest, kind, shape, groups, dense)
         set_attribute = object.__setattr__
         set_attribute(self, "kind", kind)
         set_attribute(self, "mask_shape", shape)
         set_attribute(self, "groups", groups)
-        set_attribute(self, "nnz", compiled.nnz)
-        set_attribute(self, "_compiled", compiled)
-        set_attribute(self, "_indices", indices)
-        set_attribute(self, "_digest", None)
+        set_attribute(self, "nnz", streams.compiled.nnz)
+        set_attribute(self, "digest", digest)
+        set_attribute(self, "_streams", streams)
         set_attribute(self, "handle", next(_next_handle))
         _living[self.handle] = self
 
@@ -134,23 +147,14 @@ class Plan:
         return self.nnz / self.numel
 
     @property
-    def digest(self) -> str:
-        """SHA-256 of kind, shape, groups and mask bits, as hex."""
-        if self._digest is None:  # on first use: masks that change between rounds may never need it
-            header = f"{_DIGEST_FORMAT}|{self.kind}|{'x'.join(map(str, self.mask_shape))}|{self.groups}|".encode()
-            object.__setattr__(self, "_digest", hashlib.sha256(header + self._packed_mask()).hexdigest())
-        assert self._digest is not None
-        return self._digest
-
-    @property
     def compiled(self) -> _C.CompiledPlan:
-        """The compiled object, for the ops."""
-        return self._compiled
+        """The compiled object, for the ops; one for all plans of this mask."""
+        return self._streams.compiled
 
     @property
     def indices(self) -> Tensor:
         """int64 tensor (nnz,): row-major positions of the surviving weights, ascending. Do not write to it."""
-        return self._indices
+        return self._streams.indices
 
     def mask(self) -> Tensor:
         """A fresh bool tensor of ``mask_shape``, True where a weight survives."""
@@ -159,8 +163,7 @@ class Plan:
         return mask.reshape(self.mask_shape)
 
     def _packed_mask(self) -> bytes:
-        """One bit per weight, row-major, the first in the highest bit of its byte."""
-        return np.packbits(self.mask().numpy().reshape(-1)).tobytes()
+        return _packed(self.mask())
 
     def pack(self, dense: Tensor) -> Tensor:
         """The surviving weights of a dense weight: (nnz,), differentiable.
@@ -204,6 +207,26 @@ class Plan:
             f"Plan({self.kind}, {'x'.join(map(str, self.mask_shape))}{groups}, nnz={self.nnz}, "
             f"density={self.density:.4g}, digest={self.digest[:12]})"
         )
+
+
+def _packed(mask: Tensor) -> bytes:
+    """A contiguous bool mask with one bit per weight, row-major, the first in the highest bit of its byte."""
+    return np.packbits(mask.numpy().reshape(-1)).tobytes()
+
+
+def _shared_streams(digest: str, kind: Kind, shape: tuple[int, ...], groups: int, dense: Tensor) -> _Streams:
+    """The streams of this mask: those that there are, else new ones."""
+    with _streams_lock:
+        found = _streams.get(digest)
+    if found is not None:
+        return found
+    kernel_h, kernel_w = shape[2:] if kind == "conv2d" else (1, 1)
+    compiled = _C.CompiledPlan(dense.data_ptr(), shape[0], shape[1], kernel_h, kernel_w, groups)
+    indices = torch.empty(compiled.nnz, dtype=torch.int64)
+    compiled.flat_indices(indices.data_ptr())
+    made = _Streams(compiled, indices)
+    with _streams_lock:  # not held while compiling: masks of several layers may be compiled at once
+        return _streams.setdefault(digest, made)
 
 
 def plan_of(handle: int) -> Plan:

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -34,7 +35,7 @@ Images<T> images(std::uintptr_t data, const Strides& s) {
   return {reinterpret_cast<T*>(data), s[0], s[1], s[2], s[3]};
 }
 
-// mean, invstd, weight, bias (the last two may be 0), and 1 where a ReLU follows; no elements: no norm.
+// mean, invstd, weight, bias (the last two may be 0), the kind of the activation, the bits of its slope; no elements: no norm.
 using NormArray = std::vector<std::uintptr_t>;
 
 // The norm that x goes through, with the memory behind it.
@@ -45,7 +46,10 @@ class SourceNorm {
     if (norm.empty()) return;
     const auto at = [&](std::size_t i) { return reinterpret_cast<const T*>(norm.at(i)); };
     channels_ = fedpai::norm_affines<T>(plan.plan.shape().in_channels(), at(2), at(3), at(0), at(1));
-    map_ = {channels_.data(), norm.at(4) != 0};
+    double slope;
+    const std::uint64_t bits = norm.at(5);
+    std::memcpy(&slope, &bits, sizeof(slope));
+    map_ = {channels_.data(), {static_cast<fedpai::ActivationKind>(norm.at(4)), slope}};
   }
   const fedpai::NormMap<T>* get() const { return channels_.empty() ? nullptr : &map_; }
 

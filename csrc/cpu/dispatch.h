@@ -8,6 +8,7 @@
 #include "cpu/bf16/kernels.h"
 #include "cpu/conv2d/kernels.h"
 #include "cpu/machine/kernels.h"
+#include "cpu/norm/group_kernels.h"
 #include "cpu/norm/kernels.h"
 #include "cpu/optim/kernels.h"
 #include "cpu/pool/kernels.h"
@@ -21,6 +22,8 @@ struct KernelTable {
   Conv2dKernels<double> conv2d_f64;
   NormKernels<float> norm_f32;
   NormKernels<double> norm_f64;
+  GroupNormKernels<float> group_norm_f32;
+  GroupNormKernels<double> group_norm_f64;
   OptimKernels<float> optim_f32;
   OptimKernels<double> optim_f64;
   PoolKernels<float> pool_f32;
@@ -61,6 +64,17 @@ inline const NormKernels<float>& norm_kernels<float>() {
 template <>
 inline const NormKernels<double>& norm_kernels<double>() {
   return kernels().norm_f64;
+}
+
+template <class T>
+const GroupNormKernels<T>& group_norm_kernels();
+template <>
+inline const GroupNormKernels<float>& group_norm_kernels<float>() {
+  return kernels().group_norm_f32;
+}
+template <>
+inline const GroupNormKernels<double>& group_norm_kernels<double>() {
+  return kernels().group_norm_f64;
 }
 
 template <class T>

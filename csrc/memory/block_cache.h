@@ -9,8 +9,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <mutex>
-#include <set>
 
 namespace fedpai {
 
@@ -21,31 +21,34 @@ struct Block {
 
 struct BlockCacheStats {
   std::size_t live_bytes = 0;       // in blocks that are in use
-  std::size_t cached_bytes = 0;     // in blocks that wait for a use
+  std::size_t cached_bytes = 0;     // freed, and not given back to the system
   std::size_t peak_live_bytes = 0;  // the most that live_bytes has ever been
-  std::uint64_t hits = 0;           // allocations served by a cached block
+  std::uint64_t hits = 0;           // allocations served by cached memory alone
   std::uint64_t misses = 0;         // allocations that asked the system
 };
 
 // Every member may be called by any thread at any time.
 //
-// How much is kept: no allocation takes live and cached blocks together above slack times the most that was live
-// recently. To find every block that it wants, a step of training needs more than its peak, because blocks of different
-// sizes peak at different moments: 1.2 times as much for ResNet-34, 2.0 times for VGG-11. When the limit is reached,
-// the blocks left unused for longest go back to the system. "Recently" is the current window of kWindow allocations
-// (tens of training steps) and the one before it, so that a process which goes over to smaller batches gives back what
-// it no longer needs.
+// Blocks are cut out of long segments of address space, and what is freed joins its free neighbours, so that the memory
+// of one size serves every other: steps of ResNet-18 and VGG-19 hold at most 5 % more than their peak (dead_ends.md
+// has what blocks that are kept whole cost). Address space that nobody has written to, or that was given back, costs
+// nothing; it is asked for only where cached memory does not suffice.
+//
+// How much is kept: no allocation takes live and cached memory together above slack times the most that was live
+// recently. When the limit is reached, what was left unused for longest goes back to the system. "Recently" is the
+// current window of kWindow allocations (tens of training steps) and the one before it, so that a process which goes
+// over to smaller batches gives back what it no longer needs.
 class BlockCache {
  public:
-  static constexpr double kSlack = 3.0;  // unless set_slack() says otherwise
+  static constexpr double kSlack = 1.25;  // unless set_slack() says otherwise
   static constexpr std::uint64_t kWindow = 4096;
 
   BlockCache() = default;
   BlockCache(const BlockCache&) = delete;
   BlockCache& operator=(const BlockCache&) = delete;
-  ~BlockCache() { empty(); }
+  ~BlockCache();
 
-  // A block of at least `bytes` > 0 and at most a quarter more than that and its rounding to pages, of arbitrary
+  // A block of at least `bytes` > 0 and at most an eighth more than that and its rounding to pages, of arbitrary
   // content. Aligned to a large page (2 MiB) where it holds one, else to a page. Throws std::bad_alloc when the system
   // has no memory even without what is cached.
   Block allocate(std::size_t bytes);
@@ -53,7 +56,7 @@ class BlockCache {
   // Takes back a block that allocate() returned.
   void free(Block block) noexcept;
 
-  // Gives every cached block back to the system.
+  // Gives all cached memory back to the system.
   void empty() noexcept;
 
   BlockCacheStats stats() const;
@@ -61,25 +64,42 @@ class BlockCache {
   // At least 1. Below what training needs, every step asks the system again for the rest, which costs page faults.
   void set_slack(double slack);
 
+  // Around fork(): a child must not inherit a state that another thread was changing, nor its lock.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
  private:
-  struct Cached {
-    Block block;
-    std::uint64_t freed;  // counts frees: larger is later
+  struct Range {
+    std::size_t size;
+    std::uint64_t freed;  // counts frees: larger is later; of use in cached_ alone
   };
-  // By size; among equal sizes the block freed last comes first, as it may still be in the CPU's caches.
-  struct BestFit {
-    bool operator()(const Cached& a, const Cached& b) const {
-      return a.block.size != b.block.size ? a.block.size < b.block.size : a.freed > b.freed;
-    }
+  using Ranges = std::map<char*, Range>;  // by first byte, disjoint
+
+  // Where a block might lie. The best place needs the least new memory; among equals it leaves the least of its free
+  // range over; among equals again it was freed last, as it may still be in the CPU's caches.
+  struct Place {
+    char* data;
+    std::size_t fresh;  // bytes for which the system has to be asked
+    std::size_t left;
+    std::uint64_t freed;
   };
 
-  void note_live(std::size_t added);
-  void begin_window();
-  void trim(std::size_t incoming);
-  void release(std::set<Cached, BestFit>::iterator cached) noexcept;
+  static void split(Ranges& ranges, char* at);
+  Place best_place(std::size_t size) const;
+  Place place_at(char* data, std::size_t size, std::size_t left) const;
+  bool add_segment(std::size_t size);
+  void take(char* data, std::size_t size);
+  void join(Ranges::iterator range) noexcept;
+  void begin_window() noexcept;
+  void trim() noexcept;
+  void release_all() noexcept;
+  void release(Ranges::iterator cached) noexcept;
+  void unmap_unused() noexcept;
 
   mutable std::mutex mutex_;
-  std::set<Cached, BestFit> cached_;
+  Ranges segments_;  // what is mapped
+  Ranges free_;      // parts of segments that are in no block; neighbours of one segment are joined
+  Ranges cached_;    // parts of free_ that hold memory
   BlockCacheStats stats_;
   double slack_ = kSlack;
   std::size_t window_peak_ = 0;  // of live_bytes, in the current window and the one before

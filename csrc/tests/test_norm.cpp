@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Batch norm, forward and backward, against its formulas in float64; rows shorter, equal and longer than every block.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -22,10 +24,27 @@ struct Channel {
   std::vector<double> y, g, dx;
 };
 
-// One channel of `row` elements. `relu` cuts y at 0 and the gradient with it. A residual r is added before that; it and
-// given statistics are used when not null.
+// The activation at y, and its derivative.
+std::pair<double, double> activated(Activation activation, double y) {
+  const double s = 1 / (1 + std::exp(-y)), below = std::erfc(-y / std::sqrt(2.0)) / 2;
+  const double a = std::sqrt(2 / std::acos(-1.0)), bell = a / 2 * std::exp(-y * y / 2);
+  const double th = std::tanh(a * (y + 0.044715 * y * y * y));
+  switch (activation.kind) {
+    case kRelu: return {y > 0 ? y : 0, y > 0 ? 1 : 0};
+    case kRelu6: return {y > 0 ? std::min(y, 6.0) : 0, y > 0 && y < 6 ? 1 : 0};
+    case kLeakyRelu: return {y > 0 ? y : y * activation.slope, y > 0 ? 1 : activation.slope};
+    case kSilu: return {y * s, s * (1 + y * (1 - s))};
+    case kGelu: return {y * below, below + y * bell};
+    case kGeluTanh:
+      return {y / 2 * (1 + th), (1 + th) / 2 + y / 2 * (1 - th * th) * a * (1 + 3 * 0.044715 * y * y)};
+    default: return {y, 1};
+  }
+}
+
+// One channel of `row` elements. A residual r is added before the activation; it and given statistics are used when
+// not null.
 Channel expected_channel(const double* x, const double* r, const double* dy, std::int64_t row, double weight,
-                         double bias, bool relu, const double* given_mean, const double* given_var) {
+                         double bias, Activation activation, const double* given_mean, const double* given_var) {
   const auto size = static_cast<std::size_t>(row);
   const auto count = static_cast<double>(row);
   Channel c;
@@ -42,8 +61,9 @@ Channel expected_channel(const double* x, const double* r, const double* dy, std
   for (std::size_t i = 0; i < size; ++i) {
     normal[i] = (x[i] - c.mean) * c.invstd;
     const double y = normal[i] * weight + bias + (r != nullptr ? r[i] : 0);
-    c.y.push_back(relu && y < 0 ? 0 : y);
-    c.g.push_back(relu && y <= 0 ? 0 : dy[i]);
+    const auto [value, derivative] = activated(activation, y);
+    c.y.push_back(value);
+    c.g.push_back(derivative * dy[i]);
     c.dbias += c.g[i];
     c.dweight += c.g[i] * normal[i];
   }
@@ -70,10 +90,11 @@ Buffer<T> rounded(const std::vector<double>& values) {
 }
 
 template <class T>
-void check_norm(std::int64_t channels, std::int64_t row, bool residual, bool relu, bool train, int threads) {
+void check_norm(std::int64_t channels, std::int64_t row, bool residual, Activation activation, bool train,
+                int threads) {
   begin_case(std::to_string(channels) + "x" + std::to_string(row) + (residual ? " residual" : "") +
-             (relu ? " relu" : "") + (train ? " train" : " eval") + (sizeof(T) == 4 ? " f32" : " f64") +
-             " threads=" + std::to_string(threads));
+             " activation=" + std::to_string(activation.kind) + (train ? " train" : " eval") +
+             (sizeof(T) == 4 ? " f32" : " f64") + " threads=" + std::to_string(threads));
   Random random(static_cast<std::uint64_t>(row * 8 + channels));
   // Multiples of 1/64, exact in both types, so that reference and kernel see the same numbers; the bias lies between
   // them, so that rounding cannot put an element on the other side of the ReLU.
@@ -96,18 +117,18 @@ void check_norm(std::int64_t channels, std::int64_t row, bool residual, bool rel
   Buffer<T> mean = rounded<T>(mean_values);
   const NormShape shape{channels, row};
   if (train) {
-    batch_norm_train<T>(shape, x.data(), r, weight.data(), bias.data(), kEps, relu, y.data(), mean.data(),
+    batch_norm_train<T>(shape, x.data(), r, weight.data(), bias.data(), kEps, activation, y.data(), mean.data(),
                         invstd.data(), var.data(), threads);
   } else {
     const Buffer<T> given_var = rounded<T>(var_values);
-    batch_norm_eval<T>(shape, x.data(), r, weight.data(), bias.data(), mean.data(), given_var.data(), kEps, relu,
+    batch_norm_eval<T>(shape, x.data(), r, weight.data(), bias.data(), mean.data(), given_var.data(), kEps, activation,
                        y.data(), invstd.data(), threads);
   }
-  const T* const z = residual && relu ? y.data() : nullptr;
+  const T* const z = residual && activation.kind != kNone ? (activation.is_smooth() ? r : y.data()) : nullptr;
   NormKept<T> kept_x{x.data()}, kept_z{z};
   const auto backward = [&](T* to_dx, T* to_dr, T* to_dweight, T* to_dbias) {
     batch_norm_backward<T>(shape, dy.data(), kept_x, kept_z, weight.data(), bias.data(), mean.data(), invstd.data(),
-                           train, relu, to_dx, to_dr, to_dweight, to_dbias, threads);
+                           train, activation, to_dx, to_dr, to_dweight, to_dbias, threads);
   };
   backward(dx.data(), z != nullptr ? dr.data() : nullptr, dweight.data(), dbias.data());
 
@@ -116,7 +137,7 @@ void check_norm(std::int64_t channels, std::int64_t row, bool residual, bool rel
     const double* const x_row = x_values.data() + c * row;
     const Channel expected =
         expected_channel(x_row, residual ? r_values.data() + c * row : nullptr, dy_values.data() + c * row, row,
-                         static_cast<double>(weight[c]), static_cast<double>(bias[c]), relu,
+                         static_cast<double>(weight[c]), static_cast<double>(bias[c]), activation,
                          train ? nullptr : &mean_values[at], &var_values[at]);
     const auto count = static_cast<double>(row);
     const std::string where = " of channel " + std::to_string(c);
@@ -130,7 +151,9 @@ void check_norm(std::int64_t channels, std::int64_t row, bool residual, bool rel
       expect_near("y" + where, y[c * row + i], expected.y[static_cast<std::size_t>(i)], 2 + 2 * scale);
       expect_near("dx" + where, dx[c * row + i], expected.dx[static_cast<std::size_t>(i)], 2 * scale * scale);
       if (z != nullptr) {
-        CHECK(static_cast<double>(dr[c * row + i]) == expected.g[static_cast<std::size_t>(i)], "dr" + where);
+        const double g = expected.g[static_cast<std::size_t>(i)];
+        if (activation.is_smooth()) expect_near("dr" + where, dr[c * row + i], g, 2 + 2 * scale);
+        else CHECK(dr[c * row + i] == static_cast<T>(g), "dr" + where);
       }
     }
   }
@@ -148,11 +171,11 @@ void check_norm(std::int64_t channels, std::int64_t row, bool residual, bool rel
     for (std::int64_t i = 0; i < channels * row; ++i) CHECK(alone[i] == dr[i], "dr alone");
   }
 
-  // Kept as bfloat16, which holds these x exactly and the signs of z.
+  // Kept as bfloat16, which holds these x and r exactly, and the signs of y.
   if constexpr (std::is_same_v<T, float>) {
     Buffer<Bf16> short_x(channels * row), short_z(channels * row);
     round_to_bf16(x.data(), short_x.data(), channels * row, threads);
-    round_to_bf16(y.data(), short_z.data(), channels * row, threads);
+    round_to_bf16(z != nullptr ? z : y.data(), short_z.data(), channels * row, threads);
     kept_x = {nullptr, short_x.data()};
     if (z != nullptr) kept_z = {nullptr, short_z.data()};
     Buffer<T> from_short(channels * row), dr_short(channels * row);
@@ -173,9 +196,10 @@ void check_norm(std::int64_t channels, std::int64_t row, bool residual, bool rel
 
 template <class T>
 void check_rows(std::int64_t channels, std::int64_t row, int threads) {
-  for (const bool relu : {false, true}) {
+  for (int kind = kNone; kind < kActivationKinds; ++kind) {
+    const Activation activation{static_cast<ActivationKind>(kind), kind == kLeakyRelu ? 0.25 : 0.0};
     for (const bool train : {true, false}) {
-      for (const bool residual : {true, false}) check_norm<T>(channels, row, residual, relu, train, threads);
+      for (const bool residual : {true, false}) check_norm<T>(channels, row, residual, activation, train, threads);
     }
   }
 }

@@ -4,6 +4,7 @@
 from .choice import KernelChoice, LayerInfo, choose_kernel
 from .conv2d import BatchLastConv2d, MaskedConv2d, SparseConv2d
 from .deferred import DeferrableBatchNorm2d
+from .group_norm import BatchLastGroupNorm, BatchLastGroupNormReLU, BatchLastInstanceNorm2d
 from .linear import MaskedLinear, SparseLinear
 from .norm import AbsorbedReLU, BatchLastBatchNorm2d, BatchLastBatchNormReLU2d
 from .packed import PackedWeight
@@ -16,6 +17,9 @@ __all__ = [
     "BatchLastBatchNorm2d",
     "BatchLastBatchNormReLU2d",
     "BatchLastConv2d",
+    "BatchLastGroupNorm",
+    "BatchLastGroupNormReLU",
+    "BatchLastInstanceNorm2d",
     "BatchLastMaxPool2d",
     "DeferrableBatchNorm2d",
     "KernelChoice",

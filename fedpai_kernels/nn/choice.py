@@ -8,14 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-__all__ = ["KernelChoice", "LayerInfo", "choose_kernel"]
+from ..tuning import BUILT_IN, BreakEvens
 
-# Density above which the dense kernel is taken; measured in lab/004_break_even.
-CONV2D_BREAK_EVEN = 0.8
-DEPTHWISE_BREAK_EVEN = 1.0
-LINEAR_BREAK_EVEN = 0.35
-# Weights per output channel up to which a convolution without a mask is walked as one that keeps everything.
-FULL_CONV2D_FAN_IN = 300
+__all__ = ["KernelChoice", "LayerInfo", "choose_kernel"]
 
 
 @dataclass(frozen=True)
@@ -52,28 +47,42 @@ class KernelChoice(NamedTuple):
     reason: str
 
 
-def choose_kernel(layer: LayerInfo) -> KernelChoice:
-    """The kernel for one layer, by its density alone.
+def choose_kernel(layer: LayerInfo, figures: BreakEvens = BUILT_IN) -> KernelChoice:
+    """The kernel for one layer, by its density and its kind.
 
     Alone, a dense convolution overtakes the sparse one at a density of 0.5 to 0.8. Among batch-last layers it
     must change the layout of what it reads and writes, and unpack its weight, which moves that to 0.8 and
     beyond. A dense depthwise convolution is limited by memory just as the sparse one, which therefore never
     loses to it. A linear layer has one "pixel" per row of the batch to reuse a weight on, and loses earlier.
+
+    Args:
+        layer: the layer.
+        figures: break-even densities; :func:`fedpai_kernels.tuning.break_evens` has those of this machine.
     """
-    if layer.kind == "linear":
-        limit = LINEAR_BREAK_EVEN
-    elif layer.groups > 1 and layer.shape[1] == 1:
-        limit = DEPTHWISE_BREAK_EVEN
-    else:
-        limit = CONV2D_BREAK_EVEN
+    limit, source = _break_even(layer, figures), figures.source
     if layer.density <= limit:
-        return KernelChoice("sparse", f"density {layer.density:.3g} is at most the break-even of {limit:g}")
-    return KernelChoice("dense", f"density {layer.density:.3g} is above the break-even of {limit:g}")
+        return KernelChoice(
+            "sparse", f"density {layer.density:.3g} is at most the break-even of {limit:.3g} ({source})"
+        )
+    return KernelChoice(
+        "dense", f"density {layer.density:.3g} is above the break-even of {limit:.3g} ({source})"
+    )
 
 
-def walks_in_full(in_channels: int, groups: int, kernel_size: tuple[int, int]) -> bool:
+def _break_even(layer: LayerInfo, figures: BreakEvens) -> float:
+    if layer.kind == "linear":
+        return figures.linear
+    if layer.groups > 1 and layer.shape[1] == 1:
+        return 1.0  # depthwise
+    if tuple(layer.shape[2:]) == (1, 1):
+        return figures.pointwise
+    return figures.conv2d if tuple(layer.stride) == (1, 1) else figures.strided
+
+
+def walks_in_full(in_channels: int, groups: int, kernel_size: tuple[int, int], full_fan_in: int) -> bool:
     """Whether a convolution without a mask, among batch-last layers, is faster by the sparse kernel.
 
-    So it is where it has few weights per output: it is limited by memory, and needs no change of layout.
+    So it is where it has few weights per output (`full_fan_in` at most): it is limited by memory, and needs no change
+    of layout.
     """
-    return in_channels // groups * kernel_size[0] * kernel_size[1] <= FULL_CONV2D_FAN_IN
+    return in_channels // groups * kernel_size[0] * kernel_size[1] <= full_fan_in

@@ -16,6 +16,7 @@ from ..layout import is_batch_last, to_batch_last, to_contiguous
 from ..ops.conv2d import sparse_conv2d
 from ..ops.geometry import resolve_geometry
 from ..plan import Plan
+from ..tuning import BUILT_IN
 from .choice import walks_in_full
 from .deferred import PendingNorm
 from .masks import plan_for
@@ -137,10 +138,14 @@ class BatchLastConv2d(nn.Conv2d):
     """`torch.nn.Conv2d` without a mask, among batch-last layers: takes any layout, hands on batch-last.
 
     With few weights per output channel it computes by the sparse kernel, as if by a mask that keeps everything
-    (:func:`fedpai_kernels.nn.choice.walks_in_full`), and then keeps its input as `activation_dtype` says (see
-    :class:`SparseConv2d`).
+    (:func:`fedpai_kernels.nn.choice.walks_in_full`).
+
+    Attributes:
+        full_fan_in: how many these are at most; `sparsify_` sets it where it was measured on this machine.
+        activation_dtype: of the input that the sparse kernel keeps, as in :class:`SparseConv2d`.
     """
 
+    full_fan_in = BUILT_IN.full_fan_in
     activation_dtype: torch.dtype | None = None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -162,7 +167,7 @@ class BatchLastConv2d(nn.Conv2d):
         if self.padding_mode != "zeros" or x.shape[1] != self.in_channels:  # torch says what is wrong
             return False
         kernel = (self.kernel_size[0], self.kernel_size[1])
-        if not walks_in_full(self.in_channels, self.groups, kernel):
+        if not walks_in_full(self.in_channels, self.groups, kernel, self.full_fan_in):
             return False
         geometry = resolve_geometry(kernel, *self._geometry())
         return min(geometry.output_size((x.shape[2], x.shape[3]), kernel)) > 0

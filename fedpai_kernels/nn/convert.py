@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from ..memory import trim_heap
 from ..plan import Plan
+from ..tuning import BreakEvens, break_evens
 from .choice import KernelChoice, LayerInfo, choose_kernel
 from .conv2d import BatchLastConv2d, MaskedConv2d, SparseConv2d
 from .deferred import DeferrableBatchNorm2d, attach, detach
 from .fuse import Fusions, copy_memo, find_fusions
+from .group_norm import BatchLastGroupNorm, BatchLastGroupNormReLU, BatchLastInstanceNorm2d
 from .linear import MaskedLinear, SparseLinear
 from .masks import checked_mask, is_pruned, mask_of, remove_pruning, unpruned_weight
 from .norm import AbsorbedReLU, BatchLastBatchNorm2d, BatchLastBatchNormReLU2d
@@ -40,6 +42,8 @@ Filter = Callable[[nn.Module, str], bool]
 # Exact types: a subclass may compute something else.
 _BATCH_LAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: BatchLastBatchNorm2d,
+    nn.GroupNorm: BatchLastGroupNorm,
+    nn.InstanceNorm2d: BatchLastInstanceNorm2d,
     nn.MaxPool2d: BatchLastMaxPool2d,
     nn.AvgPool2d: BatchLastAvgPool2d,
     nn.AdaptiveAvgPool2d: BatchLastAdaptiveAvgPool2d,
@@ -48,8 +52,13 @@ _BATCH_LAST: dict[type[nn.Module], type[nn.Module]] = {
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     **{ours: theirs for theirs, ours in _BATCH_LAST.items()},
     BatchLastBatchNormReLU2d: nn.BatchNorm2d,
+    BatchLastGroupNormReLU: nn.GroupNorm,
     DeferrableBatchNorm2d: nn.BatchNorm2d,
     AbsorbedReLU: nn.ReLU,
+}
+_WITH_RELU: dict[type[nn.Module], type[nn.Module]] = {
+    BatchLastBatchNorm2d: BatchLastBatchNormReLU2d,
+    BatchLastGroupNorm: BatchLastGroupNormReLU,
 }
 _KIND: dict[type[nn.Module], Literal["conv2d", "linear"]] = {
     nn.Conv2d: "conv2d",
@@ -83,8 +92,9 @@ def sparsify_(
     """Makes a model compute with the weights that masks keep, in place.
 
     Each masked `nn.Conv2d` and `nn.Linear` becomes a :class:`SparseConv2d` or :class:`SparseLinear`, or,
-    where the dense kernel is faster (:func:`fedpai_kernels.nn.choose_kernel`), a :class:`MaskedConv2d` or
-    :class:`MaskedLinear`; all of them train `values`, the packed weights. If any convolution is sparse, batch
+    where the dense kernel is faster (:func:`fedpai_kernels.nn.choose_kernel`, by figures that come with the package
+    or that :func:`fedpai_kernels.tune` measured on this machine), a :class:`MaskedConv2d` or
+    :class:`MaskedLinear`; all of them train `values`, the packed weights. If any convolution is sparse,
     norms, pooling and the remaining convolutions become their batch-last forms, so that activations keep one
     layout from end to end. Weights outside of a mask are dropped. Make the optimiser afterwards: the
     parameters are new objects.
@@ -96,12 +106,13 @@ def sparsify_(
             no weight. Without `masks`, a layer's mask is the one that `torch.nn.utils.prune` gave it (whose
             hooks and buffers are then removed), else the exact zeros of its weight; layers that are sparse
             already stay as they are.
-        fuse: computes a batch norm, the sum that alone reads it (``norm(x) + shortcut``) and the ReLU that
-            alone reads either in one pass, or, where a sparse convolution alone reads the norm or its ReLU, while
-            that loads its input: the normalised activation is then neither stored nor kept. Where that is so is
-            proven by tracing the model with `torch.fx` (:func:`find_fusions`); the report names every batch norm
-            that stays by itself, and why. The modules' forwards run as they are; under hooks on the norm, its
-            ReLU or that convolution the steps are separate.
+        fuse: computes a batch norm, the sum that alone reads it (``norm(x) + shortcut``) and the activation
+            (ReLU, ReLU6, LeakyReLU, SiLU, GELU) that alone reads either in one pass, or, where a sparse
+            convolution alone reads the norm or its activation, while that loads its input: the normalised
+            activation is then neither stored nor kept. Likewise a group norm and the ReLU, a module, that alone
+            reads it. Where that is so is proven by tracing the model with `torch.fx` (:func:`find_fusions`); the
+            report names every norm that stays by itself, and why. The modules' forwards run as they are; under
+            hooks on the norm, its activation or that convolution the steps are separate.
         filter_fn: called as ``filter_fn(module, name)``; a module for which it returns False is left as it
         is.
         activation_dtype: `torch.bfloat16` keeps what the converted layers need for the backward pass rounded: half
@@ -117,10 +128,12 @@ def sparsify_(
             `activation_dtype` for a model with float64 layers.
         ValueError: a mask for a missing module (with the nearest name), of another shape, with entries other
             than 0 and 1 (NaN, infinity), or that keeps nothing; no masks at all; a parameter shared by layers
-            of different masks; an `activation_dtype` other than bfloat16. The model is unchanged then.
+            of different masks; an `activation_dtype` other than bfloat16; FEDPAI_TUNING names a file that cannot be
+            used. The model is unchanged then.
     """
     wanted = filter_fn if filter_fn is not None else _everything
-    layers = _planned(model, masks, wanted)
+    figures = break_evens()
+    layers = _planned(model, masks, wanted, figures)
     names = dict(_named(model))
     batch_last = any(
         type(module) is SparseConv2d and module not in {layer.module for layer in layers}
@@ -132,7 +145,7 @@ def sparsify_(
 
     for group in groups:
         _convert(group)
-    notes = _surround(names, wanted, fusions) if batch_last else []
+    notes = _surround(names, wanted, fusions, figures) if batch_last else []
     notes += tell_activation_dtype(names, wanted, activation_dtype)
     trim_heap()  # what the dense weights took
     return Report(_rows(names, {id(layer.module): layer for layer in layers}, wanted), notes)
@@ -167,7 +180,8 @@ def densify_(model: Model) -> Model:
             weights[key] = module.retype_dense(shared)._parameters["weight"]  # type: ignore[assignment]
         elif type(module) in _PLAIN:
             module.__class__ = _PLAIN[type(module)]
-            module.__dict__.pop("activation_dtype", None)
+            for added in ("full_fan_in", "activation_dtype"):  # by the conversion
+                module.__dict__.pop(added, None)
     return model
 
 
@@ -184,7 +198,9 @@ def _named(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(model.named_modules())
 
 
-def _planned(model: nn.Module, masks: Mapping[str, Tensor] | None, wanted: Filter) -> list[_Layer]:
+def _planned(
+    model: nn.Module, masks: Mapping[str, Tensor] | None, wanted: Filter, figures: BreakEvens
+) -> list[_Layer]:
     found = _given(model, masks) if masks is not None else _carried(model)
     layers = []
     for name, module, mask in found:
@@ -192,7 +208,7 @@ def _planned(model: nn.Module, masks: Mapping[str, Tensor] | None, wanted: Filte
             continue
         weight, groups = _weight(module), int(getattr(module, "groups", 1))
         plan = Plan.from_mask(mask, groups=groups)
-        layers.append(_Layer(name, module, plan, _choice(module, plan, weight)))
+        layers.append(_Layer(name, module, plan, _choice(module, plan, weight, figures)))
     if not layers and masks is None and not any(isinstance(m, PackedWeight) for m in model.modules()):
         raise ValueError(
             "masks: none given, and no layer carries one (torch.nn.utils.prune, or exact zeros in a weight)"
@@ -248,13 +264,13 @@ def _weight(module: nn.Module) -> Tensor:
     return module.weight if isinstance(module, PackedWeight) else unpruned_weight(module)
 
 
-def _choice(module: nn.Module, plan: Plan, weight: Tensor) -> KernelChoice:
+def _choice(module: nn.Module, plan: Plan, weight: Tensor, figures: BreakEvens) -> KernelChoice:
     if weight.dtype not in (torch.float32, torch.float64):
         return KernelChoice("dense", f"no sparse kernel for {weight.dtype}")
     if weight.device.type != "cpu":
         return KernelChoice("dense", f"no sparse kernel for device {weight.device.type}")
     stride = getattr(module, "stride", (1, 1))
-    return choose_kernel(LayerInfo(plan.kind, plan.mask_shape, plan.nnz, plan.groups, stride))
+    return choose_kernel(LayerInfo(plan.kind, plan.mask_shape, plan.nnz, plan.groups, stride), figures)
 
 
 def _shared_parameters(model: nn.Module, layers: list[_Layer]) -> list[list[_Layer]]:
@@ -321,7 +337,9 @@ def _convert(group: list[_Layer]) -> None:
         values = target.retype(module, layer.plan, values).values
 
 
-def _surround(names: dict[str, nn.Module], wanted: Filter, fusions: Fusions) -> list[str]:
+def _surround(
+    names: dict[str, nn.Module], wanted: Filter, fusions: Fusions, figures: BreakEvens
+) -> list[str]:
     """Gives the modules around sparse convolutions their batch-last forms; what it did, for the report."""
     name_of = {id(module): name for name, module in names.items()}
     counts: dict[str, int] = {}
@@ -331,6 +349,8 @@ def _surround(names: dict[str, nn.Module], wanted: Filter, fusions: Fusions) -> 
         elif type(module) in _BATCH_LAST and wanted(module, name):
             counts[type(module).__name__] = counts.get(type(module).__name__, 0) + 1
             module.__class__ = _BATCH_LAST[type(module)]
+            if isinstance(module, BatchLastConv2d) and module.full_fan_in != figures.full_fan_in:
+                module.full_fan_in = figures.full_fan_in
     notes = [f"batch-last: {', '.join(f'{n} {kind}' for kind, n in counts.items())}"] if counts else []
     fused: dict[str, int] = {}
     alone = dict(fusions.others)
@@ -339,18 +359,19 @@ def _surround(names: dict[str, nn.Module], wanted: Filter, fusions: Fusions) -> 
         if not all(wanted(module, name_of[id(module)]) for module in (norm, *others)):
             alone[name_of[id(norm)]] = "left out by filter_fn"
             return False
-        fused[what] = fused.get(what, 0) + 1
+        title = f"{'group' if isinstance(norm, nn.GroupNorm) else 'batch'} norms with {what}"
+        fused[title] = fused.get(title, 0) + 1
         return True
 
     for norm, relu in fusions.pairs:
         if may("the ReLU", norm, relu):
-            norm.__class__, relu.__class__ = BatchLastBatchNormReLU2d, AbsorbedReLU
+            norm.__class__, relu.__class__ = _WITH_RELU[type(norm)], AbsorbedReLU
     for owner, site in fusions.sites:
         if may(site.what, *site.computed(owner)):
             attach(owner, site)
-    notes += [f"fused: {n} batch norms with {what} after them" for what, n in fused.items()]
+    notes += [f"fused: {n} {title} after them" for title, n in fused.items()]
     if fusions.untraced:
-        return [*notes, f"batch norms not fused: {fusions.untraced}"]
+        return [*notes, f"norms not fused: {fusions.untraced}"]
     if alone:
         notes.append("not fused: " + ", ".join(f"{name} ({reason})" for name, reason in alone.items()))
     return notes

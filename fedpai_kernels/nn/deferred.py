@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch norm that waits for the sum, the ReLU and the convolution after it.
+"""Batch norm that waits for the sum, the activation and the convolution after it.
 
 ``relu(norm(x) + shortcut)`` stands in somebody's `forward`, and that code stays: it may branch, draw random
 numbers, keep things. So the norm returns a :class:`PendingNorm` there, a tensor that has not been computed yet.
-Adding the shortcut to it and taking the ReLU of that computes all three in one pass; a sparse convolution that alone
-reads the norm or its ReLU takes it as it is, and normalises what it loads; anything else that is done with it computes
-just what is asked for first. Either way the numbers are those of the separate steps.
+Adding the shortcut to it and taking the ReLU of that, or another activation, computes all three in one pass; a sparse
+convolution that alone reads the norm or its activation takes it as it is, and normalises what it loads; anything else
+that is done with it computes just what is asked for first. Either way the numbers are those of the separate steps; SiLU
+and GELU are this package's own where they are computed with the norm, within a few ulp of torch's.
 
 A norm puts its work off only on a permit, which is valid for one call, within the thread and the call of the module
 (the site's owner) whose forward was proven (:mod:`fedpai_kernels.nn.fuse`) to add and cut the result. Two hooks on
@@ -27,11 +28,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_map_only
 
 from ..layout import is_batch_last
+from ..ops.activation import NONE, Activation, activation_of_call
 from ..ops.norm import batch_norm
 from ..ops.norm_conv2d import norm_conv2d
 from ..plan import Plan
@@ -102,7 +103,8 @@ class _Withdraw:
                 uncounted.count()
         if type(output) is Tensor:
             return None
-        return tree_map_only(PendingNorm, PendingNorm.computed, output)
+        # Another owner's, around this one, goes on waiting.
+        return tree_map_only(PendingNorm, lambda y: y.computed() if y._site == self.site else y, output)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -178,14 +180,14 @@ class _Norm:
         """Takes the batch into the running statistics, unless that has happened."""
         if not self._counted:
             with torch.no_grad():
-                self.compute(None, False)
+                self.compute(None, NONE)
 
-    def compute(self, residual: Tensor | None, relu: bool) -> Tensor:
-        """[relu](norm(x) [+ residual])."""
+    def compute(self, residual: Tensor | None, activation: Activation) -> Tensor:
+        """activation(norm(x) [+ residual])."""
         settings = self._statistics_once()
         self._check_unchanged()
         return batch_norm(
-            self.x, *settings, relu=relu, residual=residual, activation_dtype=self.activation_dtype
+            self.x, *settings, activation=activation, residual=residual, activation_dtype=self.activation_dtype
         )
 
     def _check_unchanged(self) -> None:
@@ -202,12 +204,12 @@ class _Norm:
             del _PERMITS.uncounted[self._module_id]
         return settings
 
-    def convolve(self, relu: bool, convolution: Convolution) -> Tensor:
-        """conv2d([relu](norm(x))), without the tensor in between."""
+    def convolve(self, activation: Activation, convolution: Convolution) -> Tensor:
+        """conv2d(activation(norm(x))), without the tensor in between."""
         mean, var, weight, bias, training, momentum, eps = self._statistics_once()
         self._check_unchanged()
         return norm_conv2d(
-            self.x, mean, var, weight, bias, training, momentum, eps, *convolution, relu=relu,
+            self.x, mean, var, weight, bias, training, momentum, eps, *convolution, activation=activation,
             activation_dtype=self.activation_dtype,
         )  # fmt: skip
 
@@ -224,8 +226,6 @@ class _Norm:
 
 _ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 _ADDS_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
-_RELUS = {torch.relu, Tensor.relu, F.relu}
-_RELUS_IN_PLACE = {torch.relu_, Tensor.relu_, F.relu_}
 # Known without computing.
 _SHAPES = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement),
@@ -238,7 +238,7 @@ _CHANGED = (
     "convert the model with fuse=False"
 )
 _ASTRAY = (
-    "a batch norm that waits for the sum after it was used where torch cannot ask for its value; "
+    "a batch norm that waits for what comes after it was used where torch cannot ask for its value; "
     "convert the model with fuse=False"
 )
 
@@ -273,11 +273,11 @@ class PendingNorm(Tensor):
     _residual: Tensor | None
     _residual_version: int
     _site: Site
-    _is_cut: bool
+    _is_activated: bool
     _value: Tensor | None
 
     @staticmethod
-    def __new__(cls, norm: _Norm, residual: Tensor | None, site: Site, is_cut: bool = False) -> PendingNorm:
+    def __new__(cls, norm: _Norm, residual: Tensor | None, site: Site, is_activated: bool = False) -> PendingNorm:
         made: Any
         if norm.called_in[0]:
             made = _Astray.apply(norm.x, *norm.settings[2:4], residual)
@@ -285,8 +285,8 @@ class PendingNorm(Tensor):
             made = _uncomputed(norm.x)
         return made
 
-    def __init__(self, norm: _Norm, residual: Tensor | None, site: Site, is_cut: bool = False) -> None:
-        self._norm, self._site, self._is_cut, self._value = norm, site, is_cut, None
+    def __init__(self, norm: _Norm, residual: Tensor | None, site: Site, is_activated: bool = False) -> None:
+        self._norm, self._site, self._is_activated, self._value = norm, site, is_activated, None
         self._residual, self._residual_version = residual, _version(residual)
 
     def computed(self) -> Tensor:
@@ -294,7 +294,7 @@ class PendingNorm(Tensor):
         if self._value is None:
             self._check_residual_unchanged()
             with back_in(self._norm.called_in):
-                self._value = self._norm.compute(self._residual, self._is_cut)
+                self._value = self._norm.compute(self._residual, self._activation())
         return self._value
 
     def _check_residual_unchanged(self) -> None:
@@ -312,19 +312,22 @@ class PendingNorm(Tensor):
             return None
         if activation_dtype != self._norm.activation_dtype:
             return None
-        if self._site.relu != self._is_cut or convolution[0].dtype != self.dtype:
+        if self._site.activates != self._is_activated or convolution[0].dtype != self.dtype:
             return None
-        return self._norm.convolve(self._is_cut, convolution)
+        return self._norm.convolve(self._activation(), convolution)
+
+    def _activation(self) -> Activation:
+        return self._site.activation if self._is_activated else NONE
 
     def _is_open(self) -> bool:
         return self._value is None and self._norm.called_in == surroundings()
 
     def _may_add(self) -> bool:
-        return self._residual is None and not self._is_cut and self._is_open()
+        return self._residual is None and not self._is_activated and self._is_open()
 
     def _plus(self, residual: Tensor, in_place: bool) -> Tensor:
-        if not self._site.relu:
-            z = self._norm.compute(residual, False)
+        if not self._site.activates:
+            z = self._norm.compute(residual, NONE)
             if in_place:
                 self._value = z
             return z
@@ -333,14 +336,14 @@ class PendingNorm(Tensor):
         self._residual, self._residual_version = residual, _version(residual)
         return self
 
-    def _cut(self, in_place: bool) -> Tensor:
+    def _activated(self, in_place: bool) -> Tensor:
         self._check_residual_unchanged()
         if self._site.conv:
             if not in_place:
                 return PendingNorm(self._norm, self._residual, self._site, True)
-            self._is_cut = True
+            self._is_activated = True
             return self
-        z = self._norm.compute(self._residual, True)
+        z = self._norm.compute(self._residual, self._site.activation)
         if in_place:
             self._value = z
         return z
@@ -360,11 +363,11 @@ class PendingNorm(Tensor):
                 a, b = b, a
             if isinstance(a, cls) and a._may_add() and a._norm.takes(b):
                 return a._plus(b, func in _ADDS_IN_PLACE)
-        cuts_in_place = func in _RELUS_IN_PLACE or bool(kwargs.get("inplace"))
-        if (func in _RELUS or func in _RELUS_IN_PLACE) and len(args) == 1 and kwargs.keys() <= {"inplace"}:
-            (a,) = args
-            if a._site.relu and not a._is_cut and a._is_open():
-                return a._cut(cuts_in_place)
+        called = activation_of_call(func, args, kwargs)
+        if called is not None:
+            a, (activation, in_place) = args[0], called
+            if a._site.activation == activation and not a._is_activated and a._is_open():
+                return a._activated(in_place)
         args, kwargs = tree_map_only(cls, cls.computed, (args, kwargs))
         return func(*args, **kwargs)
 

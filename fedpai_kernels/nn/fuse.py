@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds what is computed in one pass with a batch norm, by tracing the model with `torch.fx`.
+"""Finds what is computed in one pass with a norm, by tracing the model with `torch.fx`.
 
-What is found: a ReLU that alone reads the norm; a sum that alone reads it, as at the end of a residual block; a
-sum that alone reads it with a ReLU that alone reads the sum; and a sparse convolution that alone reads the norm or
-the norm's ReLU.
+What is found: an activation (ReLU, ReLU6, LeakyReLU, SiLU, GELU) that alone reads the norm; a sum that alone reads it,
+as at the end of a residual block; a sum that alone reads it with an activation that alone reads the sum; and a sparse
+convolution that alone reads the norm or the norm's activation. Of a group norm, only a ReLU module.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
+from ..ops.activation import NONE, RELU, Activation, activation_of_call, activation_of_module
 from .packed import PackedWeight
 from .sites import Site, surroundings
 
@@ -30,9 +31,9 @@ class Fusions:
     """What :func:`find_fusions` found.
 
     Attributes:
-        pairs: (BatchNorm2d, ReLU), both modules.
-        sites: (owner, site): norms that are added or cut by the code of the owner's forward.
-        others: reason by name, for every other BatchNorm2d.
+        pairs: (BatchNorm2d or GroupNorm, ReLU), both modules.
+        sites: (owner, site): norms that are added or activated by the code of the owner's forward.
+        others: reason by name, for every other BatchNorm2d and GroupNorm.
         untraced: why nothing was found, where the model cannot be traced; else empty.
     """
 
@@ -56,19 +57,19 @@ def copy_memo(model: nn.Module) -> dict[int, Any]:
 
 
 def find_fusions(model: nn.Module, sparse: Collection[nn.Module] = ()) -> Fusions:
-    """What can be computed in one pass with each BatchNorm2d of `model`, in training and in evaluation mode
-    alike.
+    """What can be computed in one pass with each BatchNorm2d and GroupNorm of `model`, in training and in evaluation
+    mode alike.
 
     The norm must be called once, and what reads it must be its only reader. A ReLU module forms a pair with the
     norm if it too is called once and neither has hooks. Everything else is a site: a sum of the norm with
-    another tensor, in any spelling (``+``, ``+=``, `torch.add`), and a ReLU, function or module; or one of the
-    convolutions `sparse`, after the norm or after its ReLU. What comes last must be called by the forward of one
+    another tensor, in any spelling (``+``, ``+=``, `torch.add`), and an activation, function or module; or one of the
+    convolutions `sparse`, after the norm or after its activation. What comes last must be called by the forward of one
     module, which the norm is a part of and is called from, directly or through other modules. The model is
     traced as a copy, without its hooks, and not changed.
     """
     by_name = dict(model.named_modules())
     convs = {name for name, m in model.named_modules(remove_duplicate=False) if any(m is c for c in sparse)}
-    norms = [name for name, m in by_name.items() if type(m) is nn.BatchNorm2d]
+    norms = [name for name, m in by_name.items() if type(m) in _NORMS]
     if not norms:
         return Fusions()
     found: list[dict[str, _Found]] = []
@@ -78,7 +79,10 @@ def find_fusions(model: nn.Module, sparse: Collection[nn.Module] = ()) -> Fusion
                 traced = copy.deepcopy(model, copy_memo(model)).train(training)
                 for module in traced.modules():
                     _clear_hooks(module)
-                found.append(_Reading(traced, convs).found)
+                try:
+                    found.append(_Reading(traced, convs).found)
+                finally:
+                    _drop_tensors(traced, model)
     except Exception as error:  # tracing runs the user's forward, which may raise anything
         reason = str(error).strip().splitlines()
         untraced = f"torch.fx cannot trace the model ({type(error).__name__}: {reason[0] if reason else ''})"
@@ -101,6 +105,7 @@ def find_fusions(model: nn.Module, sparse: Collection[nn.Module] = ()) -> Fusion
     return fusions
 
 
+_NORMS = (nn.BatchNorm2d, nn.GroupNorm)
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -115,6 +120,17 @@ _HOOKS = (
 def _clear_hooks(module: nn.Module) -> None:
     for name in _HOOKS:
         getattr(module, name).clear()
+
+
+def _drop_tensors(traced: nn.Module, model: nn.Module) -> None:
+    """Frees what the parameters and buffers of the traced copy hold, the size of the dense model.
+
+    A trace is full of reference cycles, so the copy itself lives until some later garbage collection.
+    """
+    kept = {id(t) for t in itertools.chain(model.parameters(), model.buffers())}
+    for t in itertools.chain(traced.parameters(), traced.buffers()):
+        if id(t) not in kept and not is_lazy(t):  # a tensor may copy itself as itself
+            t.data = t.data.new_empty(0)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -181,11 +197,10 @@ _Found = _Pair | _Place | str  # a string: why there is nothing
 
 _ADDS = {torch.add, operator.add, "add"}
 _ADDS_IN_PLACE = {operator.iadd, "add_"}
-_RELUS = {torch.relu, F.relu, torch.relu_, F.relu_, "relu", "relu_"}
 
 
 class _Reading:
-    """What one trace says about each batch norm: `found`, by name."""
+    """What one trace says about each norm: `found`, by name."""
 
     def __init__(self, model: nn.Module, convs: Collection[str]) -> None:
         graph = _Tracer().trace(model)
@@ -201,7 +216,7 @@ class _Reading:
         # A sum of two norms goes with the later one: less lies between the norm and the sum.
         for nodes in sorted(self._calls.values(), key=lambda nodes: -self._order[nodes[0]]):
             norm = nodes[0]
-            if type(self._module(norm)) is nn.BatchNorm2d:
+            if type(self._module(norm)) in _NORMS:
                 name = str(norm.target)
                 self.found[name] = what = self._read(norm, len(nodes), sums)
                 if isinstance(what, _Place):
@@ -218,25 +233,29 @@ class _Reading:
         (reader,) = norm.users
         if not _in_the_same_surroundings(norm, reader):
             return f"followed by {self._title(reader)} in another gradient mode or checkpoint"
-        conv = self._conv_after(reader if self._is_relu(reader) else norm)
-        if conv is not None:
+        may_wait = type(self._module(norm)) is nn.BatchNorm2d
+        activation = self._activation(reader)
+        conv = self._conv_after(norm if activation is None else reader)
+        if may_wait and conv is not None:
             place = self._place(norm, None, None if reader is conv else reader, conv)
             if isinstance(place, _Place) or reader is conv:
                 return place
-        if self._is_relu(reader):
-            if reader.op == "call_module" and len(self._calls[id(self._module(reader))]) == 1:
+        if activation is not None:
+            once = reader.op == "call_module" and len(self._calls[id(self._module(reader))]) == 1
+            if once and activation == RELU:
                 return _Pair(str(reader.target))
-            return self._place(norm, None, reader)
-        if not self._is_sum_of(reader, norm):
+            if may_wait:
+                return self._place(norm, None, reader)
+        if not may_wait or not self._is_sum_of(reader, norm):
             return f"followed by {self._title(reader)}"
         if reader in sums:
             return f"its sum goes with {sums[reader].target}"
-        relu = next(iter(reader.users)) if len(reader.users) == 1 else None
+        after = next(iter(reader.users)) if len(reader.users) == 1 else None
         # Directly after the sum, so that nothing can change the summands in between, and in the same forward.
-        follows = relu is not None and relu is reader.next and _caller(relu) == _caller(reader)
-        if relu is None or not follows or not self._is_relu(relu):
-            relu = None
-        return self._place(norm, reader, relu)
+        follows = after is not None and after is reader.next and _caller(after) == _caller(reader)
+        if after is None or not follows or self._activation(after) is None:
+            after = None
+        return self._place(norm, reader, after)
 
     def _conv_after(self, node: fx.Node) -> fx.Node | None:
         """The sparse convolution that alone reads the node."""
@@ -247,12 +266,13 @@ class _Reading:
             return None
         return reader if reader.args == (node,) and not reader.kwargs else None
 
-    def _is_relu(self, node: fx.Node) -> bool:
-        if len(node.args) != 1 or not node.kwargs.keys() <= {"inplace"}:
-            return False
+    def _activation(self, node: fx.Node) -> Activation | None:
         if node.op == "call_module":
-            return type(self._module(node)) is nn.ReLU
-        return node.op in ("call_function", "call_method") and node.target in _RELUS
+            return activation_of_module(self._module(node)) if len(node.args) == 1 and not node.kwargs else None
+        if node.op not in ("call_function", "call_method"):
+            return None
+        called = activation_of_call(node.target, node.args, node.kwargs)
+        return None if called is None else called[0]
 
     def _is_sum_of(self, node: fx.Node, norm: fx.Node) -> bool:
         if node.op not in ("call_function", "call_method") or len(node.args) != 2 or node.kwargs:
@@ -264,13 +284,13 @@ class _Reading:
         return node.target in _ADDS or (node.target in _ADDS_IN_PLACE and a is norm)
 
     def _place(
-        self, norm: fx.Node, added: fx.Node | None, relu: fx.Node | None, conv: fx.Node | None = None
+        self, norm: fx.Node, added: fx.Node | None, activation: fx.Node | None, conv: fx.Node | None = None
     ) -> _Found:
-        """The site where `added`, else `conv`, else `relu` is the last to be computed with the norm."""
-        last = added or conv or relu
+        """The site where `added`, else `conv`, else `activation` is the last to be computed with the norm."""
+        last = added or conv or activation
         assert last is not None
         owner = _caller(last)
-        waiting = [norm] if conv is None or relu is None else [norm, relu]
+        waiting = [norm] if conv is None or activation is None else [norm, activation]
         if not all(owner in node.meta["calls"] for node in waiting):
             return f"followed by {self._title(last)} in another module"
         if not self._may_wait(norm, waiting, last):
@@ -279,14 +299,16 @@ class _Reading:
         for node in waiting:
             stack = node.meta["calls"]
             between += [path for path, _ in stack[stack.index(owner) + 1 :]]
-        relu_module = str(relu.target) if relu is not None and relu.op == "call_module" else ""
+        what = NONE if activation is None else self._activation(activation)
+        assert what is not None
+        module = str(activation.target) if activation is not None and activation.op == "call_module" else ""
         conv_module = str(conv.target) if conv is not None else ""
         prefix = f"{owner[0]}." if owner[0] else ""
-        paths = [str(norm.target), *dict.fromkeys(between), relu_module, conv_module]
+        paths = [str(norm.target), *dict.fromkeys(between), module, conv_module]
         if not all(path.startswith(prefix) for path in paths if path):
             return f"not a part of {owner[0]}, which reads it"
-        name, *through, cut, read = (path[len(prefix) :] for path in paths)
-        return _Place(owner[0], Site(name, tuple(through), cut, added is not None, relu is not None, read))
+        name, *through, activated, read = (path[len(prefix) :] for path in paths)
+        return _Place(owner[0], Site(name, tuple(through), activated, added is not None, what, read))
 
     def _may_wait(self, norm: fx.Node, waiting: list[fx.Node], until: fx.Node) -> bool:
         """Whether the norm's input is sure to be the same later: nothing happens that could change it, or nobody

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.activation import NONE, RELU, Activation
+
 __all__ = ["Site", "Surroundings", "back_in", "is_watched_by_torch", "reads_pending_norms", "surroundings"]
 
 Surroundings = tuple[bool, bool, "tuple[Any, Any] | None"]
@@ -46,29 +48,39 @@ class Site:
     Attributes:
         norm: path of the norm from the owner.
         between: paths of the modules, outermost first, through whose forward the norm is called.
-        relu_module: path of the ReLU, or "" where it is a function or there is none.
+        activation_module: path of the activation, or "" where it is a function or there is none.
         adds: whether the norm is added to something.
-        relu: whether a ReLU comes after those.
+        activation: what comes after those.
         conv: path of the :class:`SparseConv2d` that alone reads the result, or "".
     """
 
     norm: str
     between: tuple[str, ...]
-    relu_module: str
+    activation_module: str
     adds: bool
-    relu: bool
+    activation: Activation
     conv: str = ""
+
+    @property
+    def activates(self) -> bool:
+        return self.activation != NONE
+
+    @property
+    def relu(self) -> bool:
+        return self.activation == RELU
 
     @property
     def what(self) -> str:
         """What comes after the norm, in words."""
         return " and ".join(
-            ["the sum"] * self.adds + ["the ReLU"] * self.relu + ["the convolution"] * bool(self.conv)
+            ["the sum"] * self.adds
+            + [self.activation.title] * self.activates
+            + ["the convolution"] * bool(self.conv)
         )
 
     def computed(self, owner: nn.Module) -> list[nn.Module]:
         """The modules that are computed in one: the norm first."""
-        return [owner.get_submodule(path) for path in (self.norm, self.relu_module, self.conv) if path]
+        return [owner.get_submodule(path) for path in (self.norm, self.activation_module, self.conv) if path]
 
     def watched(self, owner: nn.Module) -> list[nn.Module]:
         """The modules whose hooks would see what is not computed."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..ops.stored import check_activation_dtype
 from .conv2d import BatchLastConv2d, SparseConv2d
+from .group_norm import BatchLastGroupNorm, BatchLastInstanceNorm2d
 from .linear import SparseLinear
 from .norm import BatchLastBatchNorm2d
 from .packed import PackedWeight
@@ -19,8 +20,10 @@ __all__ = ["check_float32", "short_name", "tell_activation_dtype"]
 Filter = Callable[[nn.Module, str], bool]
 
 # What keeps activations by functions of this package. Pooling keeps positions only; dense layers are torch's.
-_STORING = (SparseConv2d, SparseLinear, BatchLastConv2d, BatchLastBatchNorm2d)
-_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, PackedWeight)
+_STORING = (
+    SparseConv2d, SparseLinear, BatchLastConv2d, BatchLastBatchNorm2d, BatchLastGroupNorm, BatchLastInstanceNorm2d,
+)  # fmt: skip
+_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, PackedWeight)
 
 
 def check_float32(names: Mapping[str, nn.Module], wanted: Filter, activation_dtype: torch.dtype | None) -> None:

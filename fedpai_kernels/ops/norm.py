@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch norm of batch-last activations, with an optional residual and an optional ReLU in the same pass.
+"""Batch norm of batch-last activations, with an optional residual and an optional activation in the same pass.
 
 Forward reads the activation twice (the second time from cache) and writes once; backward reads gradient and
 activation twice and writes once. A residual adds its own read, and the write of its gradient. The mean is
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..layout import to_batch_last
+from .activation import Activation, chosen, in_torch, is_smooth, slope_at_result
 from .norm_kernels import DTYPES, row_of
 from .registry import called_by_position
 from .stored import refuse_graph, stored, stores
@@ -41,7 +42,8 @@ class Running(NamedTuple):
 
 @called_by_position
 class _BatchNorm(torch.autograd.Function):
-    """(x, residual | None, weight, bias, mean | None, var | None, eps, relu, running | None, stores) -> (y, stats);
+    """(x, residual | None, weight, bias, mean | None, var | None, eps, code and slope of the activation,
+    running | None, stores) -> (y, stats);
     given mean and var are constants. The running statistics are updated before anything is saved: a recomputation
     by `torch.utils.checkpoint` may stop there, and torch's batch norm has updated them by then.
     """
@@ -55,24 +57,28 @@ class _BatchNorm(torch.autograd.Function):
         mean: Tensor | None,
         var: Tensor | None,
         eps: float,
-        relu: bool,
+        code: int,
+        slope: float,
         running: Running | None,
         stores: bool,
     ) -> tuple[Tensor, Tensor]:
         ops = torch.ops.fedpai
         if mean is None or var is None:
-            result: tuple[Tensor, Tensor] = ops.batch_norm_train(x, residual, weight, bias, eps, relu)
+            result: tuple[Tensor, Tensor] = ops.batch_norm_train(x, residual, weight, bias, eps, code, slope)
         else:
-            result = ops.batch_norm_eval(x, residual, weight, bias, mean, var, eps, relu)
+            result = ops.batch_norm_eval(x, residual, weight, bias, mean, var, eps, code, slope)
         if running is not None:
             running.update(result[1])
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, residual, weight, bias, mean, _, ctx.eps, ctx.relu, _, stores = inputs
-        # With a residual, the ReLU's mask is read from its result. The residual itself is not kept.
-        z = output[0] if residual is not None and ctx.relu else None
+        x, residual, weight, bias, mean, _, ctx.eps, ctx.code, ctx.slope, _, stores = inputs
+        # With a residual, the gradient is read from the result and the residual itself is not kept, unless the
+        # activation is smooth.
+        z = None
+        if residual is not None and ctx.code:
+            z = residual if is_smooth(ctx.code) else output[0]
         if stores and any(ctx.needs_input_grad):
             x, z = stored(x), None if z is None else stored(z)
         ctx.save_for_backward(x, z, weight, bias, output[1])
@@ -83,22 +89,28 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 10
+            return (None,) * 11
         x, z, weight, bias, stats = ctx.saved_tensors
         need_x, need_residual, *need_affine = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             refuse_graph(x)
-            g = dy if z is None else dy * (z.detach() > 0)
             given = None if ctx.through_statistics else stats
-            y = twin(x, weight, bias, given, ctx.eps, ctx.relu and z is None)
-            needs = (need_x, *need_affine)
-            wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
+            smooth = is_smooth(ctx.code)
+            y, g = twin(x, weight, bias, given, ctx.eps, ctx.code if z is None else 0, ctx.slope), dy
+            if z is not None and smooth:
+                y = in_torch(y + z, ctx.code, ctx.slope)
+            elif z is not None:
+                g = dy * slope_at_result(z.detach(), ctx.code, ctx.slope)
+            needs = (need_x, *need_affine, need_residual and z is not None and smooth)
+            wanted = [t for t, need in zip((x, weight, bias, z), needs, strict=True) if need]
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True) if wanted else ())
-            dx, dweight, dbias = (next(found) if need else None for need in needs)
-            return (dx, g if need_residual else None, dweight, dbias, *(None,) * 6)
+            dx, dweight, dbias, dz = (next(found) if need else None for need in needs)
+            if not needs[3] and need_residual:
+                dz = g
+            return (dx, dz, dweight, dbias, *(None,) * 7)
         dx, affine, dresidual = torch.ops.fedpai.batch_norm_backward(
-            dy, x, z, weight, bias, stats, ctx.through_statistics, ctx.relu, need_x, any(need_affine),
-            need_residual and z is not None,
+            dy, x, z, weight, bias, stats, ctx.through_statistics, ctx.code, need_x, any(need_affine),
+            need_residual and z is not None, ctx.slope,
         )  # fmt: skip
         if z is None:
             dresidual = dy
@@ -107,12 +119,12 @@ class _BatchNorm(torch.autograd.Function):
             dresidual if need_residual else None,
             affine[0] if need_affine[0] else None,
             affine[1] if need_affine[1] else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
 def twin(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor | None, eps: float, relu: bool
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor | None, eps: float, code: int, slope: float
 ) -> Tensor:
     """The same function in plain torch, without a residual, for gradients of gradients."""
     if stats is None:
@@ -124,7 +136,7 @@ def twin(
             y = y * weight[:, None, None]
         if bias is not None:
             y = y + bias[:, None, None]
-    return torch.relu(y) if relu else y
+    return in_torch(y, code, slope)
 
 
 # ---- checks
@@ -189,10 +201,11 @@ def batch_norm(
     *,
     relu: bool = False,
     residual: Tensor | None = None,
+    activation: Activation | str | None = None,
     activation_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` of a 4-D tensor, returned batch-last; with `residual`, plus that; with
-    `relu`, followed by a ReLU: ``relu(batch_norm(x) + residual)``.
+    `relu` or another `activation`, followed by that: ``relu(batch_norm(x) + residual)``.
 
     Args:
         x: (N, C, H, W), float32 or float64, on the CPU; batch-last is read as it is, other strides are
@@ -205,10 +218,14 @@ def batch_norm(
         unbiased).
         eps: added to the variance.
         relu: y = max(y, 0) in the same pass.
-        residual: (N, C, H, W), added before the ReLU in the same pass. With a ReLU too, the result is kept
-        for the gradient, as by `torch.relu`, and changing it in place is an error then.
-        activation_dtype: `torch.bfloat16` keeps a float32 `x`, and that result, for the gradient rounded
-        (:mod:`fedpai_kernels.ops.stored`); None keeps them as they are. The statistics are those of `x`.
+        residual: (N, C, H, W), added before the activation in the same pass. With a ReLU too, the result is kept
+        for the gradient, as by `torch.relu`, and changing it in place is an error then; so it is with ReLU6 and a
+        leaky ReLU. With SiLU and GELU `residual` is kept instead.
+        activation: another one in place of the ReLU: "relu", "relu6", "silu", "gelu", "gelu_tanh" or
+        ``Activation("leaky_relu", slope)``. The smooth ones are within a few ulp of the exact function, the others
+        have torch's bits.
+        activation_dtype: `torch.bfloat16` keeps a float32 `x`, and that result or residual, for the gradient
+        rounded (:mod:`fedpai_kernels.ops.stored`); None keeps them as they are. The statistics are those of `x`.
 
     Differentiable in `x`, `residual`, `weight` and `bias`; gradients of gradients are left to torch. An empty
     `x` changes no statistics.
@@ -216,8 +233,10 @@ def batch_norm(
     Raises:
         TypeError: a dtype other than the above, or parameters or a residual of another dtype than `x`.
         ValueError: another device or shape; one value per channel in training; no statistics to evaluate
-        with.
+        with; `relu` and `activation`, or one that is unknown; what `activation_dtype` cannot be.
     """
+    applied = chosen(relu, activation)
+    code, slope = applied.code, applied.slope
     check_norm(x, running_mean, running_var, weight, bias, training, residual)
     keeps = stores(x, activation_dtype)
     if x.numel() == 0:
@@ -226,14 +245,14 @@ def batch_norm(
         )
         if residual is not None:
             y = y + residual
-        return to_batch_last(torch.relu(y) if relu else y)
+        return to_batch_last(in_torch(y, code, slope))
     if not training:
-        given = x, residual, weight, bias, running_mean, running_var, eps, relu, None, keeps
-        out: Tensor = _BatchNorm.apply(*given)[0]
+        statistics = running_mean, running_var
+        out: Tensor = _BatchNorm.apply(x, residual, weight, bias, *statistics, eps, code, slope, None, keeps)[0]
         return out
     running = Running(running_mean, running_var, momentum)
     compiling = torch.compiler.is_compiling()  # which takes tensors as arguments only, and stops nowhere
-    arguments = x, residual, weight, bias, None, None, eps, relu, None if compiling else running, keeps
+    arguments = x, residual, weight, bias, None, None, eps, code, slope, None if compiling else running, keeps
     y, stats = _BatchNorm.apply(*arguments)
     if compiling:
         running.update(stats)

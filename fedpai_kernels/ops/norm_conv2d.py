@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch norm, ReLU and sparse convolution as one operation: ``conv2d(relu(batch_norm(x)))``.
+"""Batch norm, activation and sparse convolution as one operation: ``conv2d(relu(batch_norm(x)))``.
 
 The normalised activation is not stored. The convolution normalises what it reads: while it packs a patch, or, where it
 walks without packing, into memory that is free again when it returns. Only `x` is kept for the backward pass, which
@@ -16,6 +16,7 @@ Rows of an activation moved (reads + writes), one after the other and here, with
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from ..layout import to_batch_last
 from ..plan import Plan
+from .activation import Activation, chosen
 from .conv2d import checked_geometry, differentiable_conv2d, run_forward, run_weight_grad
 from .norm import Running, check_norm, twin
 from .norm_kernels import given_statistics
@@ -32,23 +34,28 @@ from .stored import refuse_graph, stored, stores
 __all__ = ["norm_conv2d"]
 
 # stats: (2 or 3, C), mean and 1 / sqrt(var + eps) first.
-_NORM = "Tensor x, Tensor stats, Tensor? norm_weight, Tensor? norm_bias, bool relu"
+_NORM = "Tensor x, Tensor stats, Tensor? norm_weight, Tensor? norm_bias, int activation"
 LIBRARY.define(
-    f"norm_conv2d_forward({_NORM}, Tensor values, Tensor? bias, int plan, int[] geometry) -> Tensor"
+    f"norm_conv2d_forward({_NORM}, Tensor values, Tensor? bias, int plan, int[] geometry,"
+    " float slope=0.0) -> Tensor"
 )
 LIBRARY.define(
-    f"norm_conv2d_weight_grad({_NORM}, Tensor dy, int plan, bool with_bias, int[] geometry) -> (Tensor, Tensor)"
+    f"norm_conv2d_weight_grad({_NORM}, Tensor dy, int plan, bool with_bias, int[] geometry,"
+    " float slope=0.0) -> (Tensor, Tensor)"
 )
 
 
 class _Norm:
     """The addresses of a norm's parameters, and the tensors behind them."""
 
-    def __init__(self, stats: Tensor, weight: Tensor | None, bias: Tensor | None, relu: bool) -> None:
+    def __init__(
+        self, stats: Tensor, weight: Tensor | None, bias: Tensor | None, activation: int, slope: float
+    ) -> None:
         stats, row_bytes = stats.contiguous(), stats.shape[1] * stats.element_size()
         self._kept = [stats, *(None if t is None else t.contiguous() for t in (weight, bias))]
         parameters = (0 if t is None else t.data_ptr() for t in self._kept[1:])
-        self.addresses = (stats.data_ptr(), stats.data_ptr() + row_bytes, *parameters, int(relu))
+        (bits,) = struct.unpack("Q", struct.pack("d", slope))
+        self.addresses = (stats.data_ptr(), stats.data_ptr() + row_bytes, *parameters, activation, bits)
 
 
 def _forward(
@@ -56,13 +63,14 @@ def _forward(
     stats: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    relu: bool,
+    activation: int,
     values: Tensor,
     bias: Tensor | None,
     plan: int,
     geometry: list[int],
+    slope: float = 0.0,
 ) -> Tensor:
-    norm = _Norm(stats, norm_weight, norm_bias, relu)
+    norm = _Norm(stats, norm_weight, norm_bias, activation, slope)
     return run_forward(to_batch_last(x), norm.addresses, values, bias, plan, geometry)
 
 
@@ -71,13 +79,14 @@ def _weight_grad(
     stats: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    relu: bool,
+    activation: int,
     dy: Tensor,
     plan: int,
     with_bias: bool,
     geometry: list[int],
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    norm = _Norm(stats, norm_weight, norm_bias, relu)
+    norm = _Norm(stats, norm_weight, norm_bias, activation, slope)
     return run_weight_grad(to_batch_last(x), norm.addresses, dy, plan, with_bias, geometry)
 
 
@@ -91,11 +100,12 @@ def _(
     stats: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    relu: bool,
+    activation: int,
     values: Tensor,
     bias: Tensor | None,
     plan: int,
     geometry: list[int],
+    slope: float = 0.0,
 ) -> Tensor:
     y: Tensor = torch.ops.fedpai.conv2d_forward(x, values, bias, plan, geometry)
     return y
@@ -107,11 +117,12 @@ def _(
     stats: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    relu: bool,
+    activation: int,
     dy: Tensor,
     plan: int,
     with_bias: bool,
     geometry: list[int],
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     grads: tuple[Tensor, Tensor] = torch.ops.fedpai.conv2d_weight_grad(x, dy, plan, with_bias, geometry)
     return grads
@@ -122,8 +133,8 @@ _ops: Any = torch.ops.fedpai
 
 @called_by_position
 class _NormConv2d(torch.autograd.Function):
-    """(x, norm weight, norm bias, mean | None, var | None, eps, relu, running | None, values, bias, plan, geometry,
-    stores) -> (y, stats); given mean and var are constants."""
+    """(x, norm weight, norm bias, mean | None, var | None, eps, code and slope of the activation, running | None,
+    values, bias, plan, geometry, stores) -> (y, stats); given mean and var are constants."""
 
     @staticmethod
     def forward(
@@ -133,7 +144,8 @@ class _NormConv2d(torch.autograd.Function):
         mean: Tensor | None,
         var: Tensor | None,
         eps: float,
-        relu: bool,
+        code: int,
+        slope: float,
         running: Running | None,
         values: Tensor,
         bias: Tensor | None,
@@ -147,12 +159,15 @@ class _NormConv2d(torch.autograd.Function):
             stats = given_statistics(mean, var, eps)
         if running is not None:
             running.update(stats)
-        y = _ops.norm_conv2d_forward(x, stats, norm_weight, norm_bias, relu, values, bias, plan.handle, geometry)
+        y = _ops.norm_conv2d_forward(
+            x, stats, norm_weight, norm_bias, code, values, bias, plan.handle, geometry, slope
+        )
         return y, stats
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, norm_weight, norm_bias, mean, _, ctx.eps, ctx.relu, _, values, _, ctx.plan, ctx.geometry, stores = inputs
+        x, norm_weight, norm_bias, mean, _, ctx.eps, ctx.code, ctx.slope, _, values, *rest = inputs
+        _, ctx.plan, ctx.geometry, stores = rest
         if stores and any(ctx.needs_input_grad):
             x = stored(x)
         ctx.save_for_backward(x, norm_weight, norm_bias, output[1], values)
@@ -163,29 +178,29 @@ class _NormConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 13
+            return (None,) * 14
         x, norm_weight, norm_bias, stats, values = ctx.saved_tensors
-        norm = (stats, norm_weight, norm_bias, ctx.relu)
+        norm = (stats, norm_weight, norm_bias, ctx.code)
         needs = ctx.needs_input_grad
         need_x, need_norm = needs[0], needs[1] or needs[2]
-        need_values, need_bias = needs[8:10]
+        need_values, need_bias = needs[9:11]
         if torch.is_grad_enabled():  # create_graph=True
             refuse_graph(x)
             given = None if ctx.through_statistics else stats
-            h = twin(x, norm_weight, norm_bias, given, ctx.eps, ctx.relu)
+            h = twin(x, norm_weight, norm_bias, given, ctx.eps, ctx.code, ctx.slope)
             y = differentiable_conv2d(h, values, None, ctx.plan, ctx.geometry)
-            inputs = {0: x, 1: norm_weight, 2: norm_bias, 8: values}
+            inputs = {0: x, 1: norm_weight, 2: norm_bias, 9: values}
             wanted = {i: t for i, t in inputs.items() if needs[i]}
             found = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=True) if wanted else ()
             grads = dict(zip(wanted, found, strict=True))
             if need_bias:
-                grads[9] = dy.sum((0, 2, 3))
-            return tuple(grads.get(i) for i in range(13))
+                grads[10] = dy.sum((0, 2, 3))
+            return tuple(grads.get(i) for i in range(14))
         dx = dvalues = dbias = None
         dnorm: tuple[Tensor | None, Tensor | None] = (None, None)
         if need_values:
             dvalues, dbias = _ops.norm_conv2d_weight_grad(
-                x, *norm, dy, ctx.plan.handle, need_bias, ctx.geometry
+                x, *norm, dy, ctx.plan.handle, need_bias, ctx.geometry, ctx.slope
             )
         elif need_bias:
             dbias = dy.sum((0, 2, 3))
@@ -193,14 +208,14 @@ class _NormConv2d(torch.autograd.Function):
             image = (x.shape[2], x.shape[3])
             dx = _ops.conv2d_input_grad(dy, values, ctx.plan.handle, *image, ctx.geometry)
             affine = _ops.batch_norm_backward_(
-                dx, x, norm_weight, norm_bias, stats, ctx.through_statistics, ctx.relu, need_x, need_norm
+                dx, x, norm_weight, norm_bias, stats, ctx.through_statistics, ctx.code, need_x, need_norm, ctx.slope
             )
             if need_norm:
                 dnorm = (affine[0] if needs[1] else None, affine[1] if needs[2] else None)
         return (
             dx if need_x else None,
             *dnorm,
-            *(None,) * 5,
+            *(None,) * 6,
             dvalues,
             dbias if need_bias else None,
             *(None,) * 3,
@@ -225,20 +240,22 @@ def norm_conv2d(
     groups: int = 1,
     *,
     relu: bool = False,
+    activation: Activation | None = None,
     activation_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``sparse_conv2d(batch_norm(x, ..., relu=relu), values, plan, bias, ...)``, with the same bits, without
-    the tensor in between.
+    """``sparse_conv2d(batch_norm(x, ..., activation=activation), values, plan, bias, ...)``, with the same bits,
+    without the tensor in between.
 
-    The first eight arguments and `relu` are those of :func:`fedpai_kernels.ops.norm.batch_norm`, the others those of
-    :func:`fedpai_kernels.ops.sparse_conv2d`; `x` is (N, C, H, W) with at least one element. Differentiable in x, the
-    norm's weight and bias, values and bias; gradients of gradients go through torch's own batch norm. The running
-    statistics are updated in place when `training`. `activation_dtype` is that of both, for `x`; the
-    gradient of values then has other bits than from the two, which would round the normalised activation.
+    The first eight arguments, `relu` and `activation` are those of :func:`fedpai_kernels.ops.norm.batch_norm`, the
+    others those of :func:`fedpai_kernels.ops.sparse_conv2d`; `x` is (N, C, H, W) with at least one element.
+    Differentiable in x, the norm's weight and bias, values and bias; gradients of gradients go through torch's own
+    batch norm. The running statistics are updated in place when `training`. `activation_dtype` is that of both, for
+    `x`; the gradient of values then has other bits than from the two, which would round the normalised activation.
 
     Raises:
         TypeError, ValueError: as those two.
     """
+    applied = chosen(relu, activation)
     check_norm(x, running_mean, running_var, norm_weight, norm_bias, training)
     if x.numel() == 0:
         raise ValueError(f"x: expected at least one element, got shape {tuple(x.shape)}")
@@ -248,7 +265,7 @@ def norm_conv2d(
     else:
         mean, var, running = None, None, Running(running_mean, running_var, momentum)
     y: Tensor = _NormConv2d.apply(
-        x, norm_weight, norm_bias, mean, var, eps, relu, running, values, bias, plan, geometry,
+        x, norm_weight, norm_bias, mean, var, eps, applied.code, applied.slope, running, values, bias, plan, geometry,
         stores(x, activation_dtype),
     )[0]
     return y

@@ -22,28 +22,28 @@ DTYPES = tuple(_TRAIN)
 
 # stats: (3, C) mean, 1 / sqrt(var + eps), unbiased variance; of given statistics (2, C), without the last.
 LIBRARY.define(
-    "batch_norm_train(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool relu)"
-    " -> (Tensor, Tensor)"
+    "batch_norm_train(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, int activation,"
+    " float slope=0.0) -> (Tensor, Tensor)"
 )
 # The stats of x alone.
 LIBRARY.define("batch_norm_statistics(Tensor x, float eps) -> Tensor")
 LIBRARY.define(
     "batch_norm_eval(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var,"
-    " float eps, bool relu) -> (Tensor, Tensor)"
+    " float eps, int activation, float slope=0.0) -> (Tensor, Tensor)"
 )
 # x and z may be float32 that was rounded to bfloat16 (both, or neither).
 # (dx, (2, C) gradients of weight and bias, gradient of the residual); what is not needed comes back with no
-# elements. z: what the forward op returned, where that had a residual and a ReLU; only then is the residual's
-# gradient another tensor than dy, and need_residual allowed.
+# elements. z: where the forward op had a residual and an activation, what it returned, or the residual itself where
+# the activation is smooth; only then is the residual's gradient another tensor than dy, and need_residual allowed.
 LIBRARY.define(
     "batch_norm_backward(Tensor dy, Tensor x, Tensor? z, Tensor? weight, Tensor? bias, Tensor stats,"
-    " bool through_statistics, bool relu, bool need_x, bool need_affine, bool need_residual)"
-    " -> (Tensor, Tensor, Tensor)"
+    " bool through_statistics, int activation, bool need_x, bool need_affine, bool need_residual,"
+    " float slope=0.0) -> (Tensor, Tensor, Tensor)"
 )
 # Without a residual; dy, batch-last, becomes dx where that is needed. Returns the gradients of weight and bias.
 LIBRARY.define(
     "batch_norm_backward_(Tensor(a!) dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats,"
-    " bool through_statistics, bool relu, bool need_x, bool need_affine) -> Tensor"
+    " bool through_statistics, int activation, bool need_x, bool need_affine, float slope=0.0) -> Tensor"
 )
 
 
@@ -67,16 +67,22 @@ def _as_kernels_read(
     x: Tensor, other: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The operands with the strides that the kernels take: activations batch-last, parameters contiguous.
-    `other` is the residual, or in the backward op the result."""
+    `other` is the residual, or in the backward op the result or the residual."""
     return to_batch_last(x), _batch_last(other), _contiguous(weight), _contiguous(bias)
 
 
 def _train(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: int,
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     x, residual, weight, bias = _as_kernels_read(x, residual, weight, bias)
     y = empty_batch_last(x.shape, dtype=x.dtype, device=x.device)
-    return y, _run_train(x, residual, weight, bias, eps, relu, y)
+    return y, _run_train(x, residual, weight, bias, eps, activation, slope, y)
 
 
 def _run_train(
@@ -85,21 +91,22 @@ def _run_train(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    relu: bool,
+    activation: int,
+    slope: float,
     y: Tensor | None,
 ) -> Tensor:
     """The stats; y is written where there is one."""
     stats = x.new_empty(3, x.shape[1])
     mean, row_bytes = stats.data_ptr(), stats.shape[1] * stats.element_size()
     _TRAIN[x.dtype](
-        x.shape[1], row_of(x), x.data_ptr(), _address(residual), _address(weight), _address(bias), eps, relu,
-        _address(y), mean, mean + row_bytes, mean + 2 * row_bytes, torch.get_num_threads(),
+        x.shape[1], row_of(x), x.data_ptr(), _address(residual), _address(weight), _address(bias), eps, activation,
+        slope, _address(y), mean, mean + row_bytes, mean + 2 * row_bytes, torch.get_num_threads(),
     )  # fmt: skip
     return stats
 
 
 def _statistics(x: Tensor, eps: float) -> Tensor:
-    return _run_train(to_batch_last(x), None, None, None, eps, False, None)
+    return _run_train(to_batch_last(x), None, None, None, eps, 0, 0.0, None)
 
 
 def _eval(
@@ -110,7 +117,8 @@ def _eval(
     mean: Tensor,
     var: Tensor,
     eps: float,
-    relu: bool,
+    activation: int,
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     x, residual, weight, bias = _as_kernels_read(x, residual, weight, bias)
     y, var = empty_batch_last(x.shape, dtype=x.dtype, device=x.device), var.contiguous()
@@ -118,10 +126,38 @@ def _eval(
     stats[0] = mean
     _EVAL[x.dtype](
         x.shape[1], row_of(x), x.data_ptr(), _address(residual), _address(weight), _address(bias),
-        stats.data_ptr(), var.data_ptr(), eps, relu, y.data_ptr(),
+        stats.data_ptr(), var.data_ptr(), eps, activation, slope, y.data_ptr(),
         stats.data_ptr() + stats.shape[1] * stats.element_size(), torch.get_num_threads(),
     )  # fmt: skip
     return y, stats
+
+
+def _run_backward(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    through_statistics: bool,
+    activation: int,
+    slope: float,
+    dx: Tensor | None,
+    dresidual: Tensor | None,
+    need_affine: bool,
+) -> Tensor:
+    """The gradients of weight and bias; dx, which may be dy, and dresidual are written where they are."""
+    x, z, weight, bias = _as_kernels_read(x, z, weight, bias)
+    channels, row_bytes = x.shape[1], x.shape[1] * dy.element_size()
+    affine = dy.new_empty(2 if need_affine else 0, channels)
+    dweight = affine.data_ptr() if need_affine else 0
+    _BACKWARD[dy.dtype](
+        channels, row_of(x), dy.data_ptr(), x.data_ptr(), _address(z), x.dtype == torch.bfloat16, _address(weight),
+        _address(bias), stats.data_ptr(), stats.data_ptr() + row_bytes, through_statistics, activation, slope,
+        _address(dx), _address(dresidual), dweight, dweight + row_bytes if need_affine else 0,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return affine
 
 
 def _backward_in_place(
@@ -131,20 +167,13 @@ def _backward_in_place(
     bias: Tensor | None,
     stats: Tensor,
     through_statistics: bool,
-    relu: bool,
+    activation: int,
     need_x: bool,
     need_affine: bool,
+    slope: float = 0.0,
 ) -> Tensor:
-    x, _, weight, bias = _as_kernels_read(x, None, weight, bias)
-    row_bytes = x.shape[1] * dy.element_size()
-    affine = dy.new_empty(2 if need_affine else 0, x.shape[1])
-    dweight, rounded = affine.data_ptr() if need_affine else 0, x.dtype == torch.bfloat16
-    _BACKWARD[dy.dtype](
-        x.shape[1], row_of(x), dy.data_ptr(), x.data_ptr(), 0, rounded, _address(weight), _address(bias),
-        stats.data_ptr(), stats.data_ptr() + row_bytes, through_statistics, relu, dy.data_ptr() if need_x else 0,
-        0, dweight, dweight + row_bytes if need_affine else 0, torch.get_num_threads(),
-    )  # fmt: skip
-    return affine
+    norm = (x, None, weight, bias, stats, through_statistics, activation, slope)
+    return _run_backward(dy, *norm, dy if need_x else None, None, need_affine)
 
 
 def _backward(
@@ -155,34 +184,24 @@ def _backward(
     bias: Tensor | None,
     stats: Tensor,
     through_statistics: bool,
-    relu: bool,
+    activation: int,
     need_x: bool,
     need_affine: bool,
     need_residual: bool,
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy, (x, z, weight, bias) = to_batch_last(dy), _as_kernels_read(x, z, weight, bias)
-    channels, row_bytes = x.shape[1], x.shape[1] * dy.element_size()
-    dx, affine, dresidual = _gradients(dy, need_x, need_affine, need_residual)
-    dweight = affine.data_ptr() if need_affine else 0
-    rounded = x.dtype == torch.bfloat16
-    _BACKWARD[dy.dtype](
-        channels, row_of(x), dy.data_ptr(), x.data_ptr(), _address(z), rounded, _address(weight), _address(bias),
-        stats.data_ptr(), stats.data_ptr() + row_bytes, through_statistics, relu,
-        dx.data_ptr() if need_x else 0, dresidual.data_ptr() if need_residual else 0, dweight,
-        dweight + row_bytes if need_affine else 0, torch.get_num_threads(),
-    )  # fmt: skip
+    dy = to_batch_last(dy)
+    dx, dresidual = _output(dy, need_x), _output(dy, need_residual)
+    norm = (x, z, weight, bias, stats, through_statistics, activation, slope)
+    affine = _run_backward(
+        dy, *norm, dx if need_x else None, dresidual if need_residual else None, need_affine
+    )
     return dx, affine, dresidual
 
 
-def _gradients(
-    dy: Tensor, need_x: bool, need_affine: bool, need_residual: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised outputs of the backward op."""
-    dx, dresidual = (
-        empty_batch_last(dy.shape if need else (0, 0, 0, 0), dtype=dy.dtype, device=dy.device)
-        for need in (need_x, need_residual)
-    )
-    return dx, dy.new_empty(2 if need_affine else 0, dy.shape[1]), dresidual
+def _output(dy: Tensor, need: bool) -> Tensor:
+    """An uninitialised gradient like dy, without elements where it is not needed."""
+    return empty_batch_last(dy.shape if need else (0, 0, 0, 0), dtype=dy.dtype, device=dy.device)
 
 
 LIBRARY.impl("batch_norm_train", _train, "CPU")
@@ -194,7 +213,13 @@ LIBRARY.impl("batch_norm_backward_", _backward_in_place, "CPU")
 
 @torch.library.register_fake("fedpai::batch_norm_train", lib=LIBRARY)
 def _(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: int,
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     return empty_batch_last(x.shape, dtype=x.dtype, device=x.device), x.new_empty(3, x.shape[1])
 
@@ -213,7 +238,8 @@ def _(
     mean: Tensor,
     var: Tensor,
     eps: float,
-    relu: bool,
+    activation: int,
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     return empty_batch_last(x.shape, dtype=x.dtype, device=x.device), x.new_empty(2, x.shape[1])
 
@@ -227,12 +253,14 @@ def _(
     bias: Tensor | None,
     stats: Tensor,
     through_statistics: bool,
-    relu: bool,
+    activation: int,
     need_x: bool,
     need_affine: bool,
     need_residual: bool,
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(dy, need_x, need_affine, need_residual)
+    affine = dy.new_empty(2 if need_affine else 0, dy.shape[1])
+    return _output(dy, need_x), affine, _output(dy, need_residual)
 
 
 @torch.library.register_fake("fedpai::batch_norm_backward_", lib=LIBRARY)
@@ -243,9 +271,10 @@ def _(
     bias: Tensor | None,
     stats: Tensor,
     through_statistics: bool,
-    relu: bool,
+    activation: int,
     need_x: bool,
     need_affine: bool,
+    slope: float = 0.0,
 ) -> Tensor:
     return dy.new_empty(2 if need_affine else 0, x.shape[1])
 
@@ -255,7 +284,7 @@ def given_statistics(mean: Tensor, var: Tensor, eps: float) -> Tensor:
     stats, var = mean.new_empty(2, mean.shape[0]), var.contiguous()
     stats[0] = mean
     _EVAL[mean.dtype](
-        mean.shape[0], 0, 0, 0, 0, 0, 0, var.data_ptr(), eps, False, 0,
+        mean.shape[0], 0, 0, 0, 0, 0, 0, var.data_ptr(), eps, 0, 0.0, 0,
         stats.data_ptr() + stats.shape[1] * stats.element_size(), 1,
     )  # fmt: skip
     return stats

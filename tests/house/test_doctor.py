@@ -14,6 +14,7 @@ import pytest
 
 import fedpai.data
 from fedpai.cli import doctor
+from fedpai_kernels import tuning
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -64,6 +65,30 @@ def test_memory_cache_of_the_environment() -> None:
             check=False,
         )
         assert words in done.stdout, done.stderr
+
+
+def test_by_which_figures_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEDPAI_TUNING", "off")
+    assert "built in, as FEDPAI_TUNING is off" in doctor._choice().text
+    assert (doctor._choice().state, doctor._choice().remedy) == ("ok", "")
+
+    monkeypatch.delenv("FEDPAI_TUNING")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert (doctor._choice().state, doctor._choice().remedy) == ("ok", "fedpai tune measures those of this machine")
+
+    path = tuning.default_path()
+    tuning.write(path, tuning.BreakEvens(0.9, 0.7, 0.6, 0.25, 100, "any"), {})
+    assert (doctor._choice().state, doctor._choice().remedy) == ("ok", "")
+    assert "measured on this machine: conv2d 0.9, strided 0.7" in doctor._choice().text
+    assert doctor._choice().facts["path"] == str(path)
+
+    path.write_text("{")
+    assert (doctor._choice().state, doctor._choice().remedy) == ("note", "fedpai tune")
+    assert f"{path} is damaged" in doctor._choice().text
+
+    monkeypatch.setenv("FEDPAI_TUNING", str(path))
+    assert doctor._choice().state == "broken"
+    assert "unset FEDPAI_TUNING" in doctor._choice().remedy
 
 
 def test_missing_data_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ BF16 = torch.bfloat16
 class Network(nn.Module):
     """A stem without a mask, a block whose first norm is read by a convolution alone, a linear layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, activate: Callable[[Tensor], Tensor] = F.relu) -> None:
         super().__init__()
+        self.activate = activate
         self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.conv1, self.norm1 = nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12)
         self.conv2, self.norm2 = nn.Conv2d(12, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
@@ -27,9 +29,9 @@ class Network(nn.Module):
         self.head = nn.Linear(6, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.stem(x)))
-        y = self.conv2(F.relu(self.norm1(self.conv1(x))))
-        x = F.relu(self.norm2(y) + x)
+        x = self.activate(self.norm(self.stem(x)))
+        y = self.conv2(self.activate(self.norm1(self.conv1(x))))
+        x = self.activate(self.norm2(y) + x)
         x = self.pool(self.conv3(x))
         return self.head(x.mean((2, 3)))
 
@@ -42,9 +44,11 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     return {n: torch.rand(model.get_submodule(n).weight.shape, generator=draw) < 0.3 for n in MASKED}
 
 
-def network(activation_dtype: torch.dtype | None = BF16, **options: Any) -> Network:
+def network(
+    activation_dtype: torch.dtype | None = BF16, activate: Callable[[Tensor], Tensor] = F.relu, **options: Any
+) -> Network:
     torch.manual_seed(1)
-    model = Network()
+    model = Network(activate)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)

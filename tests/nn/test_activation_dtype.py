@@ -16,7 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 import fedpai_kernels as fk
 from fedpai_kernels import memory
-from fedpai_kernels.nn import BatchLastBatchNorm2d, BatchLastConv2d, SparseConv2d, SparseLinear
+from fedpai_kernels.nn import (
+    BatchLastBatchNorm2d,
+    BatchLastConv2d,
+    BatchLastGroupNorm,
+    BatchLastInstanceNorm2d,
+    SparseConv2d,
+    SparseLinear,
+)
 from fedpai_kernels.ops import stored
 from tests.nn.small import fingerprint
 from tests.nn.storing import BF16, MASKED, Network, gradients, images, masks_of, network, saved_by
@@ -125,6 +132,8 @@ def layers() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
         "linear": (SparseLinear.from_dense(linear, torch.rand(7, 40) < 0.4), (17, 40)),
         "full": (full, (17, 5, 6, 7)),
         "norm": (BatchLastBatchNorm2d(5), (17, 5, 6, 7)),
+        "group_norm": (BatchLastGroupNorm(2, 6), (17, 6, 6, 7)),
+        "instance_norm": (BatchLastInstanceNorm2d(5, affine=True), (17, 5, 6, 7)),
     }
 
 
@@ -137,7 +146,7 @@ def run(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": x.grad, **{n: p.grad.clone() for n, p in module.named_parameters()}}
 
 
-@pytest.mark.parametrize("kind", ["conv2d", "linear", "full", "norm"])
+@pytest.mark.parametrize("kind", ["conv2d", "linear", "full", "norm", "group_norm", "instance_norm"])
 def test_a_module_by_itself_on_numbers_that_bfloat16_holds(isa: str, kind: str) -> None:
     """Bit by bit what it computes without the setting, for upstream gradients of any strides."""
     module, shape = layers()[kind]
@@ -215,7 +224,7 @@ def test_a_second_backward_pass() -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, BF16])
-@pytest.mark.parametrize("kind", ["conv2d", "linear", "norm"])
+@pytest.mark.parametrize("kind", ["conv2d", "linear", "norm", "group_norm", "instance_norm"])
 def test_an_input_that_changes_is_noticed(kind: str, dtype: torch.dtype | None) -> None:
     module, shape = layers()[kind]
     module.activation_dtype = dtype

@@ -34,9 +34,9 @@ def seconds(work: Callable[[], object]) -> float:
         (128, 16, 0.05, 1),
         (256, 8, 0.02, 1),
         (512, 4, 0.02, 1),
-        # 2.4 million weights on four pixels, the most unfavourable layer of VGG19, misses the goal: 0.9 to 1.3 steps.
-        # The bound keeps it from getting worse.
-        (512, 2, 0.02, 1.5),
+        # 2.4 million weights on four pixels, the most unfavourable layer of VGG19, takes 0.9 to 1.0 steps: too close to
+        # the goal to assert it. The bound keeps it from getting worse.
+        (512, 2, 0.02, 1.25),
     ],
     ids=str,
 )

@@ -19,6 +19,7 @@
 
 #include "cpu/conv2d/kernels.h"
 #include "cpu/conv2d/stream_kernels-inl.h"
+#include "cpu/norm/activation-inl.h"
 
 namespace fedpai::FEDPAI_TARGET {
 namespace {
@@ -233,22 +234,28 @@ FEDPAI_INLINE void copy_strided(T* packed, const T* source, std::int64_t count, 
 }
 
 // Normalises packed pixels, which lie in L1 from being packed. Lanes from `valid` on stay zero.
-template <class T, bool Relu>
-void normalise_packed(T* packed, std::int64_t count, int blocks, int valid, NormAffine<T> p) {
+template <class T, ActivationKind Kind>
+void normalise_packed(T* packed, std::int64_t count, int blocks, int valid, NormAffine<T> p, T slope) {
   using V = Vec<T>;
   using reg = typename V::reg;
-  const reg mean = V::set1(p.mean), scale = V::set1(p.scale), shift = V::set1(p.shift), zero = V::zero();
+  const reg mean = V::set1(p.mean), scale = V::set1(p.scale), shift = V::set1(p.shift), leak = V::set1(slope);
   for (std::int64_t i = 0; i < count; ++i) {
     for (int b = 0; b < blocks; ++b, packed += V::lanes) {
       // Rounded as in norm_apply_rows, so that a result does not depend on where it was normalised.
-      reg v = V::fma(V::sub(V::load(packed), mean), scale, shift);
-      if constexpr (Relu) v = V::max(zero, v);
+      const reg v = Activated<T, Kind>::apply(V::fma(V::sub(V::load(packed), mean), scale, shift), leak);
       const int left = valid - b * V::lanes;
       if (left >= V::lanes) V::store(packed, v);
       else if (left > 0) V::store_partial(packed, v, left);
     }
   }
 }
+
+// By ActivationKind.
+template <class T>
+constexpr void (*kNormalisePacked[kActivationKinds])(T*, std::int64_t, int, int, NormAffine<T>, T) = {
+    normalise_packed<T, kNone>, normalise_packed<T, kRelu>, normalise_packed<T, kRelu6>,
+    normalise_packed<T, kLeakyRelu>, normalise_packed<T, kSilu>, normalise_packed<T, kGelu>,
+    normalise_packed<T, kGeluTanh>};
 
 template <class T>
 void pack(const PackArgs<T>& a) {
@@ -285,11 +292,13 @@ void pack(const PackArgs<T>& a) {
         else copy_strided(to, from, segment.count, segment.step, a.blocks, valid, a.source_lane);
       }
       if (a.norm == nullptr) continue;
-      const auto normalise_row = a.norm->relu ? normalise_packed<T, true> : normalise_packed<T, false>;
+      const auto normalise_row = kNormalisePacked<T>[a.norm->activation.kind];
+      const T slope = static_cast<T>(a.norm->activation.slope);
       for (std::int64_t g = 0; g < a.groups; ++g) {
         const std::int64_t left = a.images - g * width;
         const int valid = static_cast<int>(left < width ? left : width);
-        normalise_row(packed + g * a.packed_group, segment.count, a.blocks, valid, a.norm->channel[channel]);
+        normalise_row(packed + g * a.packed_group, segment.count, a.blocks, valid, a.norm->channel[channel],
+                      slope);
       }
     }
   }

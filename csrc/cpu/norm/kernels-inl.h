@@ -21,11 +21,16 @@
 // z: the next layer keeps z for its own gradient, while r may be needed by nobody else, and recomputing y + r from x
 // and r would cost the same read and two operations more.
 //
+// Other activations stand in the ReLU's place. Those that are piecewise linear take its ways: the gradient from x, or
+// with a residual from z. The smooth ones (SiLU, GELU) cannot be read from their result, and cost an exponential: the
+// first look writes g, computed from x and r, and the second finds it there. r is kept then in place of z.
+//
 // Precision: a block's mean is taken first and the squares are then summed about it, while the block lies in L1, with
 // the sum of the deviations kept to correct for the rounding of that mean. E[x^2] - E[x]^2 would cancel.
-// A vector's tail is walked one element at a time: sums of a masked load would need the lanes cleared again.
+// Where sums are taken a vector's tail is walked one element at a time: sums of a masked load would need the lanes cleared again.
 #pragma once
 
+#include "cpu/norm/activation-inl.h"
 #include "cpu/norm/kernels.h"
 
 namespace fedpai::FEDPAI_TARGET {
@@ -79,58 +84,66 @@ NormMoments norm_moments(const T* x, std::int64_t n) {
   return {static_cast<double>(centre) + off, m2 < 0.0 ? 0.0 : m2};
 }
 
-// r is read with Add only. Rounded as in torch: the norm first, then its sum with r.
-template <class T, bool Add, bool Relu>
-FEDPAI_INLINE void norm_apply_rows(const T* x, const T* r, T* y, std::int64_t n, NormAffine<T> p) {
+// The norm of the elements at p, of which the first `left` count.
+template <class T>
+FEDPAI_INLINE typename Vec<T>::reg norm_partial(const T* p, int left, NormAffine<T> a) {
   using V = Vec<T>;
+  return V::fma(V::sub(V::load_partial(p, left), V::set1(a.mean)), V::set1(a.scale), V::set1(a.shift));
+}
+
+// r is read with Add only. Rounded as in torch: the norm first, then its sum with r.
+template <class T, bool Add, ActivationKind Kind>
+FEDPAI_INLINE void norm_apply_rows(const T* x, const T* r, T* y, std::int64_t n, NormAffine<T> p, T slope) {
+  using V = Vec<T>;
+  using A = Activated<T, Kind>;
   using reg = typename V::reg;
-  const reg mean = V::set1(p.mean), scale = V::set1(p.scale), shift = V::set1(p.shift), zero = V::zero();
+  const reg mean = V::set1(p.mean), scale = V::set1(p.scale), shift = V::set1(p.shift), leak = V::set1(slope);
   std::int64_t i = 0;
   for (; i + V::lanes <= n; i += V::lanes) {
     reg v = V::fma(V::sub(V::loadu(x + i), mean), scale, shift);
     if constexpr (Add) v = V::add(v, V::loadu(r + i));
-    if constexpr (Relu) v = V::max(zero, v);  // in this order NaN stays NaN
-    V::storeu(y + i, v);
+    V::storeu(y + i, A::apply(v, leak));
   }
-  for (; i < n; ++i) {
-    T v = norm_affine_scalar(x[i], p);
-    if constexpr (Add) v += r[i];
-    if constexpr (Relu) v = T(0) > v ? T(0) : v;
-    y[i] = v;
-  }
+  if (i == n) return;
+  const int left = static_cast<int>(n - i);
+  reg v = norm_partial(x + i, left, p);
+  if constexpr (Add) v = V::add(v, V::load_partial(r + i, left));
+  V::store_partial(y + i, A::apply(v, leak), left);
 }
 
-template <class T, bool Relu>
-void norm_apply(const T* x, T* y, std::int64_t n, NormAffine<T> p) {
-  norm_apply_rows<T, false, Relu>(x, nullptr, y, n, p);
+template <class T, ActivationKind Kind>
+void norm_apply(const T* x, T* y, std::int64_t n, NormAffine<T> p, T slope) {
+  norm_apply_rows<T, false, Kind>(x, nullptr, y, n, p, slope);
 }
 
-template <class T, bool Relu>
-void norm_apply_add(const T* x, const T* r, T* y, std::int64_t n, NormAffine<T> p) {
-  norm_apply_rows<T, true, Relu>(x, r, y, n, p);
+template <class T, ActivationKind Kind>
+void norm_apply_add(const T* x, const T* r, T* y, std::int64_t n, NormAffine<T> p, T slope) {
+  norm_apply_rows<T, true, Kind>(x, r, y, n, p, slope);
 }
 
-// The gradient after the ReLU's mask: dy where (x - mean) * scale + shift > 0.
-template <class T, bool Relu>
-FEDPAI_INLINE typename Vec<T>::reg norm_masked(const typename Vec<T>::reg& dy, const typename Vec<T>::reg& xc,
-                                               const typename Vec<T>::reg& scale,
-                                               const typename Vec<T>::reg& shift) {
+// The gradient before the activation, which is computed again from x - mean.
+template <class T, ActivationKind Kind>
+FEDPAI_INLINE typename Vec<T>::reg norm_pulled(const typename Vec<T>::reg& dy, const typename Vec<T>::reg& xc,
+                                               const typename Vec<T>::reg& scale, const typename Vec<T>::reg& shift,
+                                               const typename Vec<T>::reg& leak) {
+  if constexpr (Kind == kNone) return dy;
+  return Activated<T, Kind>::pull(Vec<T>::fma(xc, scale, shift), dy, leak);
+}
+
+template <class T, ActivationKind Kind>
+FEDPAI_INLINE T norm_pulled_scalar(T dy, T x, NormAffine<T> p, T slope) {
+  if constexpr (Kind == kNone) return dy;
   using V = Vec<T>;
-  if constexpr (Relu) return V::select_gt0(V::fma(xc, scale, shift), dy);
-  return dy;
+  T out[V::lanes];
+  V::storeu(out, Activated<T, Kind>::pull(V::set1(norm_affine_scalar(x, p)), V::set1(dy), V::set1(slope)));
+  return out[0];
 }
 
-template <class T, bool Relu>
-FEDPAI_INLINE T norm_masked_scalar(T dy, T x, NormAffine<T> p) {
-  if constexpr (Relu) return norm_affine_scalar(x, p) > T(0) ? dy : T(0);
-  return dy;
-}
-
-template <class T, bool Relu>
-NormSums norm_sums(const T* dy, const T* x, std::int64_t n, NormAffine<T> p) {
+template <class T, ActivationKind Kind>
+NormSums norm_sums(const T* dy, const T* x, std::int64_t n, NormAffine<T> p, T slope) {
   using V = Vec<T>;
   using reg = typename V::reg;
-  const reg mean = V::set1(p.mean), scale = V::set1(p.scale), shift = V::set1(p.shift);
+  const reg mean = V::set1(p.mean), scale = V::set1(p.scale), shift = V::set1(p.shift), leak = V::set1(slope);
   const std::int64_t body = n / (V::lanes * kNormUnroll) * (V::lanes * kNormUnroll);
   reg s[kNormUnroll], sx[kNormUnroll];
   for (int u = 0; u < kNormUnroll; ++u) s[u] = sx[u] = V::zero();
@@ -138,7 +151,7 @@ NormSums norm_sums(const T* dy, const T* x, std::int64_t n, NormAffine<T> p) {
     for (int u = 0; u < kNormUnroll; ++u) {
       const std::int64_t at = i + u * V::lanes;
       const reg xc = V::sub(V::loadu(x + at), mean);
-      const reg g = norm_masked<T, Relu>(V::loadu(dy + at), xc, scale, shift);
+      const reg g = norm_pulled<T, Kind>(V::loadu(dy + at), xc, scale, shift, leak);
       s[u] = V::add(s[u], g);
       sx[u] = V::fma(g, xc, sx[u]);
     }
@@ -146,65 +159,108 @@ NormSums norm_sums(const T* dy, const T* x, std::int64_t n, NormAffine<T> p) {
   NormSums sums{static_cast<double>(V::reduce_add(V::add(V::add(s[0], s[1]), V::add(s[2], s[3])))),
                 static_cast<double>(V::reduce_add(V::add(V::add(sx[0], sx[1]), V::add(sx[2], sx[3]))))};
   for (std::int64_t i = body; i < n; ++i) {
-    const double g = static_cast<double>(norm_masked_scalar<T, Relu>(dy[i], x[i], p));
+    const double g = static_cast<double>(norm_pulled_scalar<T, Kind>(dy[i], x[i], p, slope));
     sums.g += g;
     sums.g_xc += g * (static_cast<double>(x[i]) - static_cast<double>(p.mean));
   }
   return sums;
 }
 
-template <class T>
-void norm_cut(const T* dy, const T* z, T* g, std::int64_t n) {
+template <class T, ActivationKind Kind>
+void norm_cut(const T* dy, const T* z, T* g, std::int64_t n, T slope) {
   using V = Vec<T>;
+  using A = Activated<T, Kind>;
+  const typename V::reg leak = V::set1(slope);
   std::int64_t i = 0;
-  for (; i + V::lanes <= n; i += V::lanes) V::storeu(g + i, V::select_gt0(V::loadu(z + i), V::loadu(dy + i)));
-  for (; i < n; ++i) g[i] = z[i] > T(0) ? dy[i] : T(0);
+  for (; i + V::lanes <= n; i += V::lanes) V::storeu(g + i, A::pull(V::loadu(z + i), V::loadu(dy + i), leak));
+  if (i == n) return;
+  const int left = static_cast<int>(n - i);
+  V::store_partial(g + i, A::pull(V::load_partial(z + i, left), V::load_partial(dy + i, left), leak), left);
 }
 
-template <class T, bool Relu>
-void norm_dx(const T* dy, const T* x, T* dx, std::int64_t n, NormAffine<T> p, NormPull<T> pull) {
+template <class T, bool Add, ActivationKind Kind>
+FEDPAI_INLINE void norm_pull_rows(const T* dy, const T* x, const T* r, T* g, std::int64_t n, NormAffine<T> p) {
   using V = Vec<T>;
+  using A = Activated<T, Kind>;
   using reg = typename V::reg;
   const reg mean = V::set1(p.mean), scale = V::set1(p.scale), shift = V::set1(p.shift);
+  std::int64_t i = 0;
+  for (; i + V::lanes <= n; i += V::lanes) {
+    reg v = V::fma(V::sub(V::loadu(x + i), mean), scale, shift);
+    if constexpr (Add) v = V::add(v, V::loadu(r + i));
+    V::storeu(g + i, A::pull(v, V::loadu(dy + i), v));
+  }
+  if (i == n) return;
+  const int left = static_cast<int>(n - i);
+  reg v = norm_partial(x + i, left, p);
+  if constexpr (Add) v = V::add(v, V::load_partial(r + i, left));
+  V::store_partial(g + i, A::pull(v, V::load_partial(dy + i, left), v), left);
+}
+
+template <class T, ActivationKind Kind>
+void norm_pull(const T* dy, const T* x, const T* r, T* g, std::int64_t n, NormAffine<T> p) {
+  if (r != nullptr) norm_pull_rows<T, true, Kind>(dy, x, r, g, n, p);
+  else norm_pull_rows<T, false, Kind>(dy, x, r, g, n, p);
+}
+
+template <class T, ActivationKind Kind>
+void norm_dx(const T* dy, const T* x, T* dx, std::int64_t n, NormAffine<T> p, T slope, NormPull<T> pull) {
+  using V = Vec<T>;
+  using reg = typename V::reg;
+  const reg mean = V::set1(p.mean), scale = V::set1(p.scale), shift = V::set1(p.shift), leak = V::set1(slope);
   const reg mean_g = V::set1(pull.mean_g), minus_slope = V::set1(-pull.slope);
   std::int64_t i = 0;
   for (; i + V::lanes <= n; i += V::lanes) {
     const reg xc = V::sub(V::loadu(x + i), mean);
-    const reg g = norm_masked<T, Relu>(V::loadu(dy + i), xc, scale, shift);
+    const reg g = norm_pulled<T, Kind>(V::loadu(dy + i), xc, scale, shift, leak);
     V::storeu(dx + i, V::mul(V::fma(xc, minus_slope, V::sub(g, mean_g)), scale));
   }
   for (; i < n; ++i) {
-    const T g = norm_masked_scalar<T, Relu>(dy[i], x[i], p);
+    const T g = norm_pulled_scalar<T, Kind>(dy[i], x[i], p, slope);
     dx[i] = ((g - pull.mean_g) - (x[i] - p.mean) * pull.slope) * p.scale;
   }
 }
 
-template <class T, bool Relu>
-void norm_dx_fixed(const T* dy, const T* x, T* dx, std::int64_t n, NormAffine<T> p) {
+template <class T, ActivationKind Kind>
+void norm_dx_fixed(const T* dy, const T* x, T* dx, std::int64_t n, NormAffine<T> p, T slope) {
   using V = Vec<T>;
   using reg = typename V::reg;
-  const reg mean = V::set1(p.mean), scale = V::set1(p.scale), shift = V::set1(p.shift);
+  const reg mean = V::set1(p.mean), scale = V::set1(p.scale), shift = V::set1(p.shift), leak = V::set1(slope);
   std::int64_t i = 0;
   for (; i + V::lanes <= n; i += V::lanes) {
     reg g = V::loadu(dy + i);
-    if constexpr (Relu) g = norm_masked<T, Relu>(g, V::sub(V::loadu(x + i), mean), scale, shift);
+    if constexpr (Kind != kNone) g = norm_pulled<T, Kind>(g, V::sub(V::loadu(x + i), mean), scale, shift, leak);
     V::storeu(dx + i, V::mul(g, scale));
   }
   for (; i < n; ++i) {
     T g = dy[i];
-    if constexpr (Relu) g = norm_masked_scalar<T, Relu>(g, x[i], p);
+    if constexpr (Kind != kNone) g = norm_pulled_scalar<T, Kind>(g, x[i], p, slope);
     dx[i] = g * p.scale;
   }
 }
 
+template <class T, int Kind = 0>
+constexpr void set_norm_kernels(NormKernels<T>& table) {
+  constexpr ActivationKind kind = static_cast<ActivationKind>(Kind);
+  table.apply[kind] = norm_apply<T, kind>;
+  table.apply_add[kind] = norm_apply_add<T, kind>;
+  if constexpr (kind < kPiecewiseKinds) {
+    table.sums[kind] = norm_sums<T, kind>;
+    table.cut[kind] = norm_cut<T, kind>;
+    table.dx[kind] = norm_dx<T, kind>;
+    table.dx_fixed[kind] = norm_dx_fixed<T, kind>;
+  } else {
+    table.pull[kind] = norm_pull<T, kind>;
+  }
+  if constexpr (Kind + 1 < kActivationKinds) set_norm_kernels<T, Kind + 1>(table);
+}
+
 template <class T>
 constexpr NormKernels<T> make_norm_kernels() {
-  return {
-      norm_moments<T>,          norm_apply<T, false>, norm_apply<T, true>, norm_apply_add<T, false>,
-      norm_apply_add<T, true>,  norm_sums<T, false>,  norm_sums<T, true>,  norm_cut<T>,
-      norm_dx<T, false>,        norm_dx<T, true>,     norm_dx_fixed<T, false>,
-      norm_dx_fixed<T, true>,
-  };
+  NormKernels<T> table{};
+  table.moments = norm_moments<T>;
+  set_norm_kernels(table);
+  return table;
 }
 
 }  // namespace

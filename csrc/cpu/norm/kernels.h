@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu/norm/activation.h"
+
 namespace fedpai {
 
 // Elements per block. A block's sums run in the element type over this many elements, the blocks of a row are combined
@@ -28,11 +30,11 @@ struct NormAffine {
   T shift;
 };
 
-// The maps of all channels, followed by a ReLU or not.
+// The maps of all channels, and the activation after them.
 template <class T>
 struct NormMap {
   const NormAffine<T>* channel;
-  bool relu;
+  Activation activation;
 };
 
 // dx = (g - mean_g - (x - mean) * slope) * scale: the gradient through the batch's own mean and variance.
@@ -42,24 +44,24 @@ struct NormPull {
   T slope;
 };
 
-// `_relu`: y = max(y, 0) forward; backward the gradient g is dy where y > 0, else 0, with y computed again from x.
-// Pointers need no alignment. Every output is overwritten. dx may be dy.
+// By the kind of the activation. Backward of the piecewise linear ones, the gradient g before the activation is computed
+// from dy and from y = affine(x), which is computed again. `slope`: of the leaky ReLU; other kinds ignore it.
+// Pointers need no alignment. Every output is overwritten. dx and g may be dy.
 template <class T>
 struct NormKernels {
   NormMoments (*moments)(const T* x, std::int64_t n);  // n >= 1, one block
-  void (*apply)(const T* x, T* y, std::int64_t n, NormAffine<T> affine);
-  void (*apply_relu)(const T* x, T* y, std::int64_t n, NormAffine<T> affine);
-  // With r added before the ReLU. y may be r.
-  void (*apply_add)(const T* x, const T* r, T* y, std::int64_t n, NormAffine<T> affine);
-  void (*apply_add_relu)(const T* x, const T* r, T* y, std::int64_t n, NormAffine<T> affine);
-  NormSums (*sums)(const T* dy, const T* x, std::int64_t n, NormAffine<T> affine);  // one block
-  NormSums (*sums_relu)(const T* dy, const T* x, std::int64_t n, NormAffine<T> affine);
-  void (*cut)(const T* dy, const T* z, T* g, std::int64_t n);  // g = dy where z > 0, else 0
-  void (*dx)(const T* dy, const T* x, T* dx, std::int64_t n, NormAffine<T> affine, NormPull<T> pull);
-  void (*dx_relu)(const T* dy, const T* x, T* dx, std::int64_t n, NormAffine<T> affine, NormPull<T> pull);
+  void (*apply[kActivationKinds])(const T* x, T* y, std::int64_t n, NormAffine<T> affine, T slope);
+  // With r added before the activation. y may be r.
+  void (*apply_add[kActivationKinds])(const T* x, const T* r, T* y, std::int64_t n, NormAffine<T> affine, T slope);
+  NormSums (*sums[kPiecewiseKinds])(const T* dy, const T* x, std::int64_t n, NormAffine<T> affine, T slope);  // one block
+  // g from the result z of a piecewise linear activation.
+  void (*cut[kPiecewiseKinds])(const T* dy, const T* z, T* g, std::int64_t n, T slope);
+  void (*dx[kPiecewiseKinds])(const T* dy, const T* x, T* dx, std::int64_t n, NormAffine<T> affine, T slope,
+                              NormPull<T> pull);
   // Fixed statistics: dx = g * scale.
-  void (*dx_fixed)(const T* dy, const T* x, T* dx, std::int64_t n, NormAffine<T> affine);
-  void (*dx_fixed_relu)(const T* dy, const T* x, T* dx, std::int64_t n, NormAffine<T> affine);
+  void (*dx_fixed[kPiecewiseKinds])(const T* dy, const T* x, T* dx, std::int64_t n, NormAffine<T> affine, T slope);
+  // g of a smooth activation (null for the others) of affine(x), plus r unless that is null.
+  void (*pull[kActivationKinds])(const T* dy, const T* x, const T* r, T* g, std::int64_t n, NormAffine<T> affine);
 };
 
 }  // namespace fedpai

@@ -91,14 +91,15 @@ NormAffine<T> affine(const T* weight, const T* bias, T mean, T invstd, std::int6
   return {mean, weight != nullptr ? weight[channel] * invstd : invstd, bias != nullptr ? bias[channel] : T(0)};
 }
 
-// y = norm(x) [+ r] [cut at 0]; r may be null.
+// y = activation(norm(x) [+ r]); r may be null.
 template <class T>
-void apply(const T* x, const T* r, bool relu, T* y, std::int64_t n, NormAffine<T> p) {
+void apply(const T* x, const T* r, Activation activation, T* y, std::int64_t n, NormAffine<T> p) {
   const NormKernels<T>& k = norm_kernels<T>();
+  const T slope = static_cast<T>(activation.slope);
   if (r != nullptr) {
-    (relu ? k.apply_add_relu : k.apply_add)(x, r, y, n, p);
+    k.apply_add[activation.kind](x, r, y, n, p, slope);
   } else {
-    (relu ? k.apply_relu : k.apply)(x, y, n, p);
+    k.apply[activation.kind](x, y, n, p, slope);
   }
 }
 
@@ -133,13 +134,13 @@ template <class T>
 void normalise(NormShape shape, const T* x, NormMap<T> map, T* y, int threads) {
   for_pieces(shape, cut(shape, threads), [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
     const std::int64_t at = channel * shape.row + begin;
-    apply<T>(x + at, nullptr, map.relu, y + at, n, map.channel[channel]);
+    apply<T>(x + at, nullptr, map.activation, y + at, n, map.channel[channel]);
   });
 }
 
 template <class T>
-void batch_norm_train(NormShape shape, const T* x, const T* r, const T* weight, const T* bias, double eps, bool relu,
-                      T* y, T* mean, T* invstd, T* var, int threads) {
+void batch_norm_train(NormShape shape, const T* x, const T* r, const T* weight, const T* bias, double eps,
+                      Activation activation, T* y, T* mean, T* invstd, T* var, int threads) {
   const NormKernels<T>& k = norm_kernels<T>();
   const Cut c = cut(shape, threads);
   const auto block = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
@@ -152,7 +153,7 @@ void batch_norm_train(NormShape shape, const T* x, const T* r, const T* weight, 
   };
   const auto write_y = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
     const std::int64_t at = channel * shape.row + begin;
-    apply(x + at, offset(r, at), relu, y + at, n, affine(weight, bias, mean[channel], invstd[channel], channel));
+    apply(x + at, offset(r, at), activation, y + at, n, affine(weight, bias, mean[channel], invstd[channel], channel));
   };
 
   if (c.whole_rows) {
@@ -181,29 +182,28 @@ void batch_norm_train(NormShape shape, const T* x, const T* r, const T* weight, 
 
 template <class T>
 void batch_norm_eval(NormShape shape, const T* x, const T* r, const T* weight, const T* bias, const T* mean,
-                     const T* var, double eps, bool relu, T* y, T* invstd, int threads) {
+                     const T* var, double eps, Activation activation, T* y, T* invstd, int threads) {
   for (std::int64_t channel = 0; channel < shape.channels; ++channel) {
     invstd[channel] = static_cast<T>(1.0 / std::sqrt(static_cast<double>(var[channel]) + eps));
   }
   if (y == nullptr) return;
   for_pieces(shape, cut(shape, threads), [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
     const std::int64_t at = channel * shape.row + begin;
-    apply(x + at, offset(r, at), relu, y + at, n, affine(weight, bias, mean[channel], invstd[channel], channel));
+    apply(x + at, offset(r, at), activation, y + at, n, affine(weight, bias, mean[channel], invstd[channel], channel));
   });
 }
 
 template <class T>
 void batch_norm_backward(NormShape shape, const T* dy, NormKept<T> x, NormKept<T> z, const T* weight, const T* bias,
-                         const T* mean, const T* invstd, bool through_statistics, bool relu, T* dx, T* dr, T* dweight,
-                         T* dbias, int threads) {
+                         const T* mean, const T* invstd, bool through_statistics, Activation activation, T* dx, T* dr,
+                         T* dweight, T* dbias, int threads) {
   const NormKernels<T>& k = norm_kernels<T>();
-  const bool from_z = z.exact != nullptr || z.rounded != nullptr;
-  const bool recompute = relu && !from_z;  // the mask, from x
-  const auto sums = recompute ? k.sums_relu : k.sums;
-  const auto pull_dx = recompute ? k.dx_relu : k.dx;
-  const auto fixed_dx = recompute ? k.dx_fixed_relu : k.dx_fixed;
-  T* const kept = dr != nullptr ? dr : dx;  // where the cut gradient stays for the second look; null: nowhere
-  const T* const g = from_z ? kept : dy;
+  const bool smooth = activation.is_smooth();
+  const bool pulled_first = !z.absent() || smooth;  // the first look writes the gradient before the activation
+  const ActivationKind again = pulled_first ? kNone : activation.kind;  // computed again from x, in both looks
+  const T slope = static_cast<T>(activation.slope);
+  T* const kept = dr != nullptr ? dr : dx;  // where that gradient stays for the second look; null: nowhere
+  const T* const g = pulled_first ? kept : dy;
   const Cut c = cut(shape, threads);
   const bool want_sums = dweight != nullptr || (dx != nullptr && through_statistics);
   std::vector<NormPull<T>> pulls(static_cast<std::size_t>(shape.channels));
@@ -211,14 +211,25 @@ void batch_norm_backward(NormShape shape, const T* dy, NormKept<T> x, NormKept<T
   const auto params = [&](std::int64_t channel) {
     return affine(weight, bias, mean[channel], invstd[channel], channel);
   };
+  // `from`: x from `at` on; read where the activation is smooth.
+  const auto pull = [&](std::int64_t channel, std::int64_t at, std::int64_t n, const T* from, T* to) {
+    T wide[kNormBlock];
+    const T* const kept_z = z.absent() ? nullptr : kept_block(z, at, n, wide);
+    if (smooth) {
+      k.pull[activation.kind](dy + at, from, kept_z, to, n, params(channel));
+    } else {
+      k.cut[activation.kind](dy + at, kept_z, to, n, slope);
+    }
+  };
   const auto block = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
     const std::int64_t at = channel * shape.row + begin;
     T wide[kNormBlock];
-    if (!from_z) return sums(dy + at, kept_block(x, at, n, wide), n, params(channel));
+    const T* const from = kept_block(x, at, n, wide);
+    if (!pulled_first) return k.sums[again](dy + at, from, n, params(channel), slope);
     T scratch[kNormBlock];
-    T* const cut_block = kept != nullptr ? kept + at : scratch;
-    k.cut(dy + at, kept_block(z, at, n, wide), cut_block, n);
-    return sums(cut_block, kept_block(x, at, n, wide), n, params(channel));
+    T* const pulled = kept != nullptr ? kept + at : scratch;
+    pull(channel, at, n, from, pulled);
+    return k.sums[again](pulled, from, n, params(channel), slope);
   };
   const auto finish = [&](std::int64_t channel, const SumsFold& f) {
     const double inv = static_cast<double>(invstd[channel]), count = static_cast<double>(shape.row);
@@ -236,24 +247,26 @@ void batch_norm_backward(NormShape shape, const T* dy, NormKept<T> x, NormKept<T
       const std::int64_t at = channel * shape.row + i, size = std::min(step, begin + n - i);
       const T* const from = kept_block(x, at, size, wide);
       if (through_statistics) {
-        pull_dx(g + at, from, dx + at, size, params(channel), pulls[static_cast<std::size_t>(channel)]);
+        k.dx[again](g + at, from, dx + at, size, params(channel), slope, pulls[static_cast<std::size_t>(channel)]);
       } else {
-        fixed_dx(g + at, from, dx + at, size, params(channel));
+        k.dx_fixed[again](g + at, from, dx + at, size, params(channel), slope);
       }
     }
   };
-  // Without sums there was no first look that cut the gradient.
-  const auto cut_and_write = [&](std::int64_t channel, std::int64_t begin, std::int64_t size) {
+  // Without sums there was no first look that wrote the gradient.
+  const auto pull_and_write = [&](std::int64_t channel, std::int64_t begin, std::int64_t size) {
     for (std::int64_t i = begin; i < begin + size; i += kNormBlock) {
       const std::int64_t at = channel * shape.row + i, n = std::min(kNormBlock, begin + size - i);
-      T wide[kNormBlock];
-      if (kept != nullptr && from_z) k.cut(dy + at, kept_block(z, at, n, wide), kept + at, n);
+      if (kept != nullptr && pulled_first) {
+        T wide[kNormBlock];
+        pull(channel, at, n, smooth ? kept_block(x, at, n, wide) : nullptr, kept + at);
+      }
       if (dx != nullptr) write_dx(channel, i, n);
     }
   };
 
   if (!want_sums) {
-    for_pieces(shape, c, cut_and_write);
+    for_pieces(shape, c, pull_and_write);
     return;
   }
   if (c.whole_rows) {
@@ -279,12 +292,12 @@ void batch_norm_backward(NormShape shape, const T* dy, NormKept<T> x, NormKept<T
 #define FEDPAI_INSTANTIATE(T)                                                                                       \
   template std::vector<NormAffine<T>> norm_affines<T>(std::int64_t, const T*, const T*, const T*, const T*);        \
   template void normalise<T>(NormShape, const T*, NormMap<T>, T*, int);                                             \
-  template void batch_norm_train<T>(NormShape, const T*, const T*, const T*, const T*, double, bool, T*, T*, T*,    \
-                                    T*, int);                                                                       \
+  template void batch_norm_train<T>(NormShape, const T*, const T*, const T*, const T*, double, Activation, T*, T*,  \
+                                    T*, T*, int);                                                                   \
   template void batch_norm_eval<T>(NormShape, const T*, const T*, const T*, const T*, const T*, const T*, double,   \
-                                   bool, T*, T*, int);                                                              \
+                                   Activation, T*, T*, int);                                                        \
   template void batch_norm_backward<T>(NormShape, const T*, NormKept<T>, NormKept<T>, const T*, const T*, const T*, \
-                                       const T*, bool, bool, T*, T*, T*, T*, int);
+                                       const T*, bool, Activation, T*, T*, T*, T*, int);
 FEDPAI_INSTANTIATE(float)
 FEDPAI_INSTANTIATE(double)
 #undef FEDPAI_INSTANTIATE

@@ -62,6 +62,13 @@ struct Vec<float> {
   static FEDPAI_INLINE reg select_gt0(reg a, reg b) {
     return _mm256_and_ps(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_GT_OQ), b);
   }
+  static FEDPAI_INLINE reg where_gt0(reg a, reg b, reg c) {
+    return _mm256_blendv_ps(c, b, _mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_GT_OQ));
+  }
+  static FEDPAI_INLINE reg pow2(reg n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+  }
   static FEDPAI_INLINE float reduce_add(reg v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -104,6 +111,13 @@ struct Vec<double> {
   static FEDPAI_INLINE reg fma(reg a, reg b, reg c) { return _mm256_fmadd_pd(a, b, c); }
   static FEDPAI_INLINE reg select_gt0(reg a, reg b) {
     return _mm256_and_pd(_mm256_cmp_pd(a, _mm256_setzero_pd(), _CMP_GT_OQ), b);
+  }
+  static FEDPAI_INLINE reg where_gt0(reg a, reg b, reg c) {
+    return _mm256_blendv_pd(c, b, _mm256_cmp_pd(a, _mm256_setzero_pd(), _CMP_GT_OQ));
+  }
+  static FEDPAI_INLINE reg pow2(reg n) {
+    const __m256i exponent = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n)), _mm256_set1_epi64x(1023));
+    return _mm256_castsi256_pd(_mm256_slli_epi64(exponent, 52));
   }
   static FEDPAI_INLINE double reduce_add(reg v) {
     __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));

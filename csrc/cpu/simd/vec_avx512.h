@@ -54,6 +54,13 @@ struct Vec<float> {
   static FEDPAI_INLINE reg select_gt0(reg a, reg b) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GT_OQ), b);
   }
+  static FEDPAI_INLINE reg where_gt0(reg a, reg b, reg c) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GT_OQ), c, b);
+  }
+  static FEDPAI_INLINE reg pow2(reg n) {
+    const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+  }
   static FEDPAI_INLINE float reduce_add(reg v) {
     const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
@@ -98,6 +105,13 @@ struct Vec<double> {
   static FEDPAI_INLINE reg fma(reg a, reg b, reg c) { return _mm512_fmadd_pd(a, b, c); }
   static FEDPAI_INLINE reg select_gt0(reg a, reg b) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, _mm512_setzero_pd(), _CMP_GT_OQ), b);
+  }
+  static FEDPAI_INLINE reg where_gt0(reg a, reg b, reg c) {
+    return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, _mm512_setzero_pd(), _CMP_GT_OQ), c, b);
+  }
+  static FEDPAI_INLINE reg pow2(reg n) {
+    const __m512i exponent = _mm512_add_epi64(_mm512_cvtpd_epi64(n), _mm512_set1_epi64(1023));
+    return _mm512_castsi512_pd(_mm512_slli_epi64(exponent, 52));
   }
   static FEDPAI_INLINE double reduce_add(reg v) {
     const __m256d h = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));

@@ -60,6 +60,10 @@ struct Vec<float> {
   static FEDPAI_INLINE reg select_gt0(reg a, reg b) {
     return vreinterpretq_f32_u32(vandq_u32(vcgtzq_f32(a), vreinterpretq_u32_f32(b)));
   }
+  static FEDPAI_INLINE reg where_gt0(reg a, reg b, reg c) { return vbslq_f32(vcgtzq_f32(a), b, c); }
+  static FEDPAI_INLINE reg pow2(reg n) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
+  }
   static FEDPAI_INLINE float reduce_add(reg v) {
     const float32x2_t s = vadd_f32(vget_low_f32(v), vget_high_f32(v));
     return vget_lane_f32(s, 0) + vget_lane_f32(s, 1);
@@ -103,6 +107,10 @@ struct Vec<double> {
   static FEDPAI_INLINE reg fma(reg a, reg b, reg c) { return vfmaq_f64(c, a, b); }
   static FEDPAI_INLINE reg select_gt0(reg a, reg b) {
     return vreinterpretq_f64_u64(vandq_u64(vcgtzq_f64(a), vreinterpretq_u64_f64(b)));
+  }
+  static FEDPAI_INLINE reg where_gt0(reg a, reg b, reg c) { return vbslq_f64(vcgtzq_f64(a), b, c); }
+  static FEDPAI_INLINE reg pow2(reg n) {
+    return vreinterpretq_f64_s64(vshlq_n_s64(vaddq_s64(vcvtq_s64_f64(n), vdupq_n_s64(1023)), 52));
   }
   static FEDPAI_INLINE double reduce_add(reg v) { return vgetq_lane_f64(v, 0) + vgetq_lane_f64(v, 1); }
   static FEDPAI_INLINE reg fold(reg a, reg b) { return vpaddq_f64(a, b); }

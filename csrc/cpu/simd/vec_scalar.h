@@ -95,6 +95,22 @@ struct Vec {
   static FEDPAI_INLINE reg select_gt0(const reg& a, const reg& b) {
     return each([&](int i) { return a.x[i] > T(0) ? b.x[i] : T(0); });
   }
+  static FEDPAI_INLINE reg where_gt0(const reg& a, const reg& b, const reg& c) {
+    return each([&](int i) { return a.x[i] > T(0) ? b.x[i] : c.x[i]; });
+  }
+  static FEDPAI_INLINE reg pow2(const reg& n) {
+    return each([&](int i) {
+      T power;
+      if constexpr (sizeof(T) == 4) {
+        const std::uint32_t bits = static_cast<std::uint32_t>(static_cast<std::int32_t>(n.x[i]) + 127) << 23;
+        __builtin_memcpy(&power, &bits, sizeof(T));
+      } else {
+        const std::uint64_t bits = static_cast<std::uint64_t>(static_cast<std::int64_t>(n.x[i]) + 1023) << 52;
+        __builtin_memcpy(&power, &bits, sizeof(T));
+      }
+      return power;
+    });
+  }
   static FEDPAI_INLINE T reduce_add(const reg& v) {
     reg s = v;
     for (int half = lanes / 2; half > 0; half /= 2) {

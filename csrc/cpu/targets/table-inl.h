@@ -6,6 +6,7 @@
 #include "cpu/conv2d/kernels-inl.h"
 #include "cpu/dispatch.h"
 #include "cpu/machine/kernels-inl.h"
+#include "cpu/norm/group_kernels-inl.h"
 #include "cpu/norm/kernels-inl.h"
 #include "cpu/optim/kernels-inl.h"
 #include "cpu/pool/kernels-inl.h"
@@ -23,6 +24,8 @@ const KernelTable kTable = {
     make_conv2d_kernels<double>(),
     make_norm_kernels<float>(),
     make_norm_kernels<double>(),
+    make_group_norm_kernels<float>(),
+    make_group_norm_kernels<double>(),
     make_optim_kernels<float>(),
     make_optim_kernels<double>(),
     make_pool_kernels<float>(),

@@ -130,9 +130,9 @@ def _add_common(parser: argparse.ArgumentParser, rivals: str) -> None:
         metavar="NAME",
         help="images that grasp and snip score with (fashion-mnist; synthetic needs no files)",
     )
-    add("--batch", type=_positive, default=64, metavar="N", help="images (64)")
-    add("--threads", type=_positive, metavar="N", help="of torch and of the kernels (torch's default)")
-    add("--samples", type=_positive, default=30, metavar="N", help="of each contender (30)")
+    add("--batch", type=positive, default=64, metavar="N", help="images (64)")
+    add("--threads", type=positive, metavar="N", help="of torch and of the kernels (torch's default)")
+    add("--samples", type=positive, default=30, metavar="N", help="of each contender (30)")
     add("--min-time", type=float, default=2.0, metavar="MS", help="a sample lasts at least so long (2)")
     add(
         "--budget",
@@ -167,7 +167,8 @@ def _numbers(text: str) -> list[float]:
     return numbers
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1, as the type of an argument."""
     try:
         number = int(text)
     except ValueError:
@@ -321,8 +322,9 @@ def _collect(
     """Measures; rows are written as they come, so that Ctrl-C loses only what is under way."""
     import torch
 
-    from fedpai.bench.machine import cpu_model, measure_machine
+    from fedpai.bench.machine import measure_machine
     from fedpai.bench.rows import append
+    from fedpai_kernels.tuning import cpu_model
 
     _progress("measuring the machine")
     machine = measure_machine()

@@ -256,11 +256,12 @@ def _setup_times(problem: Problem) -> Row:
 def _choice(problem: Problem) -> str:
     """The kernel that a conversion would take for this layer."""
     from fedpai_kernels.nn import LayerInfo, choose_kernel
+    from fedpai_kernels.tuning import break_evens
 
     case = problem.case
     kind = "linear" if case.kind == "linear" else "conv2d"
     info = LayerInfo(kind, case.weight_shape, problem.plan.nnz, case.groups, case.stride)  # type: ignore[arg-type]
-    return choose_kernel(info).kernel
+    return choose_kernel(info, break_evens()).kernel
 
 
 def _cache_filler() -> Call:

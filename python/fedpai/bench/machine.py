@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from fedpai.bench.work import Work
+from fedpai_kernels.tuning import cpu_model
 
-_CPUINFO = Path("/proc/cpuinfo")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _PACKAGES = {"fedpai_kernels": "fedpai-kernels", "numpy": "numpy", "sparseprop": "sparseprop"}
 
@@ -50,19 +50,6 @@ def _versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
-
-
-def cpu_model() -> str:
-    """Name, with family and model number where the kernel tells: virtual machines shorten the name."""
-    try:
-        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(re.findall(r"^([\w ]+?)\s*:\s*(.*)$", text.partition("\n\n")[0], re.MULTILINE))
-    name = fields.get("model name") or fields.get("CPU part") or platform.machine()
-    if "cpu family" in fields and "model" in fields:
-        return f"{name} (family {fields['cpu family']}, model {fields['model']})"
-    return name
 
 
 def caches() -> dict[str, str]:

@@ -8,7 +8,8 @@ steps have ``results``: for each contender
     {"status": "ok", "best": variant, "variants": {variant: {"median_ms": ..., "q20_ms": ..., ...}}}
     {"status": "wrong" | "unavailable", "reason": text}
 
-and ``speedup``: {rival: its best variant's median over ours}. A profile row is one part of our step, of one layer or
+and ``speedup``: {rival: its best variant's median over ours}. In a step row a variant has ``first_step_ms`` as well,
+and ours ``convert_ms``, what `sparsify_` took. A profile row is one part of our step, of one layer or
 (``layer`` null) of all: ``counted`` says whether it is an "operation", a "gap" between operations, or the "remainder"
 that the trace does not show, and ``step`` what holds for the whole. A memory row has ``peaks``: {contender: {variant:
 {"peak_bytes": ..., "start_bytes": ..., ...}}}, as written in ``memory.py``.

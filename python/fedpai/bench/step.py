@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -116,7 +117,9 @@ def network_of(name: str, seed: int | None = None) -> nn.Module:
 def setting_of(settings: Settings, model: str, sparsity: float, task: Task, data: str | None) -> Row:
     """The fields of a row that say what was trained."""
     from fedpai.pruning import summary
+    from fedpai_kernels.tuning import break_evens
 
+    figures = break_evens()
     kept = summary(task.masks, task.network, input_shape=INPUT_SHAPE)
     return {
         "model": model,
@@ -127,6 +130,7 @@ def setting_of(settings: Settings, model: str, sparsity: float, task: Task, data
         "mac_share": round(kept.mac_share, 6),
         "input": list(INPUT_SHAPE),
         "mask_data": data,
+        "break_evens": f"{figures.source}: {figures}",
     }
 
 
@@ -143,6 +147,7 @@ def _measure(settings: Settings, model: str, sparsity: float, progress: Callable
     losses: dict[str, list[float]] = {"dense-masked": expected.losses}
     reasons: dict[str, list[tuple[str, str]]] = {}
     layers: dict[str, int] = {}
+    starts: dict[str, dict[str, Row]] = {}
     for name in ("ours", *settings.rivals):
         for variant, build in CONTENDERS[name](task, settings.compiled).items():
             progress(f"{label}: preparing {name} {variant}")
@@ -150,19 +155,22 @@ def _measure(settings: Settings, model: str, sparsity: float, progress: Callable
             if isinstance(trainer, str):
                 reasons.setdefault(name, []).append(("unavailable", f"{variant}: {trainer}"))
                 continue
-            found, failure = _first_losses(trainer)
+            found, failure, first_ms = _first_losses(trainer)
             losses[f"{name}, {variant}"] = found
             problem = failure or expected.problem(found, trainer.masked, trainer.exact)
             if problem:
                 reasons.setdefault(name, []).append(("wrong", f"{variant}: {problem}"))
                 continue
             trainers[name, variant] = trainer
+            starts.setdefault(name, {})[variant] = _start(trainer, first_ms)
             layers = trainer.layers or layers
     progress(f"{label}: measuring")
     calls = {key: trainer.step for key, trainer in trainers.items()}
     timings = interleave(calls, settings.effort, lambda key: key[0])
     results = {
-        name: _result(name, {v: t for (n, v), t in timings.items() if n == name}, reasons.get(name, []))
+        name: _result(
+            {v: t for (n, v), t in timings.items() if n == name}, starts.get(name, {}), reasons.get(name, [])
+        )
         for name in ("ours", *settings.rivals)
     }
     return {
@@ -173,15 +181,26 @@ def _measure(settings: Settings, model: str, sparsity: float, progress: Callable
     }
 
 
-def _first_losses(trainer: Trainer) -> tuple[list[float], str]:
-    """Losses of the first steps, and what went wrong if they could not be made."""
+def _first_losses(trainer: Trainer) -> tuple[list[float], str, float]:
+    """Losses of the first steps, what went wrong if they could not be made, and milliseconds of the first one."""
     try:
-        return [float(trainer.step()) for _ in range(CHECKED_STEPS)], ""
+        start = time.perf_counter()
+        losses = [float(trainer.step())]
+        first_ms = 1e3 * (time.perf_counter() - start)
+        return losses + [float(trainer.step()) for _ in range(CHECKED_STEPS - 1)], "", first_ms
     except Exception as error:  # compilers and foreign packages fail in every way there is
         text = str(error).strip() or type(error).__name__
-        return [], f"failed: {text.splitlines()[0][:200]}"
+        return [], f"failed: {text.splitlines()[0][:200]}", 0.0
 
 
-def _result(name: str, timings: Mapping[str, Any], reasons: Sequence[tuple[str, str]]) -> Result:
+def _start(trainer: Trainer, first_ms: float) -> Row:
+    """What a contender took before it was warm."""
+    start: Row = {"first_step_ms": round(first_ms, 3)}
+    return start if trainer.convert_ms is None else {**start, "convert_ms": round(trainer.convert_ms, 3)}
+
+
+def _result(
+    timings: Mapping[str, Any], starts: Mapping[str, Row], reasons: Sequence[tuple[str, str]]
+) -> Result:
     status = "wrong" if any(state == "wrong" for state, _ in reasons) else "unavailable"
-    return Result(timings, {}, status, "; ".join(text for _, text in reasons))
+    return Result(timings, starts, status, "; ".join(text for _, text in reasons))

@@ -168,6 +168,8 @@ _BEGINNINGS = (
     (("_ToBatchLast", "_ToContiguous"), "layout"),
     (("fedpai::batch_norm_backward", "_BatchNormBackward", "NativeBatchNormBackward"), "norm backward"),
     (("fedpai::batch_norm", "_BatchNorm", "aten::batch_norm"), "norm forward"),
+    (("fedpai::group_norm_backward", "_GroupNormBackward", "NativeGroupNormBackward"), "norm backward"),
+    (("fedpai::group_norm", "_GroupNorm", "aten::group_norm"), "norm forward"),
     # What is left of a norm and its convolution in one, once the convolution's own operations are taken out.
     (("_NormConv2dBackward",), "norm backward"),
     (("_NormConv2d",), "norm forward"),
@@ -346,11 +348,11 @@ def _moved(event: Event) -> tuple[int, int]:
     sizes = [_numel(shape) for shape in event.shapes if len(shape) == 4]
     if not sizes:
         return 0, 0
-    if event.name in ("fedpai::batch_norm_train", "fedpai::batch_norm_eval"):  # x, residual -> y
+    if event.name in ("fedpai::batch_norm_train", "fedpai::batch_norm_eval", "fedpai::group_norm"):  # x, residual -> y
         return _FLOAT * sum(sizes), _FLOAT * sizes[0]
     if event.name == "fedpai::batch_norm_statistics":  # x
         return _FLOAT * sizes[0], 0
-    if event.name == "fedpai::batch_norm_backward_":  # dy, x -> dx
+    if event.name in ("fedpai::batch_norm_backward_", "fedpai::group_norm_backward"):  # dy, x -> dx
         return _FLOAT * sum(sizes), _FLOAT * sizes[0]
     if event.name == "fedpai::batch_norm_backward":  # dy, x, result of a ReLU -> dx, dresidual
         return _FLOAT * sum(sizes), _FLOAT * sum(sizes[1:])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `fedpai run`, `fedpai bench`, `fedpai doctor`."""
+"""The command line: `fedpai run`, `fedpai bench`, `fedpai tune`, `fedpai doctor`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class OneLineParser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The whole parser. Sub-commands import their heavy parts when they run."""
     from fedpai.bench import cli as bench
-    from fedpai.cli import doctor, run
+    from fedpai.cli import doctor, run, tune
 
     parser: argparse.ArgumentParser = OneLineParser(
         prog="fedpai",
@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run.add_parser(commands)
     bench.add_parser(commands)
+    tune.add_parser(commands)
     doctor.add_parser(commands)
     return parser
 

@@ -87,6 +87,7 @@ def examine() -> list[Finding]:
         ("kernels", _kernels, ("torch",)),
         ("arithmetic", _arithmetic, ("torch", "kernels")),
         ("threads", _threads, ("torch",)),
+        ("choice", _choice, ("torch", "kernels")),
         ("openmp", _openmp, ("torch",)),
         ("data", _data, ("torch",)),
         ("compiler", _compiler, ()),
@@ -197,6 +198,26 @@ def _threads() -> Finding:
     if threads > usable:
         return Finding("threads", "note", text, f"use --threads {usable}, or OMP_NUM_THREADS={usable}", facts)
     return Finding("threads", "ok", text, "", facts)
+
+
+def _choice() -> Finding:
+    """By which break-even densities conversions choose between kernels."""
+    from fedpai_kernels import tuning
+
+    found = tuning.state()
+    facts: dict[str, Any] = {"kind": found.kind, "path": None if found.path is None else str(found.path)}
+    if found.figures is None:
+        remedy = "unset FEDPAI_TUNING, or let it name a file that fedpai tune wrote on this machine"
+        return Finding("choice", "broken", f"FEDPAI_TUNING: {found.problem}", remedy, facts)
+    facts |= {"break_even": found.figures.densities(), "full_fan_in": found.figures.full_fan_in}
+    source = (
+        f"{found.figures.source}, as FEDPAI_TUNING is off" if found.kind == "off" else found.figures.source
+    )
+    text = f"break-even densities {source}: {found.figures}"
+    if found.kind == "unusable":
+        return Finding("choice", "note", f"{text} ({found.problem})", "fedpai tune", facts)
+    remedy = "fedpai tune measures those of this machine" if found.kind == "built in" else ""
+    return Finding("choice", "ok", text, remedy, facts)
 
 
 def _openmp() -> Finding:

@@ -13,6 +13,7 @@ import torch
 
 from fedpai import cli
 from fedpai.bench import machine
+from fedpai.bench.step_rivals import CONTENDERS, Trainer
 
 MODEL = machine.MachineModel(
     100.0, ((1 << 14, 60.0), (1 << 18, 50.0)), (1.2, 1.1), ((1 << 20, 40.0), (1 << 24, 10.0))
@@ -34,3 +35,21 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
 
     yield run
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def ours_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our contender's network gives twice what it should."""
+    ours = CONTENDERS["ours"]
+
+    def twice(task: Any, compiled: bool) -> dict[str, Callable[[], Trainer | str]]:
+        def build() -> Trainer:
+            trainer = ours(task, compiled)["sparsify_"]()
+            assert isinstance(trainer, Trainer)
+            network = trainer.network
+            trainer.network = lambda x: 2.0 * network(x)
+            return trainer
+
+        return {"sparsify_": build}
+
+    monkeypatch.setitem(CONTENDERS, "ours", twice)

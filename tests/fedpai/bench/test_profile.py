@@ -117,22 +117,8 @@ def test_bar_is_as_wide_as_asked_for() -> None:
     assert "".join(letters for letters, _, _ in found) == "F" * 20 + "P" * 10 + "y" * 10
 
 
-def test_wrong_steps_are_not_profiled(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ours = CONTENDERS["ours"]
-
-    def shifted(task: Any, compiled: bool) -> dict[str, Callable[[], Trainer | str]]:
-        def build() -> Trainer:
-            trainer = ours(task, compiled)["sparsify_"]()
-            assert isinstance(trainer, Trainer)
-            network = trainer.network
-            trainer.network = lambda x: 2.0 * network(x)
-            return trainer
-
-        return {"sparsify_": build}
-
-    monkeypatch.setitem(CONTENDERS, "ours", shifted)
+@pytest.mark.usefixtures("bench", "ours_is_wrong")
+def test_wrong_steps_are_not_profiled(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "step", "--profile", "--model", "mlp", "--batch", "8"]) == cli.ERROR
     assert "not profiled, because it is wrong: loss of step 1" in capsys.readouterr().err
 

@@ -35,8 +35,13 @@ def test_rows_and_table(bench: Bench, capsys: pytest.CaptureFixture[str]) -> Non
         assert len(masked) == CHECKED_STEPS
         assert row["losses"]["ours, sparsify_"] == pytest.approx(masked, rel=1e-4)
         assert row["losses"]["dense, contiguous, eager"][0] == pytest.approx(masked[0], rel=1e-4)
+        for name in ("ours", "dense"):
+            for numbers in row["results"][name]["variants"].values():
+                assert numbers["first_step_ms"] > 0
+                assert ("convert_ms" in numbers) is (name == "ours")
+        assert row["break_evens"].startswith("built in: ")
     printed = capsys.readouterr().out
-    for words in ("whole training step, batch 8", "uniform 90 %", "of the dense multiply-adds"):
+    for words in ("whole training step, batch 8", "uniform 90 %", "of the dense multiply-adds", "converted in "):
         assert words in printed
 
 
@@ -75,20 +80,8 @@ def test_a_compiler_that_fails_is_no_end(
     assert "failed: no compiler" in capsys.readouterr().out
 
 
-def test_losses_that_differ_are_wrong(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = CONTENDERS["ours"]
-
-    def twice(task: Any, compiled: bool) -> dict[str, Callable[[], Trainer | str]]:
-        def build() -> Trainer:
-            trainer = ours(task, compiled)["sparsify_"]()
-            assert isinstance(trainer, Trainer)
-            network = trainer.network
-            trainer.network = lambda x: 2.0 * network(x)
-            return trainer
-
-        return {"sparsify_": build}
-
-    monkeypatch.setitem(CONTENDERS, "ours", twice)
+@pytest.mark.usefixtures("ours_is_wrong")
+def test_losses_that_differ_are_wrong(bench: Bench) -> None:
     (row,) = bench("step", "--model", "mlp", "--batch", "8", "--no-compile", "--rivals", "dense")
     assert row["results"]["ours"]["status"] == "wrong"
     assert "loss of step 1 is" in row["results"]["ours"]["reason"]

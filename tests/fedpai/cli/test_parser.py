@@ -23,7 +23,9 @@ def test_parsing_imports_no_torch() -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["bench", "--help"], ["doctor", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], *([command, "--help"] for command in ("run", "bench", "tune", "doctor"))]
+)
 def test_help_of_every_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(words)

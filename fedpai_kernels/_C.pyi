@@ -79,6 +79,12 @@ def batch_norm_backward_f32(
     threads: int,
 ) -> None: ...
 
+# y: bfloat16. mean is 0, as are weight, bias and invstd then, where x is the result of the activation.
+def round_for_backward(
+    channels: int, row: int, x: int, weight: int, bias: int, mean: int, invstd: int, activation: int, slope: float,
+    y: int, threads: int,
+) -> None: ...
+
 batch_norm_train_f64 = batch_norm_train_f32
 batch_norm_eval_f64 = batch_norm_eval_f32
 batch_norm_backward_f64 = batch_norm_backward_f32

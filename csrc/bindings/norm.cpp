@@ -52,6 +52,12 @@ void backward(std::int64_t channels, std::int64_t row, Address dy, Address x, Ad
                          at<T>(dbias), threads);
 }
 
+void round_kept(std::int64_t channels, std::int64_t row, Address x, Address weight, Address bias, Address mean,
+                Address invstd, int activation, double slope, Address y, int threads) {
+  round_for_backward({channels, row}, at<const float>(x), at<const float>(weight), at<const float>(bias),
+                     at<const float>(mean), at<const float>(invstd), chosen(activation, slope), at<Bf16>(y), threads);
+}
+
 template <class T>
 void bind(py::module_& m, const char* train_name, const char* eval_name, const char* backward_name) {
   const py::call_guard<py::gil_scoped_release> release;
@@ -72,6 +78,9 @@ void bind(py::module_& m, const char* train_name, const char* eval_name, const c
 void bind_norm(py::module_& m) {
   bind<float>(m, "batch_norm_train_f32", "batch_norm_eval_f32", "batch_norm_backward_f32");
   bind<double>(m, "batch_norm_train_f64", "batch_norm_eval_f64", "batch_norm_backward_f64");
+  m.def("round_for_backward", &round_kept, py::arg("channels"), py::arg("row"), py::arg("x"), py::arg("weight"),
+        py::arg("bias"), py::arg("mean"), py::arg("invstd"), py::arg("activation"), py::arg("slope"), py::arg("y"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fedpai

@@ -80,7 +80,10 @@ class _BatchNorm(torch.autograd.Function):
         if residual is not None and ctx.code:
             z = residual if is_smooth(ctx.code) else output[0]
         if stores and any(ctx.needs_input_grad):
-            x, z = stored(x), None if z is None else stored(z)
+            if z is None:
+                x = stored_for(x, weight, bias, output[1], ctx.code, ctx.slope)
+            else:
+                x, z = stored(x), stored_for(z, None, None, None, ctx.code, ctx.slope)
         ctx.save_for_backward(x, z, weight, bias, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -121,6 +124,18 @@ class _BatchNorm(torch.autograd.Function):
             affine[1] if need_affine[1] else None,
             *(None,) * 7,
         )
+
+
+def stored_for(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor | None, code: int, slope: float
+) -> Tensor:
+    """The copy of a norm's input, or without `stats` of its result, from which the backward pass has the derivatives
+    of a piecewise linear activation: rounding takes no element across a threshold. Somebody else's copy may.
+    """
+    if code == 0 or is_smooth(code):
+        return stored(x)
+    norm = weight, bias, stats, code, slope
+    return stored(x, lambda dense: torch.ops.fedpai.round_for_norm_backward(dense, *norm))
 
 
 def twin(

@@ -26,10 +26,10 @@ from ..layout import to_batch_last
 from ..plan import Plan
 from .activation import Activation, chosen
 from .conv2d import checked_geometry, differentiable_conv2d, run_forward, run_weight_grad
-from .norm import Running, check_norm, twin
+from .norm import Running, check_norm, stored_for, twin
 from .norm_kernels import given_statistics
 from .registry import LIBRARY, called_by_position
-from .stored import refuse_graph, stored, stores
+from .stored import refuse_graph, stores
 
 __all__ = ["norm_conv2d"]
 
@@ -169,7 +169,7 @@ class _NormConv2d(torch.autograd.Function):
         x, norm_weight, norm_bias, mean, _, ctx.eps, ctx.code, ctx.slope, _, values, *rest = inputs
         _, ctx.plan, ctx.geometry, stores = rest
         if stores and any(ctx.needs_input_grad):
-            x = stored(x)
+            x = stored_for(x, norm_weight, norm_bias, output[1], ctx.code, ctx.slope)
         ctx.save_for_backward(x, norm_weight, norm_bias, output[1], values)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)

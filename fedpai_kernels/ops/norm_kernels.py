@@ -45,6 +45,11 @@ LIBRARY.define(
     "batch_norm_backward_(Tensor(a!) dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats,"
     " bool through_statistics, int activation, bool need_x, bool need_affine, float slope=0.0) -> Tensor"
 )
+# x for the backward ops, as bfloat16 with the derivatives of a piecewise linear activation; without stats it is z.
+LIBRARY.define(
+    "round_for_norm_backward(Tensor x, Tensor? weight, Tensor? bias, Tensor? stats, int activation, float slope=0.0)"
+    " -> Tensor"
+)
 
 
 def row_of(x: Tensor) -> int:
@@ -204,11 +209,26 @@ def _output(dy: Tensor, need: bool) -> Tensor:
     return empty_batch_last(dy.shape if need else (0, 0, 0, 0), dtype=dy.dtype, device=dy.device)
 
 
+def _round_for_backward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor | None, activation: int, slope: float = 0.0
+) -> Tensor:
+    x, _, weight, bias = _as_kernels_read(x, None, weight, bias)
+    y = empty_batch_last(x.shape, dtype=torch.bfloat16, device=x.device)
+    mean = _address(stats)
+    invstd = mean + x.shape[1] * x.element_size() if mean else 0
+    _C.round_for_backward(
+        x.shape[1], row_of(x), x.data_ptr(), _address(weight), _address(bias), mean, invstd, activation, slope,
+        y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
 LIBRARY.impl("batch_norm_train", _train, "CPU")
 LIBRARY.impl("batch_norm_statistics", _statistics, "CPU")
 LIBRARY.impl("batch_norm_eval", _eval, "CPU")
 LIBRARY.impl("batch_norm_backward", _backward, "CPU")
 LIBRARY.impl("batch_norm_backward_", _backward_in_place, "CPU")
+LIBRARY.impl("round_for_norm_backward", _round_for_backward, "CPU")
 
 
 @torch.library.register_fake("fedpai::batch_norm_train", lib=LIBRARY)
@@ -277,6 +297,13 @@ def _(
     slope: float = 0.0,
 ) -> Tensor:
     return dy.new_empty(2 if need_affine else 0, x.shape[1])
+
+
+@torch.library.register_fake("fedpai::round_for_norm_backward", lib=LIBRARY)
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor | None, activation: int, slope: float = 0.0
+) -> Tensor:
+    return empty_batch_last(x.shape, dtype=torch.bfloat16, device=x.device)
 
 
 def given_statistics(mean: Tensor, var: Tensor, eps: float) -> Tensor:

@@ -16,6 +16,7 @@ stored makes the backward pass raise, as it does for a tensor that is kept itsel
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -117,20 +118,24 @@ class _Entry(NamedTuple):
 _COPIES: dict[int, _Entry] = {}  # by the id of the original
 
 
-def stored(x: Tensor) -> Tensor:
+def stored(x: Tensor, rounding: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """What to give `ctx.save_for_backward` in place of `x`, float32: its copy in bfloat16, the one that there is
     already where somebody else has stored `x` as it is now.
 
     Of the strides of `x` where that is contiguous or batch-last, else batch-last.
+
+    Args:
+        rounding: how to round where a copy is made, if not to nearest; to one of the two neighbours.
     """
     entry = _COPIES.get(id(x))
     if entry is not None and entry.original() is x and entry.version == x._version:
         copy = entry.copy()
         if copy is not None:
             return copy
+    rounding = torch.ops.fedpai.round_to_bf16 if rounding is None else rounding
     dense = x.detach() if x.is_contiguous() or is_batch_last(x) else to_batch_last(x.detach())
     copy = x.detach()  # shares the version counter, and keeps it when it is given other numbers
-    copy.data = torch.ops.fedpai.round_to_bf16(dense)
+    copy.data = rounding(dense)
     key = id(x)
     _COPIES[key] = entry = _Entry(weakref.ref(x, _forgetter(key)), x._version, weakref.ref(copy))
     return copy

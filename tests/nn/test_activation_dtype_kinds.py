@@ -87,14 +87,22 @@ def test_a_norm_and_a_convolution_keep_one_rounded_input(
     mean, var, dy = torch.randn(5), torch.rand(5) + 2, fk.to_batch_last(torch.randn(33, 6, 4, 5))
     given = (None, None) if training else (mean, var)
     y = norm_conv2d(
-        x, *given, weight, bias, training, 0.1, 1e-5, values, plan, activation=activation, activation_dtype=BF16
+        x,
+        *given,
+        weight,
+        bias,
+        training,
+        0.1,
+        1e-5,
+        values,
+        plan,
+        activation=activation,
+        activation_dtype=BF16,
     )
     short, stats = kept(x), statistics(x, mean, var, training)
     geometry = y.grad_fn.geometry
     norm = (stats, weight.detach(), bias.detach(), activation.code)
-    dvalues, _ = ops.norm_conv2d_weight_grad(
-        short, *norm, dy, plan.handle, False, geometry, activation.slope
-    )
+    dvalues, _ = ops.norm_conv2d_weight_grad(short, *norm, dy, plan.handle, False, geometry, activation.slope)
     dx = ops.conv2d_input_grad(dy, values.detach(), plan.handle, 6, 7, geometry)
     affine = ops.batch_norm_backward_(
         dx, short, *norm[1:3], stats, training, activation.code, True, True, activation.slope

@@ -58,4 +58,10 @@ void batch_norm_backward(NormShape shape, const T* dy, NormKept<T> x, NormKept<T
                          const T* mean, const T* invstd, bool through_statistics, Activation activation, T* dx, T* dr,
                          T* dweight, T* dbias, int threads);
 
+// y = x, [channels, row], rounded to bfloat16 for batch_norm_backward without a residual: to nearest, except where the
+// piecewise linear activation of the rounded x would then have another derivative than that of x. There y is the other
+// neighbour of x. With mean null (as are invstd, weight and bias then), x is the result z of such an activation.
+void round_for_backward(NormShape shape, const float* x, const float* weight, const float* bias, const float* mean,
+                        const float* invstd, Activation activation, Bf16* y, int threads);
+
 }  // namespace fedpai

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -119,17 +118,6 @@ const T* kept_block(const NormKept<T>& kept, std::int64_t at, std::int64_t n, T*
     }
   }
   return kept.exact + at;
-}
-
-// Elements that are compared at once; divides kNormBlock.
-constexpr std::int64_t kCompared = 16;
-
-// x lies between two bfloat16, of which y is one.
-Bf16 other_neighbour(float x, Bf16 y) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const std::uint32_t toward_zero = bits >> 16;  // the two are this and the next
-  return static_cast<Bf16>(2 * toward_zero + 1 - y);
 }
 
 }  // namespace
@@ -303,34 +291,13 @@ void batch_norm_backward(NormShape shape, const T* dy, NormKept<T> x, NormKept<T
 
 void round_for_backward(NormShape shape, const float* x, const float* weight, const float* bias, const float* mean,
                         const float* invstd, Activation activation, Bf16* y, int threads) {
-  const NormKernels<float>& k = norm_kernels<float>();
-  const Bf16Kernels& bf16 = kernels().bf16;
+  const auto round = norm_kernels<float>().round[activation.kind];
   const auto slope = static_cast<float>(activation.slope);
-  const std::vector<float> ones(kNormBlock, 1.0f);
-  // What the backward pass makes of a gradient of 1 at `from`.
-  const auto pulled = [&](std::int64_t channel, const float* from, float* to, std::int64_t n) {
-    if (mean == nullptr) {
-      k.cut[activation.kind](ones.data(), from, to, n, slope);
-    } else {
-      const NormAffine<float> p = affine(weight, bias, mean[channel], invstd[channel], channel);
-      k.dx_fixed[activation.kind](ones.data(), from, to, n, p, slope);
-    }
-  };
-  for_pieces(shape, cut(shape, threads), [&](std::int64_t channel, std::int64_t begin, std::int64_t size) {
-    for (std::int64_t i = begin; i < begin + size; i += kNormBlock) {
-      const std::int64_t at = channel * shape.row + i, n = std::min(kNormBlock, begin + size - i);
-      float wide[kNormBlock], exact[kNormBlock] = {}, rounded[kNormBlock] = {};
-      bf16.round(x + at, y + at, n);
-      bf16.widen(y + at, wide, n);
-      pulled(channel, x + at, exact, n);
-      pulled(channel, wide, rounded, n);
-      for (std::int64_t j = 0; j < n; j += kCompared) {
-        if (std::memcmp(exact + j, rounded + j, kCompared * sizeof(float)) == 0) continue;
-        for (std::int64_t e = j; e < std::min(n, j + kCompared); ++e) {
-          if (exact[e] < rounded[e] || exact[e] > rounded[e]) y[at + e] = other_neighbour(x[at + e], y[at + e]);
-        }
-      }
-    }
+  for_pieces(shape, cut(shape, threads), [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
+    const std::int64_t at = channel * shape.row + begin;
+    const NormAffine<float> identity{0.0f, 1.0f, 0.0f};
+    round(x + at, y + at, n,
+          mean != nullptr ? affine(weight, bias, mean[channel], invstd[channel], channel) : identity, slope);
   });
 }
 

@@ -7,6 +7,7 @@ set(FEDPAI_CORE_SOURCES
   csrc/memory/block_cache.cpp
   csrc/plan/plan.cpp
   csrc/cpu/dispatch.cpp
+  csrc/cpu/bf16/bf16.cpp
   csrc/cpu/conv2d/axis.cpp
   csrc/cpu/conv2d/partition.cpp
   csrc/cpu/conv2d/tiling.cpp
@@ -29,6 +30,7 @@ set(FEDPAI_CORE_SOURCES
 # The only files that know Python.
 set(FEDPAI_BINDING_SOURCES
   csrc/bindings/module.cpp
+  csrc/bindings/bf16.cpp
   csrc/bindings/plan.cpp
   csrc/bindings/conv2d.cpp
   csrc/bindings/group_norm.cpp

@@ -21,6 +21,10 @@ def empty_cache() -> None: ...
 # Bytes live, cached, at most live; hits, misses.
 def memory_stats() -> tuple[int, int, int, int, int]: ...
 
+# n elements, dense.
+def round_to_bf16(x: int, y: int, n: int, threads: int) -> None: ...
+def widen_bf16(x: int, y: int, n: int, threads: int) -> None: ...
+
 # Rates of the machine, see csrc/cpu/machine/machine.h. bytes: of a buffer per thread (0: registers); of all together.
 def fma_rate(bytes: int, threads: int, seconds: float) -> float: ...
 def stream_rate(bytes: int, threads: int, seconds: float) -> float: ...
@@ -68,10 +72,17 @@ def batch_norm_eval_f32(
     channels: int, row: int, x: int, residual: int, weight: int, bias: int, mean: int, var: int, eps: float,
     activation: int, slope: float, y: int, invstd: int, threads: int,
 ) -> None: ...
+# rounded: x and z are bfloat16.
 def batch_norm_backward_f32(
-    channels: int, row: int, dy: int, x: int, z: int, weight: int, bias: int, mean: int, invstd: int,
+    channels: int, row: int, dy: int, x: int, z: int, rounded: bool, weight: int, bias: int, mean: int, invstd: int,
     through_statistics: bool, activation: int, slope: float, dx: int, dresidual: int, dweight: int, dbias: int,
     threads: int,
+) -> None: ...
+
+# y: bfloat16. mean is 0, as are weight, bias and invstd then, where x is the result of the activation.
+def round_for_backward(
+    channels: int, row: int, x: int, weight: int, bias: int, mean: int, invstd: int, activation: int, slope: float,
+    y: int, threads: int,
 ) -> None: ...
 
 batch_norm_train_f64 = batch_norm_train_f32

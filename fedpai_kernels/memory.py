@@ -40,6 +40,7 @@ SMALLEST: Final = 256 * 1024
 _TYPES: Final = {
     torch.float32: (2, 32),
     torch.float64: (2, 64),
+    torch.bfloat16: (4, 16),
     torch.int32: (0, 32),
     torch.int64: (0, 64),
 }
@@ -139,7 +140,7 @@ def empty_strided(
     Args:
         shape: any number of sizes.
         strides: in elements, one per size, none below 0.
-        dtype: the cache serves float32, float64, int32 and int64; torch everything else.
+        dtype: the cache serves float32, float64, bfloat16, int32 and int64; torch everything else.
         device: the cache serves the CPU.
 
     Raises:

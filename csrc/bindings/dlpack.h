@@ -17,7 +17,7 @@ constexpr std::int32_t kDLCPU = 1;
 constexpr std::uint8_t kDLFloat = 2;
 
 struct DLDataType {
-  std::uint8_t code;  // 0: signed integer, 2: floating point
+  std::uint8_t code;  // 0: signed integer, 2: floating point, 4: bfloat16
   std::uint8_t bits;
   std::uint16_t lanes;
 };

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/bf16/kernels.h"
 #include "cpu/conv2d/kernels.h"
 #include "cpu/machine/kernels.h"
 #include "cpu/norm/group_kernels.h"
@@ -16,6 +17,7 @@ namespace fedpai {
 
 struct KernelTable {
   const char* isa;
+  Bf16Kernels bf16;
   Conv2dKernels<float> conv2d_f32;
   Conv2dKernels<double> conv2d_f64;
   NormKernels<float> norm_f32;

@@ -5,8 +5,10 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <new>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -48,7 +50,7 @@ class Buffer {
  public:
   explicit Buffer(std::int64_t size) : size_(size), data_(static_cast<T*>(std::malloc(bytes()))) {
     if (data_ == nullptr) throw std::bad_alloc();
-    for (std::int64_t i = 0; i < size_; ++i) data_[i] = T(1e30);
+    for (std::int64_t i = 0; i < size_; ++i) data_[i] = filler();
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -65,6 +67,10 @@ class Buffer {
   T* end() { return data_ + size_; }
 
  private:
+  static T filler() {
+    if constexpr (std::is_floating_point_v<T>) return T(1e30);
+    return std::numeric_limits<T>::max();
+  }
   std::size_t bytes() const { return size_ > 0 ? static_cast<std::size_t>(size_) * sizeof(T) : 1; }
 
   std::int64_t size_;

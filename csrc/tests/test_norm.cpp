@@ -2,12 +2,15 @@
 // Batch norm, forward and backward, against its formulas in float64; rows shorter, equal and longer than every block.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "check.h"
+#include "cpu/bf16/bf16.h"
 #include "cpu/norm/norm.h"
 
 using namespace fedpai;
@@ -91,8 +94,8 @@ template <class T>
 void check_norm(std::int64_t channels, std::int64_t row, bool residual, Activation activation, bool train,
                 int threads) {
   begin_case(std::to_string(channels) + "x" + std::to_string(row) + (residual ? " residual" : "") +
-             " activation=" + std::to_string(activation.kind) + (train ? " train" : " eval") + (sizeof(T) == 4 ? " f32" : " f64") +
-             " threads=" + std::to_string(threads));
+             " activation=" + std::to_string(activation.kind) + (train ? " train" : " eval") +
+             (sizeof(T) == 4 ? " f32" : " f64") + " threads=" + std::to_string(threads));
   Random random(static_cast<std::uint64_t>(row * 8 + channels));
   // Multiples of 1/64, exact in both types, so that reference and kernel see the same numbers; the bias lies between
   // them, so that rounding cannot put an element on the other side of the ReLU.
@@ -123,9 +126,10 @@ void check_norm(std::int64_t channels, std::int64_t row, bool residual, Activati
                        y.data(), invstd.data(), threads);
   }
   const T* const z = residual && activation.kind != kNone ? (activation.is_smooth() ? r : y.data()) : nullptr;
+  NormKept<T> kept_x{x.data()}, kept_z{z};
   const auto backward = [&](T* to_dx, T* to_dr, T* to_dweight, T* to_dbias) {
-    batch_norm_backward<T>(shape, dy.data(), x.data(), z, weight.data(), bias.data(), mean.data(), invstd.data(), train,
-                           activation, to_dx, to_dr, to_dweight, to_dbias, threads);
+    batch_norm_backward<T>(shape, dy.data(), kept_x, kept_z, weight.data(), bias.data(), mean.data(), invstd.data(),
+                           train, activation, to_dx, to_dr, to_dweight, to_dbias, threads);
   };
   backward(dx.data(), z != nullptr ? dr.data() : nullptr, dweight.data(), dbias.data());
 
@@ -167,6 +171,82 @@ void check_norm(std::int64_t channels, std::int64_t row, bool residual, Activati
     backward(nullptr, alone.data(), nullptr, nullptr);
     for (std::int64_t i = 0; i < channels * row; ++i) CHECK(alone[i] == dr[i], "dr alone");
   }
+
+  // Kept as bfloat16, which holds these x and r exactly, and the sides of y.
+  if constexpr (std::is_same_v<T, float>) {
+    Buffer<Bf16> short_x(channels * row), short_z(channels * row);
+    round_to_bf16(x.data(), short_x.data(), channels * row, threads);
+    if (z != nullptr && activation.is_smooth()) {
+      round_to_bf16(z, short_z.data(), channels * row, threads);
+    } else if (z != nullptr) {
+      round_for_backward(shape, z, nullptr, nullptr, nullptr, nullptr, activation, short_z.data(), threads);
+    }
+    kept_x = {nullptr, short_x.data()};
+    if (z != nullptr) kept_z = {nullptr, short_z.data()};
+    Buffer<T> from_short(channels * row), dr_short(channels * row);
+    backward(from_short.data(), z != nullptr ? dr_short.data() : nullptr, dweight_alone.data(), dbias_alone.data());
+    for (std::int64_t i = 0; i < channels * row; ++i) {
+      CHECK(from_short[i] == dx[i], "dx from bfloat16");
+      if (z != nullptr) CHECK(dr_short[i] == dr[i], "dr from bfloat16");
+    }
+    for (std::int64_t c = 0; c < channels; ++c) {
+      CHECK(dweight_alone[c] == dweight[c] && dbias_alone[c] == dbias[c], "dweight and dbias from bfloat16");
+    }
+    if (z != nullptr) {
+      backward(nullptr, dr_short.data(), nullptr, nullptr);
+      for (std::int64_t i = 0; i < channels * row; ++i) CHECK(dr_short[i] == dr[i], "dr alone, from bfloat16");
+    }
+  }
+}
+
+// Rounded copies of numbers that bfloat16 does not hold: each is a neighbour, the nearest wherever the activation's
+// derivative there is that of the number, and the derivatives of all are those of the numbers.
+void check_sides(std::int64_t channels, std::int64_t row, Activation activation, bool of_result, int threads) {
+  begin_case("sides of " + std::to_string(channels) + "x" + std::to_string(row) + (of_result ? " z" : " x") +
+             " activation=" + std::to_string(activation.kind) + " threads=" + std::to_string(threads));
+  Random random(static_cast<std::uint64_t>(row * 8 + channels));
+  const std::int64_t size = channels * row;
+  Buffer<float> x(size), ones(size), mean(channels), scale(channels), shift(channels);
+  // Densely about the thresholds: at 0 and 6 for a result, else where the map takes those.
+  for (std::int64_t i = 0; i < size; ++i) {
+    const float near = static_cast<float>(random.integer(4096)) / (4096.0f * 64.0f);
+    x[i] = (i % 2 == 0 ? 1.0f : 7.0f) + near;
+    if (of_result) x[i] -= i % 2 == 0 ? 1.0f + 1e-5f : 1.0f;
+    ones[i] = 1.0f;
+  }
+  for (std::int64_t c = 0; c < channels; ++c) {
+    mean[c] = 1.001f;
+    scale[c] = c % 2 == 0 ? 1.0f : -1.0f;
+    shift[c] = c % 2 == 0 ? 0.0f : 6.001f;
+  }
+  Buffer<float> invstd(channels);
+  for (std::int64_t c = 0; c < channels; ++c) invstd[c] = 1.0f;
+  Buffer<Bf16> y(size), nearest(size);
+  Buffer<float> wide(size);
+  const NormShape shape{channels, row};
+  const auto given = [of_result](const Buffer<float>& b) { return of_result ? nullptr : b.data(); };
+  round_for_backward(shape, x.data(), given(scale), given(shift), given(mean), given(invstd), activation, y.data(),
+                     threads);
+  round_to_bf16(x.data(), nearest.data(), size, 1);
+  widen_bf16(y.data(), wide.data(), size, 1);
+  std::int64_t moved = 0;
+  for (std::int64_t i = 0; i < size; ++i) {
+    const std::int64_t c = i / row;
+    const auto slope_at = [&](float value) {
+      const float norm = std::fma(value - mean[c], scale[c], shift[c]);
+      return activated(activation, static_cast<double>(of_result ? value : norm)).second;
+    };
+    float rounded;
+    const std::uint32_t bits = static_cast<std::uint32_t>(nearest[i]) << 16;
+    std::memcpy(&rounded, &bits, sizeof rounded);
+    const bool flips = slope_at(rounded) != slope_at(x[i]);
+    moved += flips;
+    CHECK(slope_at(wide[i]) == slope_at(x[i]), "side of " + std::to_string(x[i]));
+    CHECK((y[i] == nearest[i]) != flips, "nearest of " + std::to_string(x[i]));
+    const int apart = static_cast<int>(y[i]) - static_cast<int>(nearest[i]);
+    CHECK(apart >= -1 && apart <= 1, "neighbour of " + std::to_string(x[i]));
+  }
+  if (row > 1000 && !of_result) CHECK(moved > 0, "the case has elements at a threshold");
 }
 
 template <class T>
@@ -191,4 +271,9 @@ FEDPAI_SUITE(norm) {
     check_rows<double>(3, row, 3);
   }
   check_rows<float>(33, 1100, 2);
+  for (const Activation activation : {Activation{kRelu}, {kRelu6}, {kLeakyRelu, 0.25}}) {
+    for (const std::int64_t row : {1, 15, 16, 17, 1023, 1025, 34000}) {
+      for (const bool of_result : {false, true}) check_sides(3, row, activation, of_result, 2);
+    }
+  }
 }

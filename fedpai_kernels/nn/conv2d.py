@@ -93,22 +93,28 @@ class SparseConv2d(_PackedConv2d):
     """`torch.nn.Conv2d` that computes with the surviving weights only.
 
     Any input layout; hands on batch-last (:mod:`fedpai_kernels.layout`). float32 and float64 on the CPU.
+
+    Attributes:
+        activation_dtype: `torch.bfloat16` keeps the input for the backward pass rounded
+            (:mod:`fedpai_kernels.ops.stored`); None, the default, as it is.
     """
 
+    activation_dtype: torch.dtype | None = None
     reads_pending_norms = True
 
     def forward(self, input: Tensor) -> Tensor:
         if type(input) is PendingNorm:
             if self.padding_mode == "zeros":
                 settings = (self.stride, self.padding, self.dilation, self.groups)
-                y = input.convolved((self.values, self.plan, self.bias, *settings))
+                y = input.convolved((self.values, self.plan, self.bias, *settings), self.activation_dtype)
                 if y is not None:
                     return y
             input = input.computed()
         x, padding = self._padded(match_autocast(input, self.values))
         return sparse_conv2d(
-            x, self.values, self.plan, self.bias, self.stride, padding, self.dilation, self.groups
-        )
+            x, self.values, self.plan, self.bias, self.stride, padding, self.dilation, self.groups,
+            activation_dtype=self.activation_dtype,
+        )  # fmt: skip
 
 
 class MaskedConv2d(_PackedConv2d):
@@ -136,14 +142,19 @@ class BatchLastConv2d(nn.Conv2d):
 
     Attributes:
         full_fan_in: how many these are at most; `sparsify_` sets it where it was measured on this machine.
+        activation_dtype: of the input that the sparse kernel keeps, as in :class:`SparseConv2d`.
     """
 
     full_fan_in = BUILT_IN.full_fan_in
+    activation_dtype: torch.dtype | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         if self._is_ours(input):
             plan = _full_plan(tuple(self.weight.shape), self.groups)
-            return sparse_conv2d(input, self.weight.reshape(-1), plan, self.bias, *self._geometry(), self.groups)
+            return sparse_conv2d(
+                input, self.weight.reshape(-1), plan, self.bias, *self._geometry(), self.groups,
+                activation_dtype=self.activation_dtype,
+            )  # fmt: skip
         return _handed_on(super().forward(_for_dense(input)))
 
     def _is_ours(self, x: Tensor) -> bool:

@@ -32,6 +32,7 @@ from .norm import AbsorbedReLU, BatchLastBatchNorm2d, BatchLastBatchNormReLU2d
 from .packed import PackedWeight
 from .pool import BatchLastAdaptiveAvgPool2d, BatchLastAvgPool2d, BatchLastMaxPool2d
 from .report import LayerRow, Report
+from .storing import check_float32, short_name, tell_activation_dtype
 
 __all__ = ["densify_", "sparsify", "sparsify_"]
 
@@ -86,6 +87,7 @@ def sparsify_(
     *,
     fuse: bool = True,
     filter_fn: Filter | None = None,
+    activation_dtype: torch.dtype | None = None,
 ) -> Report:
     """Makes a model compute with the weights that masks keep, in place.
 
@@ -113,15 +115,21 @@ def sparsify_(
             hooks on the norm, its activation or that convolution the steps are separate.
         filter_fn: called as ``filter_fn(module, name)``; a module for which it returns False is left as it
         is.
+        activation_dtype: `torch.bfloat16` keeps what the converted layers need for the backward pass rounded: half
+            the memory, float32 arithmetic, gradients with errors of about 2^-9 (docs/numerics.md). None keeps it as
+            it is, also in layers that an earlier call told otherwise. An attribute of that name on each module
+            says so.
 
     Returns:
         One row per convolution and linear layer: its density, its kernel, and why.
 
     Raises:
-        TypeError: a mask that is no tensor, or one for a module that is no plain Conv2d or Linear.
+        TypeError: a mask that is no tensor, or one for a module that is no plain Conv2d or Linear; an
+            `activation_dtype` for a model with float64 layers.
         ValueError: a mask for a missing module (with the nearest name), of another shape, with entries other
             than 0 and 1 (NaN, infinity), or that keeps nothing; no masks at all; a parameter shared by layers
-            of different masks; FEDPAI_TUNING names a file that cannot be used. The model is unchanged then.
+            of different masks; an `activation_dtype` other than bfloat16; FEDPAI_TUNING names a file that cannot be
+            used. The model is unchanged then.
     """
     wanted = filter_fn if filter_fn is not None else _everything
     figures = break_evens()
@@ -132,11 +140,13 @@ def sparsify_(
         for module in names.values()
     ) or any(layer.choice.kernel == "sparse" and layer.plan.kind == "conv2d" for layer in layers)
     groups = _shared_parameters(model, layers)
+    check_float32(names, wanted, activation_dtype)
     fusions = find_fusions(model, _sparse_convs(names, layers)) if fuse and batch_last else Fusions()
 
     for group in groups:
         _convert(group)
     notes = _surround(names, wanted, fusions, figures) if batch_last else []
+    notes += tell_activation_dtype(names, wanted, activation_dtype)
     trim_heap()  # what the dense weights took
     return Report(_rows(names, {id(layer.module): layer for layer in layers}, wanted), notes)
 
@@ -147,12 +157,13 @@ def sparsify(
     *,
     fuse: bool = True,
     filter_fn: Filter | None = None,
+    activation_dtype: torch.dtype | None = None,
 ) -> Model:
     """A converted copy of `model`; as :func:`sparsify_` otherwise. Its report is that of ``sparsify_(copy,
     ...)``.
     """
     copied = copy.deepcopy(model, copy_memo(model))
-    sparsify_(copied, masks, fuse=fuse, filter_fn=filter_fn)
+    sparsify_(copied, masks, fuse=fuse, filter_fn=filter_fn, activation_dtype=activation_dtype)
     return copied
 
 
@@ -169,7 +180,8 @@ def densify_(model: Model) -> Model:
             weights[key] = module.retype_dense(shared)._parameters["weight"]  # type: ignore[assignment]
         elif type(module) in _PLAIN:
             module.__class__ = _PLAIN[type(module)]
-            module.__dict__.pop("full_fan_in", None)  # what the conversion added
+            for added in ("full_fan_in", "activation_dtype"):  # by the conversion
+                module.__dict__.pop(added, None)
     return model
 
 
@@ -370,17 +382,18 @@ def _rows(names: dict[str, nn.Module], planned: dict[int, _Layer], wanted: Filte
     for name, module in names.items():
         kind = _KIND.get(type(module))
         layer = planned.get(id(module))
+        keeps = short_name(getattr(module, "activation_dtype", None))
         if kind is None:
             continue
         if layer is not None:
             plan, choice = layer.plan, layer.choice
-            rows.append(LayerRow(name, kind, plan.mask_shape, plan.nnz, plan.density, *choice))
+            rows.append(LayerRow(name, kind, plan.mask_shape, plan.nnz, plan.density, *choice, keeps))
         elif isinstance(module, PackedWeight):
             plan = module.plan
             kernel = "sparse" if isinstance(module, (SparseConv2d, SparseLinear)) else "dense"
-            rows.append(LayerRow(name, kind, plan.mask_shape, plan.nnz, plan.density, kernel, "as it was"))
+            rows.append(LayerRow(name, kind, plan.mask_shape, plan.nnz, plan.density, kernel, "as it was", keeps))
         elif "weight" in module._parameters or is_pruned(module):
             weight = unpruned_weight(module)
             reason = "no mask" if wanted(module, name) else "left out by filter_fn"
-            rows.append(LayerRow(name, kind, tuple(weight.shape), weight.numel(), 1.0, "dense", reason))
+            rows.append(LayerRow(name, kind, tuple(weight.shape), weight.numel(), 1.0, "dense", reason, keeps))
     return rows

@@ -145,7 +145,7 @@ class DeferrableBatchNorm2d(BatchLastBatchNorm2d):
         site, permitted_in = permit
         if permitted_in != surroundings():
             return super().forward(input)
-        norm = _Norm(input, self._settings(), permitted_in, id(self))
+        norm = _Norm(input, self._settings(), permitted_in, id(self), self.activation_dtype)
         if norm.updates_statistics():
             _PERMITS.uncounted[id(self)] = norm
         return PendingNorm(norm, None, site)
@@ -158,7 +158,15 @@ def _version(t: Tensor | None) -> int:
 class _Norm:
     """A batch norm that was called but not computed."""
 
-    def __init__(self, x: Tensor, settings: Settings, called_in: Surroundings, module_id: int) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        settings: Settings,
+        called_in: Surroundings,
+        module_id: int,
+        activation_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.activation_dtype = activation_dtype
         self.x, self.settings, self.called_in, self._module_id = x, settings, called_in, module_id
         self._read = (x, *settings[2:4]) if settings[4] else (x, *settings[:4])
         self._versions = [_version(t) for t in self._read]
@@ -178,7 +186,9 @@ class _Norm:
         """activation(norm(x) [+ residual])."""
         settings = self._statistics_once()
         self._check_unchanged()
-        return batch_norm(self.x, *settings, activation=activation, residual=residual)
+        return batch_norm(
+            self.x, *settings, activation=activation, residual=residual, activation_dtype=self.activation_dtype
+        )
 
     def _check_unchanged(self) -> None:
         if [_version(t) for t in self._read] != self._versions:
@@ -199,8 +209,9 @@ class _Norm:
         mean, var, weight, bias, training, momentum, eps = self._statistics_once()
         self._check_unchanged()
         return norm_conv2d(
-            self.x, mean, var, weight, bias, training, momentum, eps, *convolution, activation=activation
-        )
+            self.x, mean, var, weight, bias, training, momentum, eps, *convolution, activation=activation,
+            activation_dtype=self.activation_dtype,
+        )  # fmt: skip
 
     def takes(self, residual: Any) -> bool:
         x = self.x
@@ -290,13 +301,16 @@ class PendingNorm(Tensor):
         if _version(self._residual) != self._residual_version:
             raise RuntimeError(_CHANGED)
 
-    def convolved(self, convolution: Convolution) -> Tensor | None:
+    def convolved(self, convolution: Convolution, activation_dtype: torch.dtype | None = None) -> Tensor | None:
         """What a convolution makes of this tensor, where that can be computed in one; else None.
 
         Args:
             convolution: values, plan, bias, stride, padding (zeros), dilation, groups.
+            activation_dtype: how the convolution keeps its input; computed in one only if the norm does the same.
         """
         if not self._is_open() or self._residual is not None or self._site.conv == "":
+            return None
+        if activation_dtype != self._norm.activation_dtype:
             return None
         if self._site.activates != self._is_activated or convolution[0].dtype != self.dtype:
             return None

@@ -26,15 +26,20 @@ class BatchLastGroupNorm(nn.GroupNorm):
 
     Parameters and state dict are the base class's. Any other input (rank, layout, device, half precision) takes the
     base class's path.
+
+    Attributes:
+        activation_dtype: as in :class:`fedpai_kernels.nn.norm.BatchLastBatchNorm2d`.
     """
 
     _relu = False
+    activation_dtype: torch.dtype | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # the base class's name
         if not _is_ours(input, self.weight, self.bias):
             y = super().forward(input)
             return torch.relu(y) if self._relu else y
-        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, relu=self._relu)
+        settings = self.num_groups, self.weight, self.bias, self.eps
+        return group_norm(input, *settings, relu=self._relu, activation_dtype=self.activation_dtype)
 
 
 class BatchLastGroupNormReLU(BatchLastGroupNorm):
@@ -48,11 +53,17 @@ class BatchLastInstanceNorm2d(nn.InstanceNorm2d):
 
     Parameters and state dict are the base class's, which also does the work for any other input, and where there are
     running statistics.
+
+    Attributes:
+        activation_dtype: as in :class:`BatchLastGroupNorm`.
     """
+
+    activation_dtype: torch.dtype | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         # One value per image and channel, or another number of channels: the base class says what is wrong.
         sizes_fit = input.dim() == 4 and input.shape[1] == self.num_features and input.shape[2:].numel() > 1
         if self.running_mean is not None or not sizes_fit or not _is_ours(input, self.weight, self.bias):
             return super().forward(input)
-        return group_norm(input, self.num_features, self.weight, self.bias, self.eps)
+        settings = self.num_features, self.weight, self.bias, self.eps
+        return group_norm(input, *settings, activation_dtype=self.activation_dtype)

@@ -46,10 +46,17 @@ class _PackedLinear(PackedWeight):
 
 
 class SparseLinear(_PackedLinear):
-    """`torch.nn.Linear` that computes with the surviving weights only. float32 and float64 on the CPU."""
+    """`torch.nn.Linear` that computes with the surviving weights only. float32 and float64 on the CPU.
+
+    Attributes:
+        activation_dtype: as in :class:`SparseConv2d`.
+    """
+
+    activation_dtype: torch.dtype | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return sparse_linear(match_autocast(input, self.values), self.values, self.plan, self.bias)
+        x = match_autocast(input, self.values)
+        return sparse_linear(x, self.values, self.plan, self.bias, activation_dtype=self.activation_dtype)
 
 
 class MaskedLinear(_PackedLinear):

@@ -20,16 +20,21 @@ class BatchLastBatchNorm2d(nn.BatchNorm2d):
 
     Parameters, buffers, state dict and every setting (momentum None, no affine, no running statistics) are
     the base class's. Any other input (layout, device, half precision) takes the base class's path.
+
+    Attributes:
+        activation_dtype: `torch.bfloat16` keeps the input for the backward pass rounded
+            (:mod:`fedpai_kernels.ops.stored`); None, the default, as it is.
     """
 
     _relu = False
+    activation_dtype: torch.dtype | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # the base class's name
         self._check_input_dim(input)
         if not self._is_ours(input):
             y = super().forward(input)
             return torch.relu(y) if self._relu else y
-        return batch_norm(input, *self._settings(), relu=self._relu)
+        return batch_norm(input, *self._settings(), relu=self._relu, activation_dtype=self.activation_dtype)
 
     def _settings(self) -> Settings:
         """What to normalise with now; counts the batch."""

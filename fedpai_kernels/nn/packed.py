@@ -92,7 +92,7 @@ class PackedWeight(nn.Module):
         rest = {name: p for name, p in module._parameters.items() if name != "values"}
         module._parameters.clear()
         module._parameters.update({"weight": weight, **rest})
-        for name in ("plan", "batch_last"):  # what the conversion added
+        for name in ("plan", "batch_last", "activation_dtype"):  # what the conversion added
             module.__dict__.pop(name, None)
         module.__class__ = self.dense_type
         return module

@@ -22,6 +22,7 @@ class LayerRow:
         density: their share.
         kernel: "sparse", or "dense" (with a masked weight where there is a mask).
         reason: why that kernel.
+        activation_dtype: "bfloat16" where the input is kept so for the backward pass; None: as it is.
     """
 
     name: str
@@ -31,6 +32,7 @@ class LayerRow:
     density: float
     kernel: str
     reason: str
+    activation_dtype: str | None = None
 
 
 @dataclass

@@ -20,6 +20,7 @@ from ..layout import empty_batch_last, to_batch_last
 from ..plan import Plan, plan_of
 from .geometry import Pair, compiled_geometry, flatten, resolve_geometry, unflatten
 from .registry import LIBRARY, called_by_position
+from .stored import refuse_graph, stored, stores, widened
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 _FORWARD = {dtype: getattr(_C, f"conv2d_forward_{suffix}") for dtype, suffix in _SUFFIX.items()}
@@ -110,10 +111,10 @@ def _weight_grad_cpu(
 def run_weight_grad(
     x: Tensor, norm: Sequence[int], dy: Tensor, plan: int, with_bias: bool, geometry: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """`norm`: as in :func:`run_forward`."""
+    """`norm`: as in :func:`run_forward`. x may be float32 that was rounded to bfloat16."""
     layer, g = plan_of(plan), unflatten(geometry)
     out_channels, _, _ = _layer_sizes(layer)
-    x, dy = _readable(x), _readable(dy)
+    x, dy = widened(_readable(x)), _readable(dy)
     dvalues = x.new_empty(layer.nnz)
     dbias = x.new_empty(out_channels if with_bias else 0)
     _WEIGHT_GRAD[x.dtype](
@@ -149,7 +150,7 @@ def _weight_grad_fake(
 ) -> tuple[Tensor, Tensor]:
     layer = plan_of(plan)
     out_channels, _, _ = _layer_sizes(layer)
-    return x.new_empty(layer.nnz), x.new_empty(out_channels if with_bias else 0)
+    return dy.new_empty(layer.nnz), dy.new_empty(out_channels if with_bias else 0)
 
 
 # ------------------------------------------------------------------------------------------------------ autograd
@@ -163,12 +164,17 @@ _ops: Any = torch.ops.fedpai
 @called_by_position
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, geometry: list[int]) -> Tensor:
+    def forward(
+        x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, geometry: list[int], stores: bool
+    ) -> Tensor:
         return _ops.conv2d_forward(x, values, bias, plan.handle, geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, values, _, ctx.plan, ctx.geometry = inputs
+        x, values, _, ctx.plan, ctx.geometry, stores = inputs
+        ctx.image = (x.shape[2], x.shape[3])
+        if stores:
+            x = stored(x) if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(x, values)
 
     @staticmethod
@@ -177,12 +183,13 @@ class _Forward(torch.autograd.Function):
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
         dx = dvalues = dbias = None
         again = torch.is_grad_enabled()
+        if again:
+            refuse_graph(x)
         if want_x:
-            image = (x.shape[2], x.shape[3])
             if again:
-                dx = _InputGrad.apply(dy, values, ctx.plan, *image, ctx.geometry)
+                dx = _InputGrad.apply(dy, values, ctx.plan, *ctx.image, ctx.geometry)
             else:
-                dx = _ops.conv2d_input_grad(dy, values, ctx.plan.handle, *image, ctx.geometry)
+                dx = _ops.conv2d_input_grad(dy, values, ctx.plan.handle, *ctx.image, ctx.geometry)
         if want_values:
             if again:
                 dvalues, dbias = _WeightGrad.apply(x, dy, ctx.plan, want_bias, ctx.geometry)
@@ -190,7 +197,7 @@ class _Forward(torch.autograd.Function):
                 dvalues, dbias = _ops.conv2d_weight_grad(x, dy, ctx.plan.handle, want_bias, ctx.geometry)
         elif want_bias:
             dbias = dy.sum((0, 2, 3))
-        return dx, dvalues, dbias if want_bias else None, None, None
+        return dx, dvalues, dbias if want_bias else None, None, None, None
 
 
 class _InputGrad(torch.autograd.Function):
@@ -212,7 +219,7 @@ class _InputGrad(torch.autograd.Function):
         dy, values = ctx.saved_tensors
         ddy = dvalues = None
         if ctx.needs_input_grad[0]:
-            ddy = _Forward.apply(ddx, values, None, ctx.plan, ctx.geometry)
+            ddy = _Forward.apply(ddx, values, None, ctx.plan, ctx.geometry, False)
         if ctx.needs_input_grad[1]:
             dvalues, _ = _WeightGrad.apply(ddx, dy, ctx.plan, False, ctx.geometry)
         return ddy, dvalues, None, None, None, None
@@ -241,7 +248,7 @@ class _WeightGrad(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _InputGrad.apply(dy, ddvalues, ctx.plan, x.shape[2], x.shape[3], ctx.geometry)
         if ctx.needs_input_grad[1]:
-            ddy = _Forward.apply(x, ddvalues, ddbias if ctx.with_bias else None, ctx.plan, ctx.geometry)
+            ddy = _Forward.apply(x, ddvalues, ddbias if ctx.with_bias else None, ctx.plan, ctx.geometry, False)
         return dx, ddy, None, None, None
 
 
@@ -290,6 +297,8 @@ def sparse_conv2d(
     padding: int | Pair | str = 0,
     dilation: int | Pair = 1,
     groups: int = 1,
+    *,
+    activation_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Convolution with the sparse weight ``plan.unpack(values)``, without ever forming it.
 
@@ -305,6 +314,8 @@ def sparse_conv2d(
         stride, dilation: pixels; an int or (vertical, horizontal).
         padding: pixels, an int or (vertical, horizontal), or "same" or "valid".
         groups: must be the plan's.
+        activation_dtype: `torch.bfloat16` keeps a float32 x for the gradient of `values` rounded
+            (:mod:`fedpai_kernels.ops.stored`); None keeps x as it is.
 
     Returns:
         (N, out, H', W') in batch-last layout, or (out, H', W').
@@ -314,16 +325,22 @@ def sparse_conv2d(
         ValueError: shapes, devices or settings that do not fit, or an image smaller than the kernel.
     """
     if isinstance(x, Tensor) and x.dim() == 3:
-        return sparse_conv2d(x.unsqueeze(0), values, plan, bias, stride, padding, dilation, groups).squeeze(0)
+        y = sparse_conv2d(
+            x.unsqueeze(0), values, plan, bias, stride, padding, dilation, groups, activation_dtype=activation_dtype
+        )
+        return y.squeeze(0)
     geometry = checked_geometry(x, values, plan, bias, stride, padding, dilation, groups)
-    return differentiable_conv2d(x, values, bias, plan, geometry)
+    return differentiable_conv2d(x, values, bias, plan, geometry, stores(x, activation_dtype))
 
 
 def differentiable_conv2d(
-    x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, geometry: list[int]
+    x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, geometry: list[int], stores: bool = False
 ) -> Tensor:
-    """The registered op with its gradients. Arguments are not checked: see :func:`checked_geometry`."""
-    y: Tensor = _Forward.apply(x, values, bias, plan, geometry)
+    """The registered op with its gradients. Arguments are not checked: see :func:`checked_geometry`.
+
+    `stores`: as :func:`fedpai_kernels.ops.stored.stores` says.
+    """
+    y: Tensor = _Forward.apply(x, values, bias, plan, geometry, stores)
     return y
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import _C
 from ..layout import empty_batch_last, to_batch_last
 from .registry import LIBRARY, called_by_position
+from .stored import refuse_graph, stored, stores, widened
 
 __all__ = ["group_norm"]
 
@@ -30,7 +31,8 @@ _BACKWARD = {torch.float32: _C.group_norm_backward_f32, torch.float64: _C.group_
 LIBRARY.define(
     "group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, bool relu) -> (Tensor, Tensor)"
 )
-# (dx, (2, C) gradients of weight and bias); what is not needed comes back with no elements.
+# (dx, (2, C) gradients of weight and bias); what is not needed comes back with no elements. x may be float32 that was
+# rounded to bfloat16.
 LIBRARY.define(
     "group_norm_backward(Tensor dy, Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor stats, bool relu,"
     " bool need_x, bool need_affine) -> (Tensor, Tensor)"
@@ -69,10 +71,10 @@ def _forward(
     return y, stats
 
 
-def _gradients(x: Tensor, need_x: bool, need_affine: bool) -> tuple[Tensor, Tensor]:
+def _gradients(dy: Tensor, need_x: bool, need_affine: bool) -> tuple[Tensor, Tensor]:
     """Uninitialised outputs of the backward op."""
-    dx = empty_batch_last(x.shape if need_x else (0, 0, 0, 0), dtype=x.dtype, device=x.device)
-    return dx, x.new_empty(2 if need_affine else 0, x.shape[1])
+    dx = empty_batch_last(dy.shape if need_x else (0, 0, 0, 0), dtype=dy.dtype, device=dy.device)
+    return dx, dy.new_empty(2 if need_affine else 0, dy.shape[1])
 
 
 def _backward(
@@ -86,9 +88,9 @@ def _backward(
     need_x: bool,
     need_affine: bool,
 ) -> tuple[Tensor, Tensor]:
-    dy, x = to_batch_last(dy), to_batch_last(x)
+    dy, x = to_batch_last(dy), widened(to_batch_last(x))
     (weight, weight_at), (bias, bias_at) = _contiguous(weight), _contiguous(bias)
-    dx, affine = _gradients(x, need_x, need_affine)
+    dx, affine = _gradients(dy, need_x, need_affine)
     _BACKWARD[x.dtype](
         *_sizes(x, groups), dy.data_ptr(), x.data_ptr(), weight_at, bias_at, *_halves(stats), relu,
         dx.data_ptr() if need_x else 0, *_halves(affine), torch.get_num_threads(),
@@ -119,7 +121,7 @@ def _(
     need_x: bool,
     need_affine: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _gradients(x, need_x, need_affine)
+    return _gradients(dy, need_x, need_affine)
 
 
 # ---- autograd
@@ -128,18 +130,20 @@ def _(
 
 @called_by_position
 class _GroupNorm(torch.autograd.Function):
-    """(x, groups, weight, bias, eps, relu) -> (y, stats)."""
+    """(x, groups, weight, bias, eps, relu, stores) -> (y, stats)."""
 
     @staticmethod
     def forward(
-        x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+        x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool, stores: bool
     ) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = torch.ops.fedpai.group_norm(x, groups, weight, bias, eps, relu)
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, ctx.groups, weight, bias, ctx.eps, ctx.relu = inputs
+        x, ctx.groups, weight, bias, ctx.eps, ctx.relu, stores = inputs
+        if stores and any(ctx.needs_input_grad):
+            x = stored(x)
         ctx.save_for_backward(x, weight, bias, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -147,16 +151,17 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 6
+            return (None,) * 7
         x, weight, bias, stats = ctx.saved_tensors
         need_x, _, *need_affine = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            refuse_graph(x)
             y = _twin(x, ctx.groups, weight, bias, ctx.eps, ctx.relu)
             needs = (need_x, *need_affine)
             wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
             dx, dweight, dbias = (next(found) if need else None for need in needs)
-            return dx, None, dweight, dbias, None, None
+            return dx, None, dweight, dbias, None, None, None
         dx, affine = torch.ops.fedpai.group_norm_backward(
             dy, x, ctx.groups, weight, bias, stats, ctx.relu, need_x, any(need_affine)
         )
@@ -165,8 +170,7 @@ class _GroupNorm(torch.autograd.Function):
             None,
             affine[0] if need_affine[0] else None,
             affine[1] if need_affine[1] else None,
-            None,
-            None,
+            *(None,) * 3,
         )
 
 
@@ -217,6 +221,7 @@ def group_norm(
     eps: float = 1e-5,
     *,
     relu: bool = False,
+    activation_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`torch.nn.functional.group_norm` of a 4-D tensor, returned batch-last; with `relu`, followed by a ReLU.
 
@@ -226,16 +231,19 @@ def group_norm(
         weight, bias: (C,).
         eps: added to the variance.
         relu: y = max(y, 0) in the same pass.
+        activation_dtype: `torch.bfloat16` keeps a float32 `x` for the gradient rounded
+            (:mod:`fedpai_kernels.ops.stored`); None keeps it as it is. The statistics are those of `x`.
 
     Differentiable in `x`, `weight` and `bias`; gradients of gradients are left to torch.
 
     Raises:
         TypeError: a dtype other than the above, or parameters of another dtype than `x`.
         ValueError: another device or shape; groups that do not divide the channels; a single value to normalise,
-        as in torch.
+        as in torch; what `activation_dtype` cannot be.
     """
     _check(x, num_groups, {"weight": weight, "bias": bias})
+    keeps = stores(x, activation_dtype)
     if x.numel() == 0:
         return to_batch_last(_twin(x, num_groups, weight, bias, eps, relu))
-    y: Tensor = _GroupNorm.apply(x, num_groups, weight, bias, eps, relu)[0]
+    y: Tensor = _GroupNorm.apply(x, num_groups, weight, bias, eps, relu, keeps)[0]
     return y

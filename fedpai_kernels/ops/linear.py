@@ -3,16 +3,25 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..plan import Plan
 from .conv2d import check_operands, differentiable_conv2d
 from .geometry import flatten, resolve_geometry
+from .stored import stores
 
 _GEOMETRY = flatten(resolve_geometry((1, 1), 1, 0, 1))
 
 
-def sparse_linear(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None = None) -> Tensor:
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    plan: Plan,
+    bias: Tensor | None = None,
+    *,
+    activation_dtype: torch.dtype | None = None,
+) -> Tensor:
     """``x @ plan.unpack(values).T + bias`` without ever forming the dense weight.
 
     Differentiable in x, values and bias, to any order; a weight outside the mask meets nothing, not even infinities.
@@ -23,6 +32,7 @@ def sparse_linear(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None = N
         values: (plan.nnz,), the surviving weights in row-major order of the mask.
         plan: of kind "linear".
         bias: (out,) or None.
+        activation_dtype: as in :func:`fedpai_kernels.ops.sparse_conv2d`.
 
     Returns:
         (..., out). For 2-D x stored (out, N).
@@ -38,5 +48,6 @@ def sparse_linear(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None = N
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x: expected (..., {in_features}), got shape {tuple(x.shape)}")
     rows = x if x.dim() == 2 else x.reshape(-1, in_features)
-    y = differentiable_conv2d(rows[:, :, None, None], values, bias, plan, _GEOMETRY)[:, :, 0, 0]
+    keeps = stores(x, activation_dtype)
+    y = differentiable_conv2d(rows[:, :, None, None], values, bias, plan, _GEOMETRY, keeps)[:, :, 0, 0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)

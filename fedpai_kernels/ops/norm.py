@@ -17,6 +17,7 @@ from ..layout import to_batch_last
 from .activation import Activation, chosen, in_torch, is_smooth, slope_at_result
 from .norm_kernels import DTYPES, row_of
 from .registry import called_by_position
+from .stored import refuse_graph, stored, stores
 
 __all__ = ["batch_norm"]
 
@@ -42,7 +43,7 @@ class Running(NamedTuple):
 @called_by_position
 class _BatchNorm(torch.autograd.Function):
     """(x, residual | None, weight, bias, mean | None, var | None, eps, code and slope of the activation,
-    running | None) -> (y, stats);
+    running | None, stores) -> (y, stats);
     given mean and var are constants. The running statistics are updated before anything is saved: a recomputation
     by `torch.utils.checkpoint` may stop there, and torch's batch norm has updated them by then.
     """
@@ -59,6 +60,7 @@ class _BatchNorm(torch.autograd.Function):
         code: int,
         slope: float,
         running: Running | None,
+        stores: bool,
     ) -> tuple[Tensor, Tensor]:
         ops = torch.ops.fedpai
         if mean is None or var is None:
@@ -71,12 +73,17 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, residual, weight, bias, mean, _, ctx.eps, ctx.code, ctx.slope, _ = inputs
+        x, residual, weight, bias, mean, _, ctx.eps, ctx.code, ctx.slope, _, stores = inputs
         # With a residual, the gradient is read from the result and the residual itself is not kept, unless the
         # activation is smooth.
         z = None
         if residual is not None and ctx.code:
             z = residual if is_smooth(ctx.code) else output[0]
+        if stores and any(ctx.needs_input_grad):
+            if z is None:
+                x = stored_for(x, weight, bias, output[1], ctx.code, ctx.slope)
+            else:
+                x, z = stored(x), stored_for(z, None, None, None, ctx.code, ctx.slope)
         ctx.save_for_backward(x, z, weight, bias, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -85,10 +92,11 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 10
+            return (None,) * 11
         x, z, weight, bias, stats = ctx.saved_tensors
         need_x, need_residual, *need_affine = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            refuse_graph(x)
             given = None if ctx.through_statistics else stats
             smooth = is_smooth(ctx.code)
             y, g = twin(x, weight, bias, given, ctx.eps, ctx.code if z is None else 0, ctx.slope), dy
@@ -102,7 +110,7 @@ class _BatchNorm(torch.autograd.Function):
             dx, dweight, dbias, dz = (next(found) if need else None for need in needs)
             if not needs[3] and need_residual:
                 dz = g
-            return (dx, dz, dweight, dbias, None, None, None, None, None, None)
+            return (dx, dz, dweight, dbias, *(None,) * 7)
         dx, affine, dresidual = torch.ops.fedpai.batch_norm_backward(
             dy, x, z, weight, bias, stats, ctx.through_statistics, ctx.code, need_x, any(need_affine),
             need_residual and z is not None, ctx.slope,
@@ -114,8 +122,20 @@ class _BatchNorm(torch.autograd.Function):
             dresidual if need_residual else None,
             affine[0] if need_affine[0] else None,
             affine[1] if need_affine[1] else None,
-            None, None, None, None, None, None,
-        )  # fmt: skip
+            *(None,) * 7,
+        )
+
+
+def stored_for(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor | None, code: int, slope: float
+) -> Tensor:
+    """The copy of a norm's input, or without `stats` of its result, from which the backward pass has the derivatives
+    of a piecewise linear activation: rounding takes no element across a threshold. Somebody else's copy may.
+    """
+    if code == 0 or is_smooth(code):
+        return stored(x)
+    norm = weight, bias, stats, code, slope
+    return stored(x, lambda dense: torch.ops.fedpai.round_for_norm_backward(dense, *norm))
 
 
 def twin(
@@ -197,6 +217,7 @@ def batch_norm(
     relu: bool = False,
     residual: Tensor | None = None,
     activation: Activation | str | None = None,
+    activation_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` of a 4-D tensor, returned batch-last; with `residual`, plus that; with
     `relu` or another `activation`, followed by that: ``relu(batch_norm(x) + residual)``.
@@ -218,6 +239,8 @@ def batch_norm(
         activation: another one in place of the ReLU: "relu", "relu6", "silu", "gelu", "gelu_tanh" or
         ``Activation("leaky_relu", slope)``. The smooth ones are within a few ulp of the exact function, the others
         have torch's bits.
+        activation_dtype: `torch.bfloat16` keeps a float32 `x`, and that result or residual, for the gradient
+        rounded (:mod:`fedpai_kernels.ops.stored`); None keeps them as they are. The statistics are those of `x`.
 
     Differentiable in `x`, `residual`, `weight` and `bias`; gradients of gradients are left to torch. An empty
     `x` changes no statistics.
@@ -225,12 +248,12 @@ def batch_norm(
     Raises:
         TypeError: a dtype other than the above, or parameters or a residual of another dtype than `x`.
         ValueError: another device or shape; one value per channel in training; no statistics to evaluate
-        with; `relu` and `activation`, or one
-            that is unknown.
+        with; `relu` and `activation`, or one that is unknown; what `activation_dtype` cannot be.
     """
     applied = chosen(relu, activation)
     code, slope = applied.code, applied.slope
     check_norm(x, running_mean, running_var, weight, bias, training, residual)
+    keeps = stores(x, activation_dtype)
     if x.numel() == 0:
         y = torch.nn.functional.batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps
@@ -240,11 +263,11 @@ def batch_norm(
         return to_batch_last(in_torch(y, code, slope))
     if not training:
         statistics = running_mean, running_var
-        out: Tensor = _BatchNorm.apply(x, residual, weight, bias, *statistics, eps, code, slope, None)[0]
+        out: Tensor = _BatchNorm.apply(x, residual, weight, bias, *statistics, eps, code, slope, None, keeps)[0]
         return out
     running = Running(running_mean, running_var, momentum)
     compiling = torch.compiler.is_compiling()  # which takes tensors as arguments only, and stops nowhere
-    arguments = x, residual, weight, bias, None, None, eps, code, slope, None if compiling else running
+    arguments = x, residual, weight, bias, None, None, eps, code, slope, None if compiling else running, keeps
     y, stats = _BatchNorm.apply(*arguments)
     if compiling:
         running.update(stats)

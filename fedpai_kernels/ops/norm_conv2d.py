@@ -26,9 +26,10 @@ from ..layout import to_batch_last
 from ..plan import Plan
 from .activation import Activation, chosen
 from .conv2d import checked_geometry, differentiable_conv2d, run_forward, run_weight_grad
-from .norm import Running, check_norm, twin
+from .norm import Running, check_norm, stored_for, twin
 from .norm_kernels import given_statistics
 from .registry import LIBRARY, called_by_position
+from .stored import refuse_graph, stores
 
 __all__ = ["norm_conv2d"]
 
@@ -133,7 +134,7 @@ _ops: Any = torch.ops.fedpai
 @called_by_position
 class _NormConv2d(torch.autograd.Function):
     """(x, norm weight, norm bias, mean | None, var | None, eps, code and slope of the activation, running | None,
-    values, bias, plan, geometry) -> (y, stats); given mean and var are constants."""
+    values, bias, plan, geometry, stores) -> (y, stats); given mean and var are constants."""
 
     @staticmethod
     def forward(
@@ -150,6 +151,7 @@ class _NormConv2d(torch.autograd.Function):
         bias: Tensor | None,
         plan: Plan,
         geometry: list[int],
+        stores: bool,
     ) -> tuple[Tensor, Tensor]:
         if mean is None or var is None:
             stats: Tensor = _ops.batch_norm_statistics(x, eps)
@@ -165,7 +167,9 @@ class _NormConv2d(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, norm_weight, norm_bias, mean, _, ctx.eps, ctx.code, ctx.slope, _, values, *rest = inputs
-        _, ctx.plan, ctx.geometry = rest
+        _, ctx.plan, ctx.geometry, stores = rest
+        if stores and any(ctx.needs_input_grad):
+            x = stored_for(x, norm_weight, norm_bias, output[1], ctx.code, ctx.slope)
         ctx.save_for_backward(x, norm_weight, norm_bias, output[1], values)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -174,13 +178,14 @@ class _NormConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 13
+            return (None,) * 14
         x, norm_weight, norm_bias, stats, values = ctx.saved_tensors
         norm = (stats, norm_weight, norm_bias, ctx.code)
         needs = ctx.needs_input_grad
         need_x, need_norm = needs[0], needs[1] or needs[2]
         need_values, need_bias = needs[9:11]
         if torch.is_grad_enabled():  # create_graph=True
+            refuse_graph(x)
             given = None if ctx.through_statistics else stats
             h = twin(x, norm_weight, norm_bias, given, ctx.eps, ctx.code, ctx.slope)
             y = differentiable_conv2d(h, values, None, ctx.plan, ctx.geometry)
@@ -190,7 +195,7 @@ class _NormConv2d(torch.autograd.Function):
             grads = dict(zip(wanted, found, strict=True))
             if need_bias:
                 grads[10] = dy.sum((0, 2, 3))
-            return tuple(grads.get(i) for i in range(13))
+            return tuple(grads.get(i) for i in range(14))
         dx = dvalues = dbias = None
         dnorm: tuple[Tensor | None, Tensor | None] = (None, None)
         if need_values:
@@ -213,8 +218,7 @@ class _NormConv2d(torch.autograd.Function):
             *(None,) * 6,
             dvalues,
             dbias if need_bias else None,
-            None,
-            None,
+            *(None,) * 3,
         )
 
 
@@ -237,6 +241,7 @@ def norm_conv2d(
     *,
     relu: bool = False,
     activation: Activation | None = None,
+    activation_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``sparse_conv2d(batch_norm(x, ..., activation=activation), values, plan, bias, ...)``, with the same bits,
     without the tensor in between.
@@ -244,7 +249,8 @@ def norm_conv2d(
     The first eight arguments, `relu` and `activation` are those of :func:`fedpai_kernels.ops.norm.batch_norm`, the
     others those of :func:`fedpai_kernels.ops.sparse_conv2d`; `x` is (N, C, H, W) with at least one element.
     Differentiable in x, the norm's weight and bias, values and bias; gradients of gradients go through torch's own
-    batch norm. The running statistics are updated in place when `training`.
+    batch norm. The running statistics are updated in place when `training`. `activation_dtype` is that of both, for
+    `x`; the gradient of values then has other bits than from the two, which would round the normalised activation.
 
     Raises:
         TypeError, ValueError: as those two.
@@ -259,6 +265,7 @@ def norm_conv2d(
     else:
         mean, var, running = None, None, Running(running_mean, running_var, momentum)
     y: Tensor = _NormConv2d.apply(
-        x, norm_weight, norm_bias, mean, var, eps, applied.code, applied.slope, running, values, bias, plan, geometry
+        x, norm_weight, norm_bias, mean, var, eps, applied.code, applied.slope, running, values, bias, plan, geometry,
+        stores(x, activation_dtype),
     )[0]
     return y

@@ -31,6 +31,7 @@ LIBRARY.define(
     "batch_norm_eval(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var,"
     " float eps, int activation, float slope=0.0) -> (Tensor, Tensor)"
 )
+# x and z may be float32 that was rounded to bfloat16 (both, or neither).
 # (dx, (2, C) gradients of weight and bias, gradient of the residual); what is not needed comes back with no
 # elements. z: where the forward op had a residual and an activation, what it returned, or the residual itself where
 # the activation is smooth; only then is the residual's gradient another tensor than dy, and need_residual allowed.
@@ -43,6 +44,11 @@ LIBRARY.define(
 LIBRARY.define(
     "batch_norm_backward_(Tensor(a!) dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats,"
     " bool through_statistics, int activation, bool need_x, bool need_affine, float slope=0.0) -> Tensor"
+)
+# x for the backward ops, as bfloat16 with the derivatives of a piecewise linear activation; without stats it is z.
+LIBRARY.define(
+    "round_for_norm_backward(Tensor x, Tensor? weight, Tensor? bias, Tensor? stats, int activation, float slope=0.0)"
+    " -> Tensor"
 )
 
 
@@ -66,7 +72,7 @@ def _as_kernels_read(
     x: Tensor, other: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The operands with the strides that the kernels take: activations batch-last, parameters contiguous.
-    `other` is the residual, or in the backward op the result."""
+    `other` is the residual, or in the backward op the result or the residual."""
     return to_batch_last(x), _batch_last(other), _contiguous(weight), _contiguous(bias)
 
 
@@ -131,6 +137,34 @@ def _eval(
     return y, stats
 
 
+def _run_backward(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    through_statistics: bool,
+    activation: int,
+    slope: float,
+    dx: Tensor | None,
+    dresidual: Tensor | None,
+    need_affine: bool,
+) -> Tensor:
+    """The gradients of weight and bias; dx, which may be dy, and dresidual are written where they are."""
+    x, z, weight, bias = _as_kernels_read(x, z, weight, bias)
+    channels, row_bytes = x.shape[1], x.shape[1] * dy.element_size()
+    affine = dy.new_empty(2 if need_affine else 0, channels)
+    dweight = affine.data_ptr() if need_affine else 0
+    _BACKWARD[dy.dtype](
+        channels, row_of(x), dy.data_ptr(), x.data_ptr(), _address(z), x.dtype == torch.bfloat16, _address(weight),
+        _address(bias), stats.data_ptr(), stats.data_ptr() + row_bytes, through_statistics, activation, slope,
+        _address(dx), _address(dresidual), dweight, dweight + row_bytes if need_affine else 0,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return affine
+
+
 def _backward_in_place(
     dy: Tensor,
     x: Tensor,
@@ -143,16 +177,8 @@ def _backward_in_place(
     need_affine: bool,
     slope: float = 0.0,
 ) -> Tensor:
-    x, _, weight, bias = _as_kernels_read(x, None, weight, bias)
-    row_bytes = x.shape[1] * x.element_size()
-    affine = x.new_empty(2 if need_affine else 0, x.shape[1])
-    dweight = affine.data_ptr() if need_affine else 0
-    _BACKWARD[x.dtype](
-        x.shape[1], row_of(x), dy.data_ptr(), x.data_ptr(), 0, _address(weight), _address(bias), stats.data_ptr(),
-        stats.data_ptr() + row_bytes, through_statistics, activation, slope, dy.data_ptr() if need_x else 0, 0, dweight,
-        dweight + row_bytes if need_affine else 0, torch.get_num_threads(),
-    )  # fmt: skip
-    return affine
+    norm = (x, None, weight, bias, stats, through_statistics, activation, slope)
+    return _run_backward(dy, *norm, dy if need_x else None, None, need_affine)
 
 
 def _backward(
@@ -169,28 +195,32 @@ def _backward(
     need_residual: bool,
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy, (x, z, weight, bias) = to_batch_last(dy), _as_kernels_read(x, z, weight, bias)
-    channels, row_bytes = x.shape[1], x.shape[1] * x.element_size()
-    dx, affine, dresidual = _gradients(x, need_x, need_affine, need_residual)
-    dweight = affine.data_ptr() if need_affine else 0
-    _BACKWARD[x.dtype](
-        channels, row_of(x), dy.data_ptr(), x.data_ptr(), _address(z), _address(weight), _address(bias),
-        stats.data_ptr(), stats.data_ptr() + row_bytes, through_statistics, activation, slope,
-        dx.data_ptr() if need_x else 0, dresidual.data_ptr() if need_residual else 0, dweight,
-        dweight + row_bytes if need_affine else 0, torch.get_num_threads(),
-    )  # fmt: skip
+    dy = to_batch_last(dy)
+    dx, dresidual = _output(dy, need_x), _output(dy, need_residual)
+    norm = (x, z, weight, bias, stats, through_statistics, activation, slope)
+    affine = _run_backward(
+        dy, *norm, dx if need_x else None, dresidual if need_residual else None, need_affine
+    )
     return dx, affine, dresidual
 
 
-def _gradients(
-    x: Tensor, need_x: bool, need_affine: bool, need_residual: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised outputs of the backward op."""
-    dx, dresidual = (
-        empty_batch_last(x.shape if need else (0, 0, 0, 0), dtype=x.dtype, device=x.device)
-        for need in (need_x, need_residual)
-    )
-    return dx, x.new_empty(2 if need_affine else 0, x.shape[1]), dresidual
+def _output(dy: Tensor, need: bool) -> Tensor:
+    """An uninitialised gradient like dy, without elements where it is not needed."""
+    return empty_batch_last(dy.shape if need else (0, 0, 0, 0), dtype=dy.dtype, device=dy.device)
+
+
+def _round_for_backward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor | None, activation: int, slope: float = 0.0
+) -> Tensor:
+    x, _, weight, bias = _as_kernels_read(x, None, weight, bias)
+    y = empty_batch_last(x.shape, dtype=torch.bfloat16, device=x.device)
+    mean = _address(stats)
+    invstd = mean + x.shape[1] * x.element_size() if mean else 0
+    _C.round_for_backward(
+        x.shape[1], row_of(x), x.data_ptr(), _address(weight), _address(bias), mean, invstd, activation, slope,
+        y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
 
 
 LIBRARY.impl("batch_norm_train", _train, "CPU")
@@ -198,6 +228,7 @@ LIBRARY.impl("batch_norm_statistics", _statistics, "CPU")
 LIBRARY.impl("batch_norm_eval", _eval, "CPU")
 LIBRARY.impl("batch_norm_backward", _backward, "CPU")
 LIBRARY.impl("batch_norm_backward_", _backward_in_place, "CPU")
+LIBRARY.impl("round_for_norm_backward", _round_for_backward, "CPU")
 
 
 @torch.library.register_fake("fedpai::batch_norm_train", lib=LIBRARY)
@@ -248,7 +279,8 @@ def _(
     need_residual: bool,
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(x, need_x, need_affine, need_residual)
+    affine = dy.new_empty(2 if need_affine else 0, dy.shape[1])
+    return _output(dy, need_x), affine, _output(dy, need_residual)
 
 
 @torch.library.register_fake("fedpai::batch_norm_backward_", lib=LIBRARY)
@@ -264,7 +296,14 @@ def _(
     need_affine: bool,
     slope: float = 0.0,
 ) -> Tensor:
-    return x.new_empty(2 if need_affine else 0, x.shape[1])
+    return dy.new_empty(2 if need_affine else 0, x.shape[1])
+
+
+@torch.library.register_fake("fedpai::round_for_norm_backward", lib=LIBRARY)
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor | None, activation: int, slope: float = 0.0
+) -> Tensor:
+    return empty_batch_last(x.shape, dtype=torch.bfloat16, device=x.device)
 
 
 def given_statistics(mean: Tensor, var: Tensor, eps: float) -> Tensor:

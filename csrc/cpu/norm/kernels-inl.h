@@ -30,6 +30,7 @@
 // Where sums are taken a vector's tail is walked one element at a time: sums of a masked load would need the lanes cleared again.
 #pragma once
 
+#include "cpu/bf16/kernels-inl.h"
 #include "cpu/norm/activation-inl.h"
 #include "cpu/norm/kernels.h"
 
@@ -239,6 +240,45 @@ void norm_dx_fixed(const T* dy, const T* x, T* dx, std::int64_t n, NormAffine<T>
   }
 }
 
+// One element across which nearest took the other derivative goes to its other neighbour: activations and maps are
+// monotonous, so that has the right one, unless two thresholds lie between the neighbours.
+template <ActivationKind Kind>
+FEDPAI_INLINE Bf16 norm_rounded_scalar(float x, NormAffine<float> p, float slope) {
+  const Bf16 nearest = bf16_of(x);
+  const float at_x = norm_pulled_scalar<float, Kind>(1.0f, x, p, slope);
+  if (norm_pulled_scalar<float, Kind>(1.0f, float_of(nearest), p, slope) == at_x) return nearest;
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const std::uint32_t toward_zero = bits >> 16;  // the neighbours are this and the next
+  return static_cast<Bf16>(2 * toward_zero + 1 - nearest);
+}
+
+// A few vectors at a time are rounded to nearest, and one element at a time where a derivative changed among them.
+template <ActivationKind Kind>
+void norm_round(const float* x, Bf16* y, std::int64_t n, NormAffine<float> p, float slope) {
+  using V = Vec<float>;
+  using reg = typename V::reg;
+  const reg mean = V::set1(p.mean), scale = V::set1(p.scale), shift = V::set1(p.shift), leak = V::set1(slope);
+  const reg one = V::set1(1.0f);
+  constexpr std::int64_t step = V::lanes * kNormUnroll;
+  std::int64_t i = 0;
+  for (; i + step <= n; i += step) {
+    reg changed = V::zero();
+    for (int u = 0; u < kNormUnroll; ++u) {
+      const std::int64_t at = i + u * V::lanes;
+      const reg v = V::loadu(x + at);
+      V::storeu_bf16(y + at, v);
+      const reg rounded = V::sub(V::loadu_bf16(y + at), mean);
+      const reg d = V::sub(norm_pulled<float, Kind>(one, V::sub(v, mean), scale, shift, leak),
+                           norm_pulled<float, Kind>(one, rounded, scale, shift, leak));
+      changed = V::fma(d, d, changed);
+    }
+    if (!(V::reduce_add(changed) > 0.0f)) continue;
+    for (std::int64_t j = i; j < i + step; ++j) y[j] = norm_rounded_scalar<Kind>(x[j], p, slope);
+  }
+  for (; i < n; ++i) y[i] = norm_rounded_scalar<Kind>(x[i], p, slope);
+}
+
 template <class T, int Kind = 0>
 constexpr void set_norm_kernels(NormKernels<T>& table) {
   constexpr ActivationKind kind = static_cast<ActivationKind>(Kind);
@@ -249,6 +289,7 @@ constexpr void set_norm_kernels(NormKernels<T>& table) {
     table.cut[kind] = norm_cut<T, kind>;
     table.dx[kind] = norm_dx<T, kind>;
     table.dx_fixed[kind] = norm_dx_fixed<T, kind>;
+    if constexpr (sizeof(T) == sizeof(float)) table.round[kind] = norm_round<kind>;
   } else {
     table.pull[kind] = norm_pull<T, kind>;
   }

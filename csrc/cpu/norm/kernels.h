@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/bf16/kernels.h"
 #include "cpu/norm/activation.h"
 
 namespace fedpai {
@@ -62,6 +63,9 @@ struct NormKernels {
   void (*dx_fixed[kPiecewiseKinds])(const T* dy, const T* x, T* dx, std::int64_t n, NormAffine<T> affine, T slope);
   // g of a smooth activation (null for the others) of affine(x), plus r unless that is null.
   void (*pull[kActivationKinds])(const T* dy, const T* x, const T* r, T* g, std::int64_t n, NormAffine<T> affine);
+  // y = x rounded to nearest, or where the activation of affine(y) then has another derivative than that of affine(x),
+  // to the other neighbour of x. Floats only, else null.
+  void (*round[kPiecewiseKinds])(const T* x, Bf16* y, std::int64_t n, NormAffine<T> affine, T slope);
 };
 
 }  // namespace fedpai

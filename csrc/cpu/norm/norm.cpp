@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -107,6 +108,18 @@ const T* offset(const T* row, std::int64_t by) {
   return row != nullptr ? row + by : nullptr;
 }
 
+// n <= kNormBlock elements from `at` on, which are widened into scratch if need be.
+template <class T>
+const T* kept_block(const NormKept<T>& kept, std::int64_t at, std::int64_t n, T* scratch) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (kept.rounded != nullptr) {
+      kernels().bf16.widen(kept.rounded + at, scratch, n);
+      return scratch;
+    }
+  }
+  return kept.exact + at;
+}
+
 }  // namespace
 
 template <class T>
@@ -181,12 +194,12 @@ void batch_norm_eval(NormShape shape, const T* x, const T* r, const T* weight, c
 }
 
 template <class T>
-void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* z, const T* weight, const T* bias,
+void batch_norm_backward(NormShape shape, const T* dy, NormKept<T> x, NormKept<T> z, const T* weight, const T* bias,
                          const T* mean, const T* invstd, bool through_statistics, Activation activation, T* dx, T* dr,
                          T* dweight, T* dbias, int threads) {
   const NormKernels<T>& k = norm_kernels<T>();
   const bool smooth = activation.is_smooth();
-  const bool pulled_first = z != nullptr || smooth;  // the first look writes the gradient before the activation
+  const bool pulled_first = !z.absent() || smooth;  // the first look writes the gradient before the activation
   const ActivationKind again = pulled_first ? kNone : activation.kind;  // computed again from x, in both looks
   const T slope = static_cast<T>(activation.slope);
   T* const kept = dr != nullptr ? dr : dx;  // where that gradient stays for the second look; null: nowhere
@@ -198,20 +211,25 @@ void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* z, c
   const auto params = [&](std::int64_t channel) {
     return affine(weight, bias, mean[channel], invstd[channel], channel);
   };
-  const auto pull = [&](std::int64_t channel, std::int64_t at, std::int64_t n, T* to) {
+  // `from`: x from `at` on; read where the activation is smooth.
+  const auto pull = [&](std::int64_t channel, std::int64_t at, std::int64_t n, const T* from, T* to) {
+    T wide[kNormBlock];
+    const T* const kept_z = z.absent() ? nullptr : kept_block(z, at, n, wide);
     if (smooth) {
-      k.pull[activation.kind](dy + at, x + at, offset(z, at), to, n, params(channel));
+      k.pull[activation.kind](dy + at, from, kept_z, to, n, params(channel));
     } else {
-      k.cut[activation.kind](dy + at, z + at, to, n, slope);
+      k.cut[activation.kind](dy + at, kept_z, to, n, slope);
     }
   };
   const auto block = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
     const std::int64_t at = channel * shape.row + begin;
-    if (!pulled_first) return k.sums[again](dy + at, x + at, n, params(channel), slope);
+    T wide[kNormBlock];
+    const T* const from = kept_block(x, at, n, wide);
+    if (!pulled_first) return k.sums[again](dy + at, from, n, params(channel), slope);
     T scratch[kNormBlock];
     T* const pulled = kept != nullptr ? kept + at : scratch;
-    pull(channel, at, n, pulled);
-    return k.sums[again](pulled, x + at, n, params(channel), slope);
+    pull(channel, at, n, from, pulled);
+    return k.sums[again](pulled, from, n, params(channel), slope);
   };
   const auto finish = [&](std::int64_t channel, const SumsFold& f) {
     const double inv = static_cast<double>(invstd[channel]), count = static_cast<double>(shape.row);
@@ -223,18 +241,26 @@ void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* z, c
                                                 static_cast<T>(f.g_xc * inv * inv / count)};
   };
   const auto write_dx = [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
-    const std::int64_t at = channel * shape.row + begin;
-    if (through_statistics) {
-      k.dx[again](g + at, x + at, dx + at, n, params(channel), slope, pulls[static_cast<std::size_t>(channel)]);
-    } else {
-      k.dx_fixed[again](g + at, x + at, dx + at, n, params(channel), slope);
+    T wide[kNormBlock];
+    const std::int64_t step = x.rounded != nullptr ? kNormBlock : n;
+    for (std::int64_t i = begin; i < begin + n; i += step) {
+      const std::int64_t at = channel * shape.row + i, size = std::min(step, begin + n - i);
+      const T* const from = kept_block(x, at, size, wide);
+      if (through_statistics) {
+        k.dx[again](g + at, from, dx + at, size, params(channel), slope, pulls[static_cast<std::size_t>(channel)]);
+      } else {
+        k.dx_fixed[again](g + at, from, dx + at, size, params(channel), slope);
+      }
     }
   };
   // Without sums there was no first look that wrote the gradient.
   const auto pull_and_write = [&](std::int64_t channel, std::int64_t begin, std::int64_t size) {
     for (std::int64_t i = begin; i < begin + size; i += kNormBlock) {
       const std::int64_t at = channel * shape.row + i, n = std::min(kNormBlock, begin + size - i);
-      if (kept != nullptr && pulled_first) pull(channel, at, n, kept + at);
+      if (kept != nullptr && pulled_first) {
+        T wide[kNormBlock];
+        pull(channel, at, n, smooth ? kept_block(x, at, n, wide) : nullptr, kept + at);
+      }
       if (dx != nullptr) write_dx(channel, i, n);
     }
   };
@@ -263,6 +289,18 @@ void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* z, c
   if (dx != nullptr) for_pieces(shape, c, write_dx);
 }
 
+void round_for_backward(NormShape shape, const float* x, const float* weight, const float* bias, const float* mean,
+                        const float* invstd, Activation activation, Bf16* y, int threads) {
+  const auto round = norm_kernels<float>().round[activation.kind];
+  const auto slope = static_cast<float>(activation.slope);
+  for_pieces(shape, cut(shape, threads), [&](std::int64_t channel, std::int64_t begin, std::int64_t n) {
+    const std::int64_t at = channel * shape.row + begin;
+    const NormAffine<float> identity{0.0f, 1.0f, 0.0f};
+    round(x + at, y + at, n,
+          mean != nullptr ? affine(weight, bias, mean[channel], invstd[channel], channel) : identity, slope);
+  });
+}
+
 #define FEDPAI_INSTANTIATE(T)                                                                                       \
   template std::vector<NormAffine<T>> norm_affines<T>(std::int64_t, const T*, const T*, const T*, const T*);        \
   template void normalise<T>(NormShape, const T*, NormMap<T>, T*, int);                                             \
@@ -270,7 +308,7 @@ void batch_norm_backward(NormShape shape, const T* dy, const T* x, const T* z, c
                                     T*, T*, int);                                                                   \
   template void batch_norm_eval<T>(NormShape, const T*, const T*, const T*, const T*, const T*, const T*, double,   \
                                    Activation, T*, T*, int);                                                        \
-  template void batch_norm_backward<T>(NormShape, const T*, const T*, const T*, const T*, const T*, const T*,       \
+  template void batch_norm_backward<T>(NormShape, const T*, NormKept<T>, NormKept<T>, const T*, const T*, const T*, \
                                        const T*, bool, Activation, T*, T*, T*, T*, int);
 FEDPAI_INSTANTIATE(float)
 FEDPAI_INSTANTIATE(double)

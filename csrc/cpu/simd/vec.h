@@ -16,6 +16,7 @@
 //     store_partial(p, v, n)
 //     add sub mul div max min sqrt
 //     fma(a, b, c) = a * b + c        one rounding where the hardware has it
+//     loadu_bf16(p) storeu_bf16(p, v)   float only: upper halves of floats, rounded to nearest even; NaN stays NaN
 //     select_gt0(a, b)                b where a > 0, else 0 (NaN in a gives 0): the gradient of ReLU
 //     where_gt0(a, b, c)              b where a > 0, else c (NaN in a gives c)
 //     pow2(n)                         2^n for integers n for which that is a normal number

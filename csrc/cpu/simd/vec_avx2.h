@@ -32,6 +32,20 @@ struct Vec<float> {
   static FEDPAI_INLINE reg loadu(const float* p) { return _mm256_loadu_ps(p); }
   static FEDPAI_INLINE void store(float* p, reg v) { _mm256_store_ps(p, v); }
   static FEDPAI_INLINE void storeu(float* p, reg v) { _mm256_storeu_ps(p, v); }
+  static FEDPAI_INLINE reg loadu_bf16(const std::uint16_t* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static FEDPAI_INLINE void storeu_bf16(std::uint16_t* p, reg v) {
+    const __m256i bits = _mm256_castps_si256(v), upper = _mm256_srli_epi32(bits, 16);
+    const __m256i half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(upper, _mm256_set1_epi32(1)));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+    const __m256i halves = _mm256_blendv_epi8(rounded, quiet, is_nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(halves, halves), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
   static FEDPAI_INLINE __m256i partial_mask(int n) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kPartialMask32 + (lanes - n)));
   }

@@ -28,6 +28,18 @@ struct Vec<float> {
   static FEDPAI_INLINE reg loadu(const float* p) { return _mm512_loadu_ps(p); }
   static FEDPAI_INLINE void store(float* p, reg v) { _mm512_store_ps(p, v); }
   static FEDPAI_INLINE void storeu(float* p, reg v) { _mm512_storeu_ps(p, v); }
+  static FEDPAI_INLINE reg loadu_bf16(const std::uint16_t* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static FEDPAI_INLINE void storeu_bf16(std::uint16_t* p, reg v) {
+    const __m512i bits = _mm512_castps_si512(v), upper = _mm512_srli_epi32(bits, 16);
+    const __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(upper, _mm512_set1_epi32(1)));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const __m512i halves = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), upper,
+                                                _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(halves));
+  }
   static FEDPAI_INLINE __mmask16 partial_mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
   static FEDPAI_INLINE reg load_partial(const float* p, int n) { return _mm512_maskz_loadu_ps(partial_mask(n), p); }
   static FEDPAI_INLINE void store_partial(float* p, reg v, int n) { _mm512_mask_storeu_ps(p, partial_mask(n), v); }

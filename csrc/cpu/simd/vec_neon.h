@@ -28,6 +28,16 @@ struct Vec<float> {
   static FEDPAI_INLINE reg loadu(const float* p) { return vld1q_f32(p); }
   static FEDPAI_INLINE void store(float* p, reg v) { vst1q_f32(p, v); }
   static FEDPAI_INLINE void storeu(float* p, reg v) { vst1q_f32(p, v); }
+  static FEDPAI_INLINE reg loadu_bf16(const std::uint16_t* p) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+  }
+  static FEDPAI_INLINE void storeu_bf16(std::uint16_t* p, reg v) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(v), upper = vshrq_n_u32(bits, 16);
+    const uint32x4_t half = vaddq_u32(vdupq_n_u32(0x7fff), vandq_u32(upper, vdupq_n_u32(1)));
+    const uint32x4_t rounded = vshrq_n_u32(vaddq_u32(bits, half), 16);
+    const uint32x4_t quiet = vorrq_u32(upper, vdupq_n_u32(0x40));
+    vst1_u16(p, vmovn_u32(vbslq_u32(vceqq_f32(v, v), rounded, quiet)));
+  }
   static FEDPAI_INLINE reg load_partial(const float* p, int n) {
     float t[lanes] = {0, 0, 0, 0};
     for (int i = 0; i < n; ++i) t[i] = p[i];

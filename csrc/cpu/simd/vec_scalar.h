@@ -40,6 +40,23 @@ struct Vec {
     for (int i = 0; i < lanes; ++i) p[i] = v.x[i];
   }
   static FEDPAI_INLINE void storeu(T* p, const reg& v) { store(p, v); }
+  static FEDPAI_INLINE reg loadu_bf16(const std::uint16_t* p) {
+    return each([&](int i) {
+      const std::uint32_t bits = static_cast<std::uint32_t>(p[i]) << 16;
+      float x;
+      __builtin_memcpy(&x, &bits, sizeof x);
+      return x;
+    });
+  }
+  static FEDPAI_INLINE void storeu_bf16(std::uint16_t* p, const reg& v) {
+    for (int i = 0; i < lanes; ++i) {
+      std::uint32_t bits;
+      __builtin_memcpy(&bits, &v.x[i], sizeof bits);
+      const std::uint32_t upper = bits >> 16;
+      const std::uint32_t rounded = (bits + 0x7fffu + (upper & 1u)) >> 16;
+      p[i] = static_cast<std::uint16_t>(v.x[i] != v.x[i] ? upper | 0x40u : rounded);
+    }
+  }
   static FEDPAI_INLINE reg load_partial(const T* p, int n) {
     return each([&](int i) { return i < n ? p[i] : T(0); });
   }

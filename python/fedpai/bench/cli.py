@@ -108,6 +108,11 @@ def _add_step(kinds: argparse._SubParsersAction[Any]) -> None:
         "process of its own",
     )
     add("--no-compile", dest="compiled", action="store_false", help="do not try dense torch compiled")
+    add(
+        "--activation-dtype",
+        choices=["bf16"],
+        help="also train ours with what the backward pass needs kept in bfloat16 (kept as it is)",
+    )
     parser.set_defaults(run=_guarded(_step))
 
 
@@ -200,6 +205,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if getattr(arguments, "profile", False):
         if arguments.rivals not in (None, ["none"]):
             raise BenchError("--rivals: --profile looks at our step alone and compares with nobody")
+        if arguments.activation_dtype is not None:
+            raise BenchError("--activation-dtype: --profile looks at the step as it is by default")
         arguments.rivals = ["none"]
     if getattr(arguments, "memory", False):
         if arguments.rivals not in (None, ["dense"], ["none"]):
@@ -272,6 +279,7 @@ def _step(arguments: argparse.Namespace) -> None:
         compiled=arguments.compiled,
         effort=_effort(arguments),
         mask_data=arguments.mask_data,
+        bf16=arguments.activation_dtype == "bf16",
     )
     step.prepare(settings)
     if arguments.profile:

@@ -21,7 +21,7 @@ import torch
 import fedpai_kernels
 from fedpai.bench import masks as bench_masks
 from fedpai.bench import step as bench_step
-from fedpai.bench.step_rivals import FORMATS, Task, Trainer, dense_trainer, our_trainer
+from fedpai.bench.step_rivals import BF16, FORMATS, Task, Trainer, dense_trainer, our_trainer
 
 RESET, NOT_RESET, MAXRSS = "VmHWM", "VmHWM, not reset", "ru_maxrss"
 """How the peak is read: the best way, that without the right to reset it, and that of systems other than Linux."""
@@ -31,6 +31,7 @@ _WARM_UP = "wrn10x1"
 
 TRAINERS: dict[tuple[str, str], Callable[[Task], Trainer]] = {
     ("ours", "sparsify_"): lambda task: our_trainer(task, task.network),
+    ("ours", BF16): lambda task: our_trainer(task, task.network, bf16=True),
     ("ours", "sparsify_, fuse=False"): lambda task: our_trainer(task, task.network, fuse=False),
     **{
         ("dense", f"{name}, eager"): lambda task, name=name: dense_trainer(task, task.network, name)  # type: ignore[misc]

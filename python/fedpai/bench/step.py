@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Settings:
         compiled: whether dense torch is tried compiled as well.
         effort: how long to measure.
         mask_data: images for criteria that score with them.
+        bf16: whether ours is also tried with saved activations in bfloat16.
     """
 
     models: Sequence[str]
@@ -47,6 +48,7 @@ class Settings:
     compiled: bool = True
     effort: Effort = field(default_factory=Effort)
     mask_data: str = bench_masks.SCORING_DATA
+    bf16: bool = False
 
 
 def prepare(settings: Settings) -> None:
@@ -137,6 +139,7 @@ def _measure(settings: Settings, model: str, sparsity: float, progress: Callable
     progress(f"{label}: masks")
     task, data = task_of(model, settings.mask, sparsity, settings.batch, settings.mask_data)
     setting = setting_of(settings, model, sparsity, task, data)
+    task = replace(task, bf16=settings.bf16)
     progress(f"{label}: reference losses")
     expected = masked_losses(task)
 
@@ -154,7 +157,7 @@ def _measure(settings: Settings, model: str, sparsity: float, progress: Callable
                 continue
             found, failure, first_ms = _first_losses(trainer)
             losses[f"{name}, {variant}"] = found
-            problem = failure or expected.problem(found, trainer.masked)
+            problem = failure or expected.problem(found, trainer.masked, trainer.exact)
             if problem:
                 reasons.setdefault(name, []).append(("wrong", f"{variant}: {problem}"))
                 continue

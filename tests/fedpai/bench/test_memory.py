@@ -16,7 +16,7 @@ from fedpai.bench import memory, memory_child
 from fedpai.bench import rows as bench_rows
 from fedpai.bench.memory_text import memory_table, remarks
 from fedpai.bench.step import task_of
-from fedpai.bench.step_rivals import Expected, masked_losses
+from fedpai.bench.step_rivals import BF16, Expected, masked_losses
 
 Bench = Callable[..., list[dict[str, Any]]]
 MEGABYTE = 1_000_000
@@ -169,3 +169,22 @@ def test_memory_or_profile(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["bench", "step", "--memory", "--profile"])
     assert stop.value.code == cli.ERROR
     assert "argument --profile: not allowed with argument --memory" in capsys.readouterr().err
+
+
+def test_bf16_activations_are_measured_on_request(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    variants: list[str] = []
+    task, _ = task_of("mlp", "uniform", 0.9, 4)
+    losses = masked_losses(task).losses
+    monkeypatch.setattr(memory, "masked_losses", lambda task: Expected(losses, [0.0] * len(losses)))
+
+    def figures(job: dict[str, Any], label: str) -> dict[str, Any]:
+        variants.append(job["variant"])
+        found = [losses[0], 2.0, 1.0] if job["variant"] == BF16 else losses  # rounded gradients
+        return {"method": memory_child.RESET, "start_bytes": 1, "peak_bytes": MEGABYTE, "losses": list(found)}
+
+    monkeypatch.setattr(memory, "run_child", figures)
+    arguments = ("--model", "mlp", "--sparsity", "0.9", "--batch", "4", "--rivals", "none")
+    bench("step", "--memory", *arguments)
+    assert BF16 not in variants
+    (row,) = bench("step", "--memory", "--activation-dtype", "bf16", *arguments)
+    assert list(row["peaks"]["ours"]) == ["sparsify_", BF16, "sparsify_, fuse=False"]

@@ -15,7 +15,7 @@ from fedpai import cli
 from fedpai.bench import rows as bench_rows
 from fedpai.bench.rivals.sparseprop import installed
 from fedpai.bench.step import task_of
-from fedpai.bench.step_rivals import CHECKED_STEPS, CONTENDERS, Trainer, masked_losses
+from fedpai.bench.step_rivals import BF16, CHECKED_STEPS, CONTENDERS, Trainer, masked_losses
 
 Bench = Callable[..., list[dict[str, Any]]]
 
@@ -130,3 +130,24 @@ def test_mistakes_are_one_line(
     assert printed.out == ""
     assert words in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_bf16_activations_are_a_variant_on_request(bench: Bench) -> None:
+    (row,) = bench("step", "--model", "lenet5", "--batch", "8", "--rivals", "none", "--activation-dtype", "bf16")
+    assert set(row["results"]["ours"]["variants"]) == {"sparsify_", BF16}
+    plain, rounded = row["losses"]["ours, sparsify_"], row["losses"][f"ours, {BF16}"]
+    assert plain[0] == rounded[0]
+    assert rounded == pytest.approx(plain, rel=0.05)
+
+
+def test_rounded_gradients_excuse_later_losses_only() -> None:
+    task, _ = task_of("mlp", "uniform", 0.9, 8)
+    expected = masked_losses(task)
+    found = [expected.losses[0], 2.0, 1.0]
+    assert expected.problem(found, masked=True, exact=False) == ""
+    assert expected.problem([9.0, *expected.losses[1:]], masked=True, exact=False) != ""
+
+
+def test_no_profile_of_bf16_activations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "step", "--profile", "--activation-dtype", "bf16"]) == cli.ERROR
+    assert "--activation-dtype: --profile looks at the step as it is by default" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _C
 from ..layout import empty_batch_last, to_batch_last
+from .norm import check_operand
 from .registry import LIBRARY, called_by_position
 from .stored import refuse_graph, stored, stores, widened
 
@@ -197,18 +198,7 @@ def _check(x: Tensor, num_groups: int, parameters: dict[str, Tensor | None]) -> 
     if num_groups < 1 or c % num_groups != 0:
         raise ValueError(f"num_groups: expected a divisor of the {c} channels of x, got {num_groups}")
     for name, p in parameters.items():
-        if p is None:
-            continue
-        if p.shape != (c,):
-            raise ValueError(
-                f"{name}: expected shape ({c},), one value per channel of x, got {tuple(p.shape)}"
-            )
-        if p.dtype != x.dtype:
-            raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {p.dtype}")
-        if p.device != x.device:
-            raise ValueError(
-                f"{name}: expected a tensor on the device of x, {x.device}, got one on {p.device}"
-            )
+        check_operand(name, p, x, (c,), "one value per channel of x")
     if n * (c // num_groups) * h * w == 1:  # as torch has it
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 

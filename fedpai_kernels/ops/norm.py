@@ -158,6 +158,18 @@ def twin(
 # -----------------------------------------------------------------------------------------------------
 
 
+def check_operand(name: str, t: Tensor | None, x: Tensor, shape: tuple[int, ...], why: str) -> None:
+    """That an operand beside `x`, if there is one, has `shape`, and the dtype and device of `x`."""
+    if t is None:
+        return
+    if t.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, {why}, got {tuple(t.shape)}")
+    if t.dtype != x.dtype:
+        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{name}: expected a tensor on the device of x, {x.device}, got one on {t.device}")
+
+
 def _check(x: Tensor, residual: Tensor | None, parameters: dict[str, Tensor | None]) -> None:
     if x.dim() != 4:
         raise ValueError(f"x: expected a shape (N, C, H, W), got {tuple(x.shape)}")
@@ -165,22 +177,11 @@ def _check(x: Tensor, residual: Tensor | None, parameters: dict[str, Tensor | No
         raise TypeError(f"x: expected dtype float32 or float64, got {x.dtype}")
     if x.device.type != "cpu":
         raise ValueError(f"x: expected a tensor on the CPU, got one on {x.device}")
-    for name, p in {"residual": residual, **parameters}.items():
-        if p is None:
-            continue
-        if p is residual:
-            if p.shape != x.shape:
-                raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(p.shape)}")
-        elif p.shape != (x.shape[1],):
-            raise ValueError(
-                f"{name}: expected shape ({x.shape[1]},), one value per channel of x, got {tuple(p.shape)}"
-            )
-        if p.dtype != x.dtype:
-            raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {p.dtype}")
-        if p.device != x.device:
-            raise ValueError(
-                f"{name}: expected a tensor on the device of x, {x.device}, got one on {p.device}"
-            )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+    check_operand("residual", residual, x, x.shape, "that of x")
+    for name, p in parameters.items():
+        check_operand(name, p, x, (x.shape[1],), "one value per channel of x")
 
 
 def check_norm(

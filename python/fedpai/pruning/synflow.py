@@ -6,7 +6,8 @@ every parameter is replaced by its absolute value. After step t of n the weights
 up ``rho^(t/n)`` of all, rho the final density; then the survivors are scored anew.
 
 Batch norm is in eval mode with its running mean taken as 0: a positive factor ``|gamma| / sqrt(var + eps)``
-and a shift ``|beta|`` a channel. At initialisation that is the identity, as in the published code.
+and a shift ``|beta|`` a channel. At initialisation that is the identity, as in the published code. Layer norm
+subtracts the mean of its input, so that R is no sum over positive paths: transformers are refused.
 
 Range: R multiplies the weight sums of all layers, about 1e28 for ResNet-18. Passes run in float32 while R is
 well inside its range and in float64 otherwise; scores are then divided by their sum. (Rescaling single layers
@@ -136,7 +137,14 @@ def _fits_float32(flow: float) -> bool:
 
 
 def _linearise(model: nn.Module) -> None:
-    """Absolute values, eval mode, batch norm as a positive factor and shift."""
+    """Absolute values, eval mode, batch norm as a positive factor and shift.
+
+    Raises:
+        ValueError: a layer norm.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            raise ValueError(f"synflow: {name} is a LayerNorm, whose outputs are no sums over positive paths")
     model.eval()
     device = next(model.parameters()).device
     with torch.no_grad():

@@ -45,7 +45,7 @@ def _add_layers(kinds: argparse._SubParsersAction[Any]) -> None:
         type=_words,
         default=["resnet18"],
         metavar="NAME,..",
-        help="networks, or CSV files of layers (resnet18)",
+        help="networks, CSV files of layers, or transformer: linear layers of ViT-Base (resnet18)",
     )
     add(
         "--density",
@@ -123,6 +123,12 @@ def _add_common(parser: argparse.ArgumentParser, rivals: str) -> None:
         default="uniform",
         metavar="KIND",
         help="uniform, or a criterion: erk, grasp, magnitude, random, snip, synflow (uniform)",
+    )
+    add(
+        "--structure",
+        default="weight",
+        metavar="NAME",
+        help="which weights masks keep together: weight, 16x1 or any RxC, 16x1-taps, channel, 2:4, fan-in (weight)",
     )
     add(
         "--mask-data",
@@ -243,6 +249,7 @@ def _layers(arguments: argparse.Namespace) -> None:
         models=arguments.model,
         densities=arguments.density,
         mask=arguments.mask,
+        structure=arguments.structure,
         batch=arguments.batch,
         directions=arguments.directions,
         rivals=arguments.rivals,
@@ -274,6 +281,7 @@ def _step(arguments: argparse.Namespace) -> None:
         models=arguments.model,
         sparsities=arguments.sparsity,
         mask=arguments.mask,
+        structure=arguments.structure,
         batch=arguments.batch,
         rivals=arguments.rivals,
         compiled=arguments.compiled,

@@ -28,8 +28,9 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (N, T, channels) to the same shape."""
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, HEAD_CHANNELS)).permute(2, 0, 3, 1, 4)
-        y = functional.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])  # (N, heads, T, HEAD_CHANNELS)
+        heads = self.qkv(x).unflatten(2, (3 * self.heads, HEAD_CHANNELS)).transpose(1, 2)
+        q, k, v = heads.chunk(3, 1)  # (N, heads, T, HEAD_CHANNELS)
+        y = functional.scaled_dot_product_attention(q, k, v)
         return self.out(y.transpose(1, 2).flatten(2))
 
 

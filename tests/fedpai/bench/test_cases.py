@@ -26,7 +26,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name", write_layers.NETWORKS)
+@pytest.mark.parametrize("name", write_layers.LISTS)
 def test_committed_lists_are_those_of_the_networks(name: str) -> None:
     committed = write_layers.path_of(name).read_text()
     assert committed == write_layers.rendered(name), "run python benchmarks/write_layers.py"

@@ -74,7 +74,7 @@ def test_ours_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
     assert [list(row["peaks"]) for row in rows] == [["ours"]] * 4
     assert jobs[:2] == [("mlp, uniform 0.9", v, 4, 1) for v in ("sparsify_", "sparsify_, fuse=False")]
-    assert memory_table(rows).rows[0][4:] == ["5.00", "-", "-"]
+    assert memory_table(rows).rows[0][5:] == ["5.00", "-", "-"]
     assert "of_dense" not in rows[0]["peaks"]["ours"]["sparsify_"]
 
 

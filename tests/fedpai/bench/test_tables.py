@@ -128,9 +128,9 @@ def test_tables_in_documents(root: Path) -> None:
         assert text.endswith("after\n")
         assert "old" not in text
         assert "Some CPU, 2 threads, avx2, torch 2.13.0, SparseProp absent, batch 64, 2026-01-02" in text
-        assert "| resnet18 | uniform 98 % | 2.0 % | 20.0 | - | 2.00 | 10x | - |" in text
-        assert "| resnet18 | uniform | 2 % | 2 | 6.0x | 4.0x | - | - |" in text
-    assert "| conv1 | 3-64 3x3 @32 | 0.02 | 2.00 | 8.00 | - | 4.0x | - | 0.500 | 1.00 | 50.0 |" in docs
+        assert "| resnet18 | uniform 98 % | weight | 2.0 % | 20.0 | - | 2.00 | 10x | - |" in text
+        assert "| resnet18 | uniform | weight | 2 % | 2 | 6.0x | 4.0x | - | - |" in text
+    assert "| conv1 | 3-64 3x3 @32 | weight | 0.02 | 2.00 | 8.00 | - | 4.0x | - | 0.500 | 1.00 | 50.0 |" in docs
     assert "3-64 3x3" not in readme
 
 

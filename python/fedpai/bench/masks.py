@@ -133,6 +133,7 @@ def network_masks(
     from fedpai import pruning
 
     check_kind(kind)
+    check_structure(structure)
     batch = _scoring_batch(model, data, seed) if kind in _NEEDS_DATA else None
     try:
         masks = pruning.prune(model, sparsity, kind, data=batch, seed=seed)

@@ -136,7 +136,7 @@ def network_masks(
     check_structure(structure)
     batch = _scoring_batch(model, data, seed) if kind in _NEEDS_DATA else None
     try:
-        masks = pruning.prune(model, sparsity, kind, data=batch, seed=seed)
+        masks = pruning.prune(model, sparsity, kind, data=batch, seed=seed, structure=structure)
     except ValueError as error:
         raise BenchError(f"--mask {kind}: {error}") from error
     return masks, data if batch is not None else None

@@ -172,7 +172,7 @@ _BEGINNINGS = (
     (("fedpai::batch_norm", "_BatchNorm", "aten::batch_norm"), "norm forward"),
     (("fedpai::group_norm_backward", "_GroupNormBackward", "NativeGroupNormBackward"), "norm backward"),
     (("fedpai::group_norm", "_GroupNorm", "aten::group_norm"), "norm forward"),
-    (("aten::layer_norm", "aten::native_layer_norm"), "norm forward"),
+    (("aten::layer_norm",), "norm forward"),
     (("NativeLayerNormBackward",), "norm backward"),
     (("aten::scaled_dot_product_attention",), "attention forward"),
     (("ScaledDotProduct",), "attention backward"),

@@ -16,6 +16,7 @@ from fedpai.bench.cases import LayerCase, to_csv
 from fedpai.bench.rivals.sparseprop import installed, unsupported
 from fedpai.bench.step import task_of
 from fedpai.bench.step_rivals import CONTENDERS, Trainer, masked_losses
+from fedpai_kernels.structure import check, parse
 
 Bench = Callable[..., list[dict[str, Any]]]
 
@@ -90,27 +91,32 @@ def test_rows_of_tokens_count(bench: Bench, layers: str) -> None:
 
 def test_steps_of_block_masks(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = bench(
-        "step", "--model", "conv4", "--structure", "8x1", "--sparsity", "0.9", "--batch", "8", "--no-compile",
+        "step", "--model", "lenet5", "--structure", "4x1", "--sparsity", "0.9", "--batch", "8", "--no-compile",
         "--rivals", "dense",
     )  # fmt: skip
     assert bench_rows.check(row) == ""
-    assert (row["structure"], row["results"]["ours"]["status"]) == ("8x1", "ok")
+    assert (row["structure"], row["results"]["ours"]["status"]) == ("4x1", "ok")
     lines = capsys.readouterr().out.splitlines()
     head = next(line for line in lines if line.startswith("model "))
-    ours = next(line for line in lines if line.startswith("conv4 "))
-    assert ours[head.index("structure") :].split()[0] == "8x1"
+    ours = next(line for line in lines if line.startswith("lenet5 "))
+    assert ours[head.index("structure") :].split()[0] == "4x1"
 
 
-def test_profiles_and_memory_name_it(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_masks_of_a_network_are_of_the_structure() -> None:
+    task, _ = task_of("lenet5", "magnitude", 0.8, 1, structure="2x2-taps")
+    for mask in task.masks.values():
+        check(mask, parse("2x2-taps"))
+    assert task.network.conv1.weight.count_nonzero() == task.masks["conv1"].sum()
+
+
+def test_profiles_name_it(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--model", "mlp", "--structure", "4x4", "--sparsity", "0.9", "--batch", "4")
     rows = bench("step", "--profile", *arguments)
     assert {row["structure"] for row in rows} == {"4x4"}
     assert "mlp, uniform 90 %, structure 4x4, batch 4" in capsys.readouterr().out
-    (row,) = bench("step", "--memory", "--rivals", "none", *arguments)
-    assert row["structure"] == "4x4"
-    assert "structure" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_transformer_trains_with_every_contender(bench: Bench) -> None:
     (row,) = bench("step", "--model", "vit-tiny", "--sparsity", "0.95", "--batch", "2", "--no-compile")
     assert row["results"]["ours"]["status"] == row["results"]["dense"]["status"] == "ok"
@@ -154,6 +160,7 @@ def test_mistakes_are_one_line(
     [
         (["--structure", "2:4"], "--structure 2:4: got a density of 0.1, its masks keep 0.5"),
         (["--model", "transformer", "--mask", "erk"], "--mask erk: needs a network, and transformer is a list"),
+        (["--model", "mlp", "--structure", "16x1", "--mask", "erk", "--density", "1e-5"], "--mask erk: sparsity"),
         (["--model", "transformer"], "--layers: no layer of transformer matches"),
     ],
 )

@@ -50,9 +50,9 @@ class _LayerCost:
 class ChannelChooser:
     """Channels under a budget of weights or multiply-adds, never above it.
 
-    ``"uniform"``: every group keeps the same share of its channels, rounded down, the largest share that the budget
-    allows. ``"global"``: every group keeps its best channel. Then, under both, one ranking of all other channels is
-    gone down once, and each that still fits is kept.
+    ``"uniform"``: every group keeps the same share of its channels, rounded down but at least one, the largest share
+    that the budget allows. ``"global"``: every group keeps its best channel. Then one ranking of all other channels
+    is gone down once, and each that still fits is kept; under ``"uniform"``, at most one more in a group.
 
     Args:
         model: traced, not run.
@@ -136,7 +136,10 @@ class ChannelChooser:
         return checked_score(scores, name, self._layers).detach().to("cpu", torch.float64)
 
     def _best(self, means: Sequence[torch.Tensor], budget: int) -> Tensors:
-        counts = self._uniform(budget) if self._allocation == "uniform" else [1] * len(means)
+        counts, most = [1] * len(means), self._sizes
+        if self._allocation == "uniform":
+            counts = self._uniform(budget)
+            most = [count + 1 for count in counts]
         orders = [mean.argsort(descending=True, stable=True) for mean in means]
         ranking = sorted(
             (-score, group, place)
@@ -145,7 +148,8 @@ class ChannelChooser:
             if score > -torch.inf
         )
         for _, group, place in ranking:
-            if place != counts[group]:  # kept already, or a better one of the group did not fit
+            # Others are kept already, or follow one of their group that did not fit.
+            if place != counts[group] or place == most[group]:
                 continue
             counts[group] += 1
             if self._cost(counts) > budget:

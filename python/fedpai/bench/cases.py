@@ -50,6 +50,11 @@ class LayerCase:
     count: int = 1
 
     @property
+    def rows(self) -> int:
+        """How many inputs a linear layer is given for each image."""
+        return math.prod(self.image)
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
         """Of the dense weight."""
         if self.kind == "linear":
@@ -70,13 +75,13 @@ class LayerCase:
     def input_shape(self, batch: int) -> tuple[int, ...]:
         """Of a batch of inputs; the rows of a linear layer are one dimension."""
         if self.kind == "linear":
-            return (batch * math.prod(self.image), self.in_channels)
+            return (batch * self.rows, self.in_channels)
         return (batch, self.in_channels, *self.image)
 
     def output_shape(self, batch: int) -> tuple[int, ...]:
         """Of a batch of outputs."""
         if self.kind == "linear":
-            return (batch * math.prod(self.image), self.out_channels)
+            return (batch * self.rows, self.out_channels)
         return (batch, self.out_channels, *self.output)
 
     @property
@@ -85,7 +90,7 @@ class LayerCase:
         ``192-768 linear x64``: features, rows for each image unless 1.
         """
         if self.kind == "linear":
-            rows = "" if self.image == (1, 1) else f" x{self.image[1]}"
+            rows = "" if self.rows == 1 else f" x{self.rows}"
             return f"{self.in_channels}-{self.out_channels} linear{rows}"
         stride = "" if self.stride == (1, 1) else f"/{_one_or_two(self.stride)}"
         groups = "" if self.groups == 1 else f" g{self.groups}"

@@ -202,10 +202,11 @@ def _guarded(command: Callable[[argparse.Namespace], None]) -> Callable[[argpars
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    """What both commands do first: threads, and whether the results can be written."""
+    """What both commands do first: threads, the structure by its one name, and whether the results can be written."""
     import torch
 
     from fedpai.bench.errors import BenchError
+    from fedpai.bench.masks import check_structure
     from fedpai.bench.rows import check_writable
 
     if getattr(arguments, "profile", False):
@@ -222,6 +223,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         arguments.rivals = arguments.usual_rivals
     elif arguments.rivals == ["none"]:
         arguments.rivals = []
+    arguments.structure = str(check_structure(arguments.structure))
     if arguments.json is not None:
         check_writable(arguments.json)
     if arguments.threads is not None:

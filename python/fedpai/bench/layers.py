@@ -78,7 +78,6 @@ def prepare(settings: Settings) -> list[Group]:
     """
     _check_names(settings)
     bench_masks.check_kind(settings.mask)
-    bench_masks.check_structure(settings.structure)
     found = []
     for model in settings.models:
         cases = layers_named(model)

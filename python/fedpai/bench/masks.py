@@ -39,8 +39,8 @@ def uniform_mask(
     """
     found = check_structure(structure)
     text = f"{'x'.join(map(str, shape))}|{density:.6g}|{seed}"
-    if structure != "weight":
-        text += f"|{structure}|{groups}"
+    if str(found) != "weight":
+        text += f"|{found}|{groups}"
     generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
     sizes = grouped(torch.empty(tuple(shape), device="meta"), groups).shape
     return _drawn(found, density, sizes, generator).reshape(tuple(shape))

@@ -54,9 +54,8 @@ class Settings:
 
 
 def prepare(settings: Settings) -> None:
-    """Raises a BenchError for a model, mask, structure or rival that is unknown, or a sparsity that keeps nothing."""
+    """Raises a BenchError for a model, mask or rival that is unknown, or a sparsity that keeps nothing."""
     bench_masks.check_kind(settings.mask)
-    bench_masks.check_structure(settings.structure)
     for name in settings.rivals:
         if name not in RIVALS:
             raise BenchError(f"--rivals: unknown name {name!r}, expected one of {', '.join(RIVALS)}")

@@ -13,6 +13,7 @@ import torch
 from fedpai import cli
 from fedpai.bench import rows as bench_rows
 from fedpai.bench.cases import LayerCase, to_csv
+from fedpai.bench.masks import uniform_mask
 from fedpai.bench.rivals.sparseprop import installed, unsupported
 from fedpai.bench.step import task_of
 from fedpai.bench.step_rivals import CONTENDERS, Trainer, masked_losses
@@ -78,6 +79,15 @@ def test_layers_of_a_transformer(bench: Bench) -> None:
     ]  # fmt: skip
     assert {row["structure_found"] for row in rows} == {"16x16"}
     assert rows[1]["useful_flop"] == 2 * 16 * rows[1]["nnz"]
+
+
+def test_blocks_of_one_weight_are_single_weights(bench: Bench, layers: str) -> None:
+    found = [
+        bench("layers", "--model", layers, "--density", "0.5", "--directions", "forward", "--rivals", "none", *more)
+        for more in ((), ("--structure", "1x1"))
+    ]
+    assert [row["structure"] for (row,) in found] == ["weight", "weight"]
+    assert torch.equal(uniform_mask((4, 4), 0.5, structure="1x1"), uniform_mask((4, 4), 0.5))
 
 
 def test_rows_of_tokens_count(bench: Bench, layers: str) -> None:

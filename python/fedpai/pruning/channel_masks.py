@@ -17,7 +17,7 @@ from fedpai.pruning.allocation import Allocation, kept_count
 from fedpai.pruning.channels import ChannelGroup, channel_groups
 from fedpai.pruning.criteria import Layers
 from fedpai.pruning.layers import Tensors
-from fedpai.pruning.masks import Scores, checked_score
+from fedpai.pruning.masks import Scores, check_budget, checked_score
 
 _ALLOCATIONS = ("global", "uniform")
 
@@ -77,7 +77,7 @@ class ChannelChooser:
             raise ValueError(
                 f"allocation: got {allocation!r}, expected one of {', '.join(_ALLOCATIONS)} for structure 'channel'"
             )
-        self._layers, self._allocation = layers, allocation
+        self._layers, self._allocation, self._prices = layers, allocation, prices
         self._groups = channel_groups(model, layers)
         writes = {name: i for i, group in enumerate(self._groups) for name in group.writers}
         reads = {name: i for i, group in enumerate(self._groups) for name in group.readers}
@@ -115,6 +115,14 @@ class ChannelChooser:
         """One random number a channel."""
         generator = torch.Generator().manual_seed(seed)
         return self._best([torch.randn(size, generator=generator) for size in self._sizes], self._budget)
+
+    def check(self, masks: Scores) -> None:
+        """As :class:`fedpai.pruning.choose.Chooser`."""
+        kept = [masks[group.writers[0]].flatten(1).any(1) for group in self._groups]
+        for name in self._layers:
+            if not torch.equal(masks[name], self._mask(name, kept)):
+                raise ValueError(f"mask of {name} does not keep the channels of the layers around it")
+        check_budget(masks, self._prices, self._budget)
 
     def _cost(self, counts: Sequence[int]) -> int:
         return sum(layer.of(counts) for layer in self._costs.values())

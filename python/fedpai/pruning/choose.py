@@ -17,6 +17,7 @@ from fedpai.pruning.criteria import Layers
 from fedpai.pruning.layers import Exclude, Shape, Tensors, input_shape_of, prunable_layers
 from fedpai.pruning.masks import (
     Scores,
+    check_budget,
     checked_score,
     masks_from_counts,
     masks_from_scores,
@@ -47,6 +48,9 @@ class Chooser(Protocol):
 
     def random(self, seed: int) -> Tensors:
         """Masks from one random number for all that is kept or dropped together."""
+
+    def check(self, masks: Scores) -> None:
+        """Raises a ValueError unless such masks may be this chooser's: of its structure and within its budget."""
 
 
 def chooser(
@@ -103,7 +107,9 @@ def structured_masks(
     Raises:
         ValueError: as :func:`chooser`; scores of layers the model does not have or that are not finite.
     """
-    rest = [name for name in prunable_layers(model) if name not in scores]
+    known = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    if unknown := sorted(set(scores) - known):
+        raise ValueError(f"scores: no convolution or linear layer is called {', '.join(unknown)}")
     return chooser(
         model,
         sparsity,
@@ -111,7 +117,7 @@ def structured_masks(
         allocation=allocation,
         structure=structure,
         budget=budget,
-        exclude=rest,
+        exclude=lambda name, _: name not in scores,
         keep_layers_alive=keep_layers_alive,
         input_shape=input_shape,
     ).masks(scores)
@@ -145,6 +151,7 @@ class _WeightChooser:
 
     def __init__(self, layers: Layers, sparsity: float, allocation: Allocation, alive: bool) -> None:
         self._layers, self._sparsity, self._alive = layers, sparsity, alive
+        self._whole = sum(_numels(layers).values())
         checked_count(_shapes(layers), sparsity, alive)
         self._counts: dict[str, int] | None = None
         if allocation != "global":
@@ -160,6 +167,14 @@ class _WeightChooser:
 
     def random(self, seed: int) -> Tensors:
         return self.masks(criteria.random(self._layers, seed))
+
+    def check(self, masks: Scores) -> None:
+        kept, wanted = (
+            sum(int(mask.sum()) for mask in masks.values()),
+            kept_count(self._whole, self._sparsity),
+        )
+        if kept != wanted:
+            raise ValueError(f"mask keeps {kept} weights, the agreed sparsity keeps {wanted}")
 
 
 class _UnitChooser:
@@ -218,6 +233,11 @@ class _UnitChooser:
             {name: score.to(self._layers[name].weight.device) for name, score in scores.items()}
         )
 
+    def check(self, masks: Scores) -> None:
+        for name, mask in masks.items():
+            self._cuts[name].check(mask, name)
+        check_budget(masks, self._prices, self._budget)
+
 
 def _check_fits(layers: Layers, block: Block) -> None:
     """A whole block must fit some layer; layers smaller than it are all edge."""
@@ -266,6 +286,11 @@ class _NOfMChooser:
 
     def random(self, seed: int) -> Tensors:
         return self.masks(criteria.random(self._layers, seed))
+
+    def check(self, masks: Scores) -> None:
+        for name, mask in masks.items():
+            if not torch.equal(mask, self._best(grouped(mask.float()), self._n).view(mask.shape) & mask):
+                raise ValueError(f"mask of {name} keeps more than {self._n} of {self._m}")
 
     def _best(self, scores: torch.Tensor, n: int) -> torch.Tensor:
         """Flags of (groups, out, in, taps), at most ``n`` in a run."""

@@ -165,6 +165,13 @@ def checked_score(scores: Scores, name: str, layers: Layers) -> torch.Tensor:
     return score
 
 
+def check_budget(masks: Scores, prices: Mapping[str, int], budget: int) -> None:
+    """Raises a ValueError if masks cost more than the budget, at these prices of a weight."""
+    kept = sum(int(mask.sum()) * prices[name] for name, mask in masks.items())
+    if kept > budget:
+        raise ValueError(f"mask keeps {kept}, the agreed sparsity at most {budget}")
+
+
 def average_scores(clients: Sequence[Scores], weights: Sequence[float] | None = None) -> Tensors:
     """Mean of several clients' scores, weight by weight; what a server ranks to give everybody one mask.
 

@@ -73,6 +73,11 @@ class Blocks:
         """Weights in the block of which the edges leave least."""
         return int(self.sizes.min())
 
+    def check(self, mask: torch.Tensor, name: str) -> None:
+        """Raises a ValueError unless the mask keeps whole blocks."""
+        if not set(np.unique(self.units(mask.double(), None).scores)) <= {0.0, 1.0}:
+            raise ValueError(f"mask of {name} keeps parts of blocks")
+
     def random(self, generator: torch.Generator) -> torch.Tensor:
         """Scores of the weights: one normal number a block."""
         return self._spread(torch.randn(len(self.sizes), generator=generator))
@@ -130,6 +135,11 @@ class FanIns:
         return int(self._shape[0])
 
     smallest = largest
+
+    def check(self, mask: torch.Tensor, name: str) -> None:
+        """Raises a ValueError unless all output channels keep equally many weights."""
+        if len(mask.flatten(1).sum(1).unique()) > 1:
+            raise ValueError(f"mask of {name} keeps more weights of some output channels than of others")
 
     def random(self, generator: torch.Generator) -> torch.Tensor:
         """Scores of the weights: one normal number each."""

@@ -306,3 +306,8 @@ def test_refusals(kwargs: dict, message: str) -> None:
 def test_bad_scores(bad: torch.Tensor, message: str, structure: str, sparsity: float) -> None:
     with pytest.raises(ValueError, match=message):
         call({**scores_of(Small()), "one": bad}, sparsity, structure=structure)
+
+
+def test_scores_of_an_unknown_layer() -> None:
+    with pytest.raises(ValueError, match="scores: no convolution or linear layer is called four, three"):
+        call({**scores_of(Small()), "three": torch.rand(2), "four": torch.rand(2)}, 0.5)

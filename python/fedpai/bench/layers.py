@@ -21,7 +21,7 @@ from fedpai.bench.rivals.base import TOLERANCE
 from fedpai.bench.rows import Result, Row, common, results_of
 from fedpai.bench.timing import Call, Effort, Timing, interleave
 from fedpai.bench.work import DIRECTIONS, passes_of, work_of
-from fedpai_kernels.structure import describe
+from fedpai_kernels.structure import Block, describe
 
 MASK_SEED = 0
 
@@ -74,7 +74,7 @@ def prepare(settings: Settings) -> list[Group]:
     """What there is to measure.
 
     Raises:
-        BenchError: an unknown name, a file that is no layer list, or no layer left.
+        BenchError: an unknown name, a file that is no layer list, no layer left, or a structure that none can have.
     """
     _check_names(settings)
     bench_masks.check_kind(settings.mask)
@@ -94,7 +94,14 @@ def prepare(settings: Settings) -> list[Group]:
             found += _by_criterion(model, select(cases, settings.patterns, settings.kinds), settings)
     if not found:
         raise BenchError(f"--layers: no layer of {', '.join(settings.models)} matches")
+    block = bench_masks.check_structure(settings.structure)
+    if isinstance(block, Block) and not any(_has_room(group.case, block) for group in found):
+        raise BenchError(f"--structure {block}: the block is larger than every layer that is measured")
     return found
+
+
+def _has_room(case: LayerCase, block: Block) -> bool:
+    return case.out_channels // case.groups >= block.rows and case.in_channels // case.groups >= block.columns
 
 
 def _by_criterion(model: str, cases: Sequence[LayerCase], settings: Settings) -> list[Group]:

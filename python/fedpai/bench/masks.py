@@ -28,8 +28,8 @@ def uniform_mask(
         shape: of the weight.
         density: exactly ``round(density * n)`` of the n weights or blocks are kept, those at the ragged edges
             among them; with "fan-in", of each output's n weights; with "channel", ``round(sqrt(density) * n)`` of the n
-            output channels and of the n input channels of each group; with N:M, it must be N / M, and where
-            fewer than M input channels are left at the end, N of them are kept. Always at least one.
+            output channels and of the n input channels of each group; with N:M, it must be N / M, and of fewer than M
+            input channels at the end that share is kept, rounded up. Always at least one.
         seed: of the choice.
         structure: a name of :mod:`fedpai_kernels.structure`.
         groups: of a convolution.
@@ -50,13 +50,11 @@ def _drawn(structure: Structure, density: float, sizes: Sequence[int], generator
     """A mask of sizes (groups, outputs, inputs, taps)."""
     groups, outputs, inputs, taps = sizes
     if isinstance(structure, NOfM):
-        if not math.isclose(density, structure.n / structure.m, abs_tol=1e-6):
-            share = f"{structure.n / structure.m:g}"
-            raise BenchError(f"--structure {structure}: got a density of {density:g}, its masks keep {share}")
-        missing = -inputs % structure.m
-        order = torch.rand(groups, outputs, inputs, taps, generator=generator)
-        order = nn.functional.pad(order, (0, 0, 0, missing), value=2.0).unflatten(2, (-1, structure.m))
-        return _least(order, 3, structure.n).flatten(2, 3)[:, :, :inputs]
+        n, m = structure.n, structure.m
+        if not math.isclose(density, n / m, abs_tol=1e-3):
+            raise BenchError(f"--structure {structure}: got a density of {density:g}, its masks keep {n / m:g}")
+        runs = torch.rand(groups, outputs, inputs, taps, generator=generator).split(m, 2)
+        return torch.cat([_least(run, 2, math.ceil(n * run.shape[2] / m)) for run in runs], 2)
     if isinstance(structure, FanIn):
         order = torch.rand(groups * outputs, inputs * taps, generator=generator)
         return _least(order, 1, _share(density, inputs * taps))

@@ -168,6 +168,7 @@ def test_mistakes_are_one_line(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--structure", "16x1024"], "--structure 16x1024: the block is larger than every layer that is measured"),
         (["--structure", "2:4"], "--structure 2:4: got a density of 0.1, its masks keep 0.5"),
         (["--model", "transformer", "--mask", "erk"], "--mask erk: needs a network, and transformer is a list"),
         (["--model", "mlp", "--structure", "16x1", "--mask", "erk", "--density", "1e-5"], "--mask erk: sparsity"),

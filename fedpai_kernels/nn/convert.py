@@ -386,14 +386,13 @@ def _rows(names: dict[str, nn.Module], planned: dict[int, _Layer], wanted: Filte
         if kind is None:
             continue
         if layer is not None:
-            plan, choice = layer.plan, layer.choice
-            rows.append(LayerRow(name, kind, plan.mask_shape, plan.nnz, plan.density, *choice, keeps))
+            rows.append(LayerRow.of_plan(name, layer.plan, *layer.choice, keeps))
         elif isinstance(module, PackedWeight):
-            plan = module.plan
             kernel = "sparse" if isinstance(module, (SparseConv2d, SparseLinear)) else "dense"
-            rows.append(LayerRow(name, kind, plan.mask_shape, plan.nnz, plan.density, kernel, "as it was", keeps))
+            rows.append(LayerRow.of_plan(name, module.plan, kernel, "as it was", keeps))
         elif "weight" in module._parameters or is_pruned(module):
             weight = unpruned_weight(module)
             reason = "no mask" if wanted(module, name) else "left out by filter_fn"
-            rows.append(LayerRow(name, kind, tuple(weight.shape), weight.numel(), 1.0, "dense", reason, keeps))
+            shape, nnz = tuple(weight.shape), weight.numel()
+            rows.append(LayerRow(name, kind, shape, nnz, 1.0, "dense", "dense", reason, keeps))
     return rows

@@ -7,6 +7,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
+from ..plan import Plan
+from ..structure import describe
+
 __all__ = ["LayerRow", "Report"]
 
 
@@ -20,6 +23,7 @@ class LayerRow:
         shape: of the weight.
         nnz: surviving weights.
         density: their share.
+        structure: how they are arranged, as :func:`fedpai_kernels.structure.describe` names it; "dense" without a mask.
         kernel: "sparse", or "dense" (with a masked weight where there is a mask).
         reason: why that kernel.
         activation_dtype: "bfloat16" where the input is kept so for the backward pass; None: as it is.
@@ -30,9 +34,19 @@ class LayerRow:
     shape: tuple[int, ...]
     nnz: int
     density: float
+    structure: str
     kernel: str
     reason: str
     activation_dtype: str | None = None
+
+    @classmethod
+    def of_plan(
+        cls, name: str, plan: Plan, kernel: str, reason: str, activation_dtype: str | None
+    ) -> LayerRow:
+        """Of a layer with a mask."""
+        structure = describe(plan.mask(), plan.groups)
+        counts = plan.nnz, plan.density
+        return cls(name, plan.kind, plan.mask_shape, *counts, structure, kernel, reason, activation_dtype)
 
 
 @dataclass
@@ -59,7 +73,7 @@ class Report:
         return json.dumps({"rows": [asdict(row) for row in self.rows], "notes": self.notes})
 
     def __str__(self) -> str:
-        head = ("layer", "kind", "weight", "kept", "density", "kernel", "reason")
+        head = ("layer", "kind", "weight", "kept", "density", "structure", "kernel", "reason")
         body = [
             (
                 row.name,
@@ -67,6 +81,7 @@ class Report:
                 "x".join(map(str, row.shape)),
                 str(row.nnz),
                 f"{row.density:.4f}",
+                row.structure,
                 row.kernel,
                 row.reason,
             )
@@ -75,7 +90,7 @@ class Report:
         numel = sum(round(row.nnz / row.density) for row in self.rows if row.density)
         nnz = sum(row.nnz for row in self.rows)
         if numel:
-            body.append(("total", "", "", str(nnz), f"{nnz / numel:.4f}", "", ""))
+            body.append(("total", "", "", str(nnz), f"{nnz / numel:.4f}", "", "", ""))
         widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
         right = (3, 4)
         lines = [

@@ -87,6 +87,27 @@ def test_what_is_not_understood_stays() -> None:
     assert [group.writers for group in groups_of(Odd(), exclude=("free", "fc"))] == [["stem", "depthwise"]]
 
 
+class TransformerBlock(nn.Module):
+    """Tokens (N, length, features): the features stay, because layer norm mixes them; the hidden ones are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.up = nn.Linear(8, 32)
+        self.down = nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.down(functional.gelu(self.up(self.norm(x))))
+
+
+def test_hidden_features_of_a_transformer() -> None:
+    groups = channel_groups(model := TransformerBlock(), {"up": model.up, "down": model.down})
+    assert groups == [ChannelGroup(32, ["up"], {"down": 1})]
+
+
 class Twice(nn.Module):
     """A layer that is called twice, and one that adds to its own input."""
 

@@ -87,6 +87,39 @@ def test_what_is_not_understood_stays() -> None:
     assert [group.writers for group in groups_of(Odd(), exclude=("free", "fc"))] == [["stem", "depthwise"]]
 
 
+def test_excluded_layers_hold_what_they_read_and_write() -> None:
+    model = models.create("resnet18", seed=0)
+    everything = [group.writers[0] for group in groups_of(model)]
+    without = [group.writers[0] for group in groups_of(model, exclude=("classifier", "layer1.0.conv1"))]
+    # The classifier is one of two readers, the convolution the only writer and one of several readers.
+    assert set(everything) - set(without) == {"layer4.0.conv2", "layer1.0.conv1", "conv1"}
+
+
+class Astray(nn.Module):
+    """A linear layer that sees channels once, and the width of an image once, in either order."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.mix = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        if self.first:
+            x = self.mix(x)
+            return self.head(self.mix(x.mean((2, 3))))
+        y = self.mix(x.mean((2, 3)))
+        return self.head(y + self.mix(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_that_is_once_not_understood(first: bool) -> None:
+    with pytest.raises(ValueError, match="those of stem are held by module mix"):
+        groups_of(Astray(first))
+
+
 class TransformerBlock(nn.Module):
     """Tokens (N, length, features): the features stay, because layer norm mixes them; the hidden ones are free."""
 

@@ -120,6 +120,58 @@ def test_a_layer_that_is_once_not_understood(first: bool) -> None:
         groups_of(Astray(first))
 
 
+class Then(nn.Module):
+    """A convolution and a function of its output, or of a linear layer's; a linear layer reads what comes out."""
+
+    def __init__(self, step, features: int, tokens: bool = False) -> None:
+        super().__init__()
+        self.step = step
+        self.stem: nn.Module = nn.Linear(4, 4) if tokens else nn.Conv2d(3, 4, 1)
+        self.pool = nn.AvgPool2d(1)
+        self.bn1, self.bn2 = nn.BatchNorm1d(6), nn.BatchNorm1d(16)
+        self.head = nn.Linear(features, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.step(self, self.stem(x)))
+
+
+@pytest.mark.parametrize(
+    ("step", "features"),
+    [
+        (lambda m, x: x.view(x.size(0), -1), 16),
+        (lambda m, x: x.reshape(x.shape[0], -1), 16),
+        (lambda m, x: torch.flatten(x, 1), 16),
+        (lambda m, x: m.bn2(x.flatten(start_dim=1)), 16),
+        (lambda m, x: functional.relu(m.pool(x)).mean([-1, -2]), 4),
+        (lambda m, x: functional.max_pool2d(x + 0.5, 2).flatten(1, -1).tanh(), 4),
+    ],
+)
+def test_ways_to_the_classifier(step, features: int) -> None:
+    assert groups_of(Then(step, features)) == [ChannelGroup(4, ["stem"], {"head": features // 4})]
+    assert Then(step, features)(torch.rand(2, 3, 2, 2)).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("step", "features", "tokens"),
+    [
+        (lambda m, x: x.view(x.size(0) * x.size(1), -1), 4, False),
+        (lambda m, x: x.flatten(2), 4, False),
+        (lambda m, x: x.mean(1).flatten(1), 4, False),
+        (lambda m, x: x, 2, False),
+        (lambda m, x: x.transpose(1, 3), 4, False),
+        (lambda m, x: m.pool(x), 4, True),
+        (lambda m, x: m.bn1(x), 4, True),
+        (lambda m, x: x.flatten(1), 24, True),
+    ],
+)
+def test_ways_that_mix_channels(step, features: int, tokens: bool) -> None:
+    with pytest.raises(
+        ValueError, match="no channel of this network can be pruned; those of stem are held by"
+    ):
+        groups_of(Then(step, features, tokens))
+    Then(step, features, tokens)(torch.rand(2, 6, 4) if tokens else torch.rand(2, 3, 2, 2))
+
+
 class TransformerBlock(nn.Module):
     """Tokens (N, length, features): the features stay, because layer norm mixes them; the hidden ones are free."""
 

@@ -233,7 +233,6 @@ def _check_block(weights: Tensor, block: Block, mask: Tensor) -> None:
     split = (weights != firsts).nonzero()
     split[:, 1] //= block.rows
     split[:, 2] //= block.columns
-    split[:, 3] *= not block.taps
     places = split @ split.new_tensor([out * columns, columns, 1, 0]) * weights.shape[3] + split[:, 3]
     group, row, column, tap = split[places.argmin()].tolist()
     rows = range(row * block.rows, min((row + 1) * block.rows, out))

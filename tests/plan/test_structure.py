@@ -126,12 +126,16 @@ def test_the_first_split_block_is_named() -> None:
         "structure: the mask is not 16x1: the block of output channels 16 to 31, input channel 3, tap (0, 2) "
         "keeps 5 of its 16 weights"
     )
-    # A later weight of an earlier block comes first.
-    mask[15, 4, 2, 2] = True
+    # A weight of a later row may belong to an earlier block.
+    mask[3, 4, 1, 1] = mask[7, 2, 2, 2] = True
     with pytest.raises(
-        ValueError, match=r"output channels 0 to 15, input channel 4, tap \(2, 2\) keeps 1 of its 16"
+        ValueError, match=r"output channels 0 to 15, input channel 2, tap \(2, 2\) keeps 1 of its 16"
     ):
         check(mask, Block(16, 1))
+    with pytest.raises(
+        ValueError, match=r"channels 0 to 15, input channels 2 to 3 keeps 1 of its 288 weights$"
+    ):
+        check(mask, Block(16, 2, taps=True))
 
 
 def test_ragged_edges_groups_taps_and_linear_layers_are_named() -> None:

@@ -13,7 +13,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from fedpai.federation.config import (
-    BUDGETS,
     DENSE_FORMATS,
     MASK_MODES,
     PRESETS,
@@ -60,7 +59,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     what.add_argument(
         "--budget",
         metavar="WHAT",
-        help=f"what the sparsity is a share of: {' or '.join(BUDGETS)}, the multiply-adds of one image (weights)",
+        help="what the sparsity is a share of: weights, or flops, the multiply-adds of one image (weights)",
     )
     what.add_argument(
         "--structure",

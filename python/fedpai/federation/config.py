@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 MASK_MODES = ("shared", "personal")
-BUDGETS = ("weights", "flops")
 DENSE_FORMATS = ("channels_last", "contiguous")
 
 
@@ -89,8 +88,7 @@ class RunConfig:
         if self.alpha is not None:
             _positive("alpha", self.alpha)
         one_of("mask-mode", self.mask_mode, MASK_MODES)
-        one_of("budget", self.budget, BUDGETS)
-        _structure(self.structure)
+        _structure_and_budget(self.structure, self.budget)
         one_of("dense-format", self.dense_format, DENSE_FORMATS)
         if self.baseline == self.method:
             raise ConfigError(f"--baseline {self.baseline} is the method itself; name another one")
@@ -180,12 +178,14 @@ def one_of(name: str, value: object, known: tuple[str, ...] | list[str]) -> None
         raise ConfigError(f"unknown {option(name)} {value!r}, expected one of: {', '.join(known)}")
 
 
-def _structure(name: str) -> None:
-    # Here, because a parser of command lines must not wait for torch.
+def _structure_and_budget(structure: str, budget: str) -> None:
+    # Imported here, because a parser of command lines must not wait for torch.
+    from fedpai.pruning import BUDGETS
     from fedpai_kernels.structure import parse
 
+    one_of("budget", budget, BUDGETS)
     try:
-        parse(name)
+        parse(structure)
     except ValueError as error:
         raise ConfigError(f"--{error}") from None
 

@@ -4,14 +4,17 @@
 >>> masks = prune(model, 0.98, "grasp", data=balanced_batch(dataset, indices))
 >>> print(summary(masks, model))
 
-Two choices are separate. The *criterion* scores every weight (higher = keep). The *allocation* says how many
+Choices are separate. The *criterion* scores every weight (higher = keep). The *allocation* says how many
 weights each layer keeps: one ranking over all layers, or counts fixed beforehand (uniform, ERK, given). Masks
 are ``{module name: bool tensor of the weight's shape}``; only weights of convolutions and linear layers are
 pruned.
 
+A *structure* says what is kept or removed together (blocks, channels, N:M, ...), a *budget* what the sparsity is a
+share of: the weights or the multiply-adds.
+
 A federation that shares one mask averages its clients' :func:`scores` with :func:`average_scores` and calls
-:func:`masks_from_scores` at the server. Random, magnitude and SynFlow need no data, so the server alone
-can make that mask.
+:func:`masks_from_scores` at the server, or with a structure :func:`structured_masks`. Random, magnitude and
+SynFlow need no data, so the server alone can make that mask.
 """
 
 from fedpai.data.sampling import balanced_batch

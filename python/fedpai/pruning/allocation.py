@@ -85,13 +85,13 @@ def shares(
     if not isinstance(allocation, str):
         return _checked(allocation, costs, kept, least)
     if allocation == "uniform":
-        weights = [float(cost) for cost in costs.values()]
+        weights = [float(costs[name]) for name in shapes]
     elif allocation == "erk":
-        weights = [costs[n] * sum(shape) / int(np.prod(shape)) for n, shape in shapes.items()]
+        weights = [costs[name] * sum(shape) / int(np.prod(shape)) for name, shape in shapes.items()]
     else:
         raise ValueError(f"allocation: got {allocation!r}, expected 'uniform', 'erk' or counts by layer name")
-    all_of_it, some = (np.array([values[n] for n in shapes], np.int64) for values in (costs, least))
-    return dict(zip(shapes, _apportion(np.array(weights), all_of_it, kept, some).tolist(), strict=True))
+    most, fewest = (np.array([bounds[name] for name in shapes], np.int64) for bounds in (costs, least))
+    return dict(zip(shapes, _apportion(np.array(weights), most, kept, fewest).tolist(), strict=True))
 
 
 def _checked(

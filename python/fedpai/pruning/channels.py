@@ -19,20 +19,24 @@ from torch.nn import functional
 
 from fedpai.pruning.criteria import Layers
 
-# What maps each channel to itself. Not group norm and its like: they mix channels.
-_CARRIERS: tuple[type[nn.Module], ...] = (
-    nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout,
-    nn.Dropout2d, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU,
-    nn.MaxPool2d, nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh,
+# What maps each number, or each channel of an image, to itself. Not group norm and its like: they mix channels.
+_ELEMENTWISE: tuple[type[nn.Module], ...] = (
+    nn.Dropout, nn.Dropout2d, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity,
+    nn.LeakyReLU, nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh,
 )  # fmt: skip
-_CARRYING: frozenset[Callable[..., Any]] = frozenset({
-    functional.adaptive_avg_pool2d, functional.adaptive_max_pool2d, functional.avg_pool2d, functional.dropout,
-    functional.elu, functional.gelu, functional.hardsigmoid, functional.hardswish, functional.hardtanh,
-    functional.leaky_relu, functional.max_pool2d, functional.mish, functional.relu, functional.relu6,
+_BY_IMAGE: tuple[type[nn.Module], ...] = (
+    nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.MaxPool2d,
+)  # fmt: skip
+_ELEMENTWISE_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset({
+    functional.dropout, functional.elu, functional.gelu, functional.hardsigmoid, functional.hardswish,
+    functional.hardtanh, functional.leaky_relu, functional.mish, functional.relu, functional.relu6,
     functional.selu, functional.sigmoid, functional.silu, functional.softplus, functional.tanh, torch.relu,
     torch.sigmoid, torch.tanh,
 })  # fmt: skip
-_CARRYING_METHODS = frozenset({"clone", "contiguous", "relu", "relu_", "sigmoid", "tanh"})
+_BY_IMAGE_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset({
+    functional.adaptive_avg_pool2d, functional.adaptive_max_pool2d, functional.avg_pool2d, functional.max_pool2d,
+})  # fmt: skip
+_ELEMENTWISE_METHODS = frozenset({"clone", "contiguous", "relu", "relu_", "sigmoid", "tanh"})
 _ADDITIONS: frozenset[Callable[..., Any]] = frozenset({operator.add, operator.iadd, torch.add})
 _ADDING_METHODS = frozenset({"add", "add_"})
 _SHAPES = frozenset({"size", "dim"})
@@ -145,8 +149,10 @@ class _Walk:
         method = node.op == "call_method"
         if node.target in _ADDITIONS or (method and node.target in _ADDING_METHODS):
             return self._added(node, first)
-        if node.target in _CARRYING or (method and node.target in _CARRYING_METHODS):
+        if node.target in _ELEMENTWISE_FUNCTIONS or (method and node.target in _ELEMENTWISE_METHODS):
             return first
+        if node.target in _BY_IMAGE_FUNCTIONS:
+            return first if first.form == "image" else None
         if node.target is torch.flatten or (method and node.target in ("flatten", "view", "reshape")):
             return self._flattened(node, first)
         if node.target is torch.mean or (method and node.target == "mean"):
@@ -159,7 +165,12 @@ class _Walk:
             return self._layer(name, module, value)
         if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
             return _Value(value.space, "last" if value.form == "last" else "flat")
-        return value if isinstance(module, _CARRIERS) else None
+        if isinstance(module, nn.BatchNorm1d):
+            # Of tokens it would normalise positions, across channels.
+            by_feature = value.form == "flat" or module.num_features == value.space.root().size
+            return value if by_feature else None
+        by_image = isinstance(module, _BY_IMAGE) and value.form == "image"
+        return value if by_image or isinstance(module, _ELEMENTWISE) else None
 
     def _layer(self, name: str, module: nn.Conv2d | nn.Linear, value: _Value) -> _Value | None:
         features, form = self._features(module, value)
@@ -211,7 +222,7 @@ class _Walk:
         rest = node.args[1:]
         dims = (*rest, *(node.kwargs[key] for key in ("start_dim", "end_dim") if key in node.kwargs))
         if node.target in ("view", "reshape"):
-            whole = len(rest) == 2 and isinstance(rest[0], fx.Node) and rest[1] == -1
+            whole = len(rest) == 2 and _is_batch_size(rest[0]) and rest[1] == -1
         else:
             whole = dims in ((1,), (1, -1))
         return _Value(value.space, "last" if value.form == "last" else "flat") if whole else None
@@ -263,3 +274,12 @@ class _Walk:
                 f"structure: no channel of this network can be pruned; those of {first} are held by {why}"
             )
         return groups
+
+
+def _is_batch_size(argument: Any) -> bool:
+    """``x.size(0)`` or ``x.shape[0]`` of some value."""
+    if not isinstance(argument, fx.Node):
+        return False
+    if argument.op == "call_method":
+        return argument.target == "size" and argument.args[1:] == (0,)
+    return argument.target is operator.getitem and argument.args[1:] == (0,)

@@ -169,10 +169,8 @@ class _WeightChooser:
         return self.masks(criteria.random(self._layers, seed))
 
     def check(self, masks: Scores) -> None:
-        kept, wanted = (
-            sum(int(mask.sum()) for mask in masks.values()),
-            kept_count(self._whole, self._sparsity),
-        )
+        kept = sum(int(mask.sum()) for mask in masks.values())
+        wanted = kept_count(self._whole, self._sparsity)
         if kept != wanted:
             raise ValueError(f"mask keeps {kept} weights, the agreed sparsity keeps {wanted}")
 
@@ -235,7 +233,10 @@ class _UnitChooser:
 
     def check(self, masks: Scores) -> None:
         for name, mask in masks.items():
-            self._cuts[name].check(mask, name)
+            try:
+                self._cuts[name].check(mask)
+            except ValueError as error:
+                raise ValueError(f"mask of {name}: {error}") from None
         check_budget(masks, self._prices, self._budget)
 
 

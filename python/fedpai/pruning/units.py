@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from fedpai.pruning.layers import Tensors
-from fedpai_kernels.structure import Block, FanIn, grouped
+from fedpai_kernels.structure import Block, FanIn, check, grouped
 
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
@@ -73,10 +73,11 @@ class Blocks:
         """Weights in the block of which the edges leave least."""
         return int(self.sizes.min())
 
-    def check(self, mask: torch.Tensor, name: str) -> None:
-        """Raises a ValueError unless the mask keeps whole blocks."""
-        if not set(np.unique(self.units(mask.double(), None).scores)) <= {0.0, 1.0}:
-            raise ValueError(f"mask of {name} keeps parts of blocks")
+    def check(self, mask: torch.Tensor) -> None:
+        """Raises a ValueError that names the first block of which only a part is kept."""
+        rows, columns, taps = self._block
+        if rows * columns * taps > 1:
+            check(mask, Block(rows, columns, taps > 1), self._groups)
 
     def random(self, generator: torch.Generator) -> torch.Tensor:
         """Scores of the weights: one normal number a block."""
@@ -136,10 +137,9 @@ class FanIns:
 
     smallest = largest
 
-    def check(self, mask: torch.Tensor, name: str) -> None:
-        """Raises a ValueError unless all output channels keep equally many weights."""
-        if len(mask.flatten(1).sum(1).unique()) > 1:
-            raise ValueError(f"mask of {name} keeps more weights of some output channels than of others")
+    def check(self, mask: torch.Tensor) -> None:
+        """Raises a ValueError that names the first output channel that keeps another number of weights."""
+        check(mask, FanIn())
 
     def random(self, generator: torch.Generator) -> torch.Tensor:
         """Scores of the weights: one normal number each."""

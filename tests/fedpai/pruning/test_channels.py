@@ -87,6 +87,112 @@ def test_what_is_not_understood_stays() -> None:
     assert [group.writers for group in groups_of(Odd(), exclude=("free", "fc"))] == [["stem", "depthwise"]]
 
 
+def test_excluded_layers_hold_what_they_read_and_write() -> None:
+    model = models.create("resnet18", seed=0)
+    everything = [group.writers[0] for group in groups_of(model)]
+    without = [group.writers[0] for group in groups_of(model, exclude=("classifier", "layer1.0.conv1"))]
+    # The classifier is one of two readers, the convolution the only writer and one of several readers.
+    assert set(everything) - set(without) == {"layer4.0.conv2", "layer1.0.conv1", "conv1"}
+
+
+class Astray(nn.Module):
+    """A linear layer that sees channels once, and the width of an image once, in either order."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.mix = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        if self.first:
+            x = self.mix(x)
+            return self.head(self.mix(x.mean((2, 3))))
+        y = self.mix(x.mean((2, 3)))
+        return self.head(y + self.mix(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_that_is_once_not_understood(first: bool) -> None:
+    with pytest.raises(ValueError, match="those of stem are held by module mix"):
+        groups_of(Astray(first))
+
+
+class Then(nn.Module):
+    """A convolution and a function of its output, or of a linear layer's; a linear layer reads what comes out."""
+
+    def __init__(self, step, features: int, tokens: bool = False) -> None:
+        super().__init__()
+        self.step = step
+        self.stem: nn.Module = nn.Linear(4, 4) if tokens else nn.Conv2d(3, 4, 1)
+        self.pool = nn.AvgPool2d(1)
+        self.bn1, self.bn2 = nn.BatchNorm1d(6), nn.BatchNorm1d(16)
+        self.head = nn.Linear(features, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.step(self, self.stem(x)))
+
+
+@pytest.mark.parametrize(
+    ("step", "features"),
+    [
+        (lambda m, x: x.view(x.size(0), -1), 16),
+        (lambda m, x: x.reshape(x.shape[0], -1), 16),
+        (lambda m, x: torch.flatten(x, 1), 16),
+        (lambda m, x: m.bn2(x.flatten(start_dim=1)), 16),
+        (lambda m, x: functional.relu(m.pool(x)).mean([-1, -2]), 4),
+        (lambda m, x: functional.max_pool2d(x + 0.5, 2).flatten(1, -1).tanh(), 4),
+    ],
+)
+def test_ways_to_the_classifier(step, features: int) -> None:
+    assert groups_of(Then(step, features)) == [ChannelGroup(4, ["stem"], {"head": features // 4})]
+    assert Then(step, features)(torch.rand(2, 3, 2, 2)).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("step", "features", "tokens"),
+    [
+        (lambda m, x: x.view(x.size(0) * x.size(1), -1), 4, False),
+        (lambda m, x: x.flatten(2), 4, False),
+        (lambda m, x: x.mean(1).flatten(1), 4, False),
+        (lambda m, x: x, 2, False),
+        (lambda m, x: x.transpose(1, 3), 4, False),
+        (lambda m, x: m.pool(x), 4, True),
+        (lambda m, x: m.bn1(x), 4, True),
+        (lambda m, x: x.flatten(1), 24, True),
+    ],
+)
+def test_ways_that_mix_channels(step, features: int, tokens: bool) -> None:
+    with pytest.raises(
+        ValueError, match="no channel of this network can be pruned; those of stem are held by"
+    ):
+        groups_of(Then(step, features, tokens))
+    Then(step, features, tokens)(torch.rand(2, 6, 4) if tokens else torch.rand(2, 3, 2, 2))
+
+
+class TransformerBlock(nn.Module):
+    """Tokens (N, length, features): the features stay, because layer norm mixes them; the hidden ones are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.up = nn.Linear(8, 32)
+        self.down = nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.down(functional.gelu(self.up(self.norm(x))))
+
+
+def test_hidden_features_of_a_transformer() -> None:
+    groups = channel_groups(model := TransformerBlock(), {"up": model.up, "down": model.down})
+    assert groups == [ChannelGroup(32, ["up"], {"down": 1})]
+
+
 class Twice(nn.Module):
     """A layer that is called twice, and one that adds to its own input."""
 

@@ -220,14 +220,17 @@ def test_fan_in_keeps_each_outputs_best() -> None:
 
 
 def test_n_of_m_keeps_the_best_of_each_run() -> None:
-    model = nn.Sequential(nn.Conv2d(8, 3, 1), nn.Flatten(), nn.Linear(3, 2))
-    first = torch.tensor([1.0, 2, 3, 4, 8, 7, 6, 5]).expand(3, 8)[..., None, None]
-    masks = structured_masks(
-        model, {"0": first, "2": torch.tensor([[1.0, 3, 2], [5, 5, 5]])}, 0.5, structure="2:4"
-    )
+    model = nn.Sequential(nn.Conv2d(8, 3, 1), nn.Flatten(), nn.Linear(3, 2), nn.Linear(2, 6), nn.Linear(6, 1))
+    scores = {
+        "0": torch.tensor([1.0, 2, 3, 4, 8, 7, 6, 5]).expand(3, 8)[..., None, None],
+        "2": torch.tensor([[1.0, 3, 2], [5, 5, 5]]),
+        "4": torch.tensor([[1.0, 2, 3, 4, 5, 6]]),
+    }
+    masks = structured_masks(model, scores, 0.5, structure="2:4")
     assert masks["0"].flatten(1).tolist() == [[0, 0, 1, 1, 1, 1, 0, 0]] * 3
-    # A run of three keeps two: half of it, rounded up.
+    # Half of a shorter run, rounded up: two of three, one of two.
     assert masks["2"].tolist() == [[0, 1, 1], [1, 1, 0]]
+    assert masks["4"].tolist() == [[0, 0, 1, 1, 0, 1]]
 
 
 def test_multiply_adds_decide_under_flops() -> None:

@@ -22,6 +22,7 @@ set(FEDPAI_CORE_SOURCES
   csrc/cpu/conv2d/run_tiled_grad.cpp
   csrc/cpu/conv2d/run_streamed.cpp
   csrc/cpu/conv2d/conv2d.cpp
+  csrc/cpu/layout/layout.cpp
   csrc/cpu/machine/machine.cpp
   csrc/cpu/norm/group_norm.cpp
   csrc/cpu/norm/norm.cpp
@@ -35,6 +36,7 @@ set(FEDPAI_BINDING_SOURCES
   csrc/bindings/plan.cpp
   csrc/bindings/conv2d.cpp
   csrc/bindings/group_norm.cpp
+  csrc/bindings/layout.cpp
   csrc/bindings/machine.cpp
   csrc/bindings/memory.cpp
   csrc/bindings/norm.cpp

@@ -42,6 +42,9 @@ class CompiledPlan:
     ) -> None: ...
     @property
     def nnz(self) -> int: ...
+    # Weights of output channels, and of input channels, that keep the same weights as another.
+    @property
+    def shared_weights(self) -> tuple[int, int]: ...
     def flat_indices(self, out: int) -> None: ...
 
 # geometry: batch, in_h, in_w, out_h, out_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w
@@ -62,6 +65,11 @@ def conv2d_weight_grad_f32(
 conv2d_forward_f64 = conv2d_forward_f32
 conv2d_input_grad_f64 = conv2d_input_grad_f32
 conv2d_weight_grad_f64 = conv2d_weight_grad_f32
+
+# A matrix without gaps: source, rows, columns, dest, threads.
+def transpose_f32(source: int, rows: int, columns: int, dest: int, threads: int, /) -> None: ...
+
+transpose_f64 = transpose_f32
 
 # Batch-last activations; a tensor that is absent is 0. mean, invstd, var, weight, bias: one value per channel.
 def batch_norm_train_f32(

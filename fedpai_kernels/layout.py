@@ -12,12 +12,13 @@ contiguous tensor is batch-last too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import memory
+from . import _C, memory
 
 __all__ = ["empty_batch_last", "is_batch_last", "to_batch_last", "to_contiguous"]
 
@@ -77,9 +78,34 @@ def empty_batch_last(
     return memory.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
+_TRANSPOSE = {torch.float32: _C.transpose_f32, torch.float64: _C.transpose_f64}
+
+
+def _ours(x: Tensor) -> bool:
+    """Whether the transposing kernel can copy `x`, rather than torch."""
+    return (
+        type(x) is Tensor
+        and x.dtype in _TRANSPOSE
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _transpose(x: Tensor, y: Tensor, rows: int) -> Tensor:
+    """Copies `x`, a matrix of so many rows without gaps, into `y`, its transpose."""
+    _TRANSPOSE[x.dtype](x.data_ptr(), rows, x.numel() // rows, y.data_ptr(), torch.get_num_threads())
+    return y
+
+
 def _transposed(x: Tensor) -> Tensor:
     """Batch-last copy of `x`."""
     if x.is_contiguous():
+        if _ours(x):
+            y = empty_batch_last(x.shape, dtype=x.dtype, device=x.device)
+            return _transpose(x, y, x.shape[0])
         # As a matrix: torch's transposing copy goes in blocks for two dimensions only, several times faster.
         flat = x.view(x.shape[0], -1).t().contiguous()
     else:
@@ -93,6 +119,10 @@ def _transposed(x: Tensor) -> Tensor:
 def _untransposed(x: Tensor) -> Tensor:
     """Contiguous copy of `x`."""
     if is_batch_last(x):
+        if _ours(x):
+            strides = tuple(math.prod(x.shape[d + 1 :]) for d in range(x.dim()))
+            y = memory.empty_strided(tuple(x.shape), strides, dtype=x.dtype, device=x.device)
+            return _transpose(x, y, x.numel() // x.shape[0])
         return x.reshape(x.shape[0], -1).contiguous().view(x.shape)
     return x.contiguous()
 

@@ -9,6 +9,7 @@ void bind_bf16(pybind11::module_& m);
 void bind_plan(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);
 void bind_group_norm(pybind11::module_& m);
+void bind_layout(pybind11::module_& m);
 void bind_machine(pybind11::module_& m);
 void bind_memory(pybind11::module_& m);
 void bind_norm(pybind11::module_& m);

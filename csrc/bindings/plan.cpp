@@ -20,6 +20,9 @@ void fedpai::bind_plan(py::module_& m) {
            py::arg("mask"), py::arg("out_channels"), py::arg("in_channels_per_group"), py::arg("kernel_h"),
            py::arg("kernel_w"), py::arg("groups"))
       .def_property_readonly("nnz", [](const fedpai::CompiledPlan& self) { return self.plan.nnz(); })
+      .def_property_readonly("shared_weights", [](const fedpai::CompiledPlan& self) {
+        return py::make_tuple(self.plan.by_output().groups.shared, self.plan.by_input().groups.shared);
+      })
       .def("flat_indices",
            [](const fedpai::CompiledPlan& self, std::uintptr_t out) {
              self.plan.flat_indices(reinterpret_cast<std::int64_t*>(out));

@@ -7,6 +7,7 @@
 
 #include "cpu/bf16/kernels.h"
 #include "cpu/conv2d/kernels.h"
+#include "cpu/layout/kernels.h"
 #include "cpu/machine/kernels.h"
 #include "cpu/norm/group_kernels.h"
 #include "cpu/norm/kernels.h"
@@ -20,6 +21,8 @@ struct KernelTable {
   Bf16Kernels bf16;
   Conv2dKernels<float> conv2d_f32;
   Conv2dKernels<double> conv2d_f64;
+  LayoutKernels<float> layout_f32;
+  LayoutKernels<double> layout_f64;
   NormKernels<float> norm_f32;
   NormKernels<double> norm_f64;
   GroupNormKernels<float> group_norm_f32;
@@ -53,6 +56,17 @@ inline const Conv2dKernels<float>& conv2d_kernels<float>() {
 template <>
 inline const Conv2dKernels<double>& conv2d_kernels<double>() {
   return kernels().conv2d_f64;
+}
+
+template <class T>
+const LayoutKernels<T>& layout_kernels();
+template <>
+inline const LayoutKernels<float>& layout_kernels<float>() {
+  return kernels().layout_f32;
+}
+template <>
+inline const LayoutKernels<double>& layout_kernels<double>() {
+  return kernels().layout_f64;
 }
 
 template <class T>

@@ -22,6 +22,7 @@
 //     where_gt0(a, b, c)              b where a > 0, else c (NaN in a gives c)
 //     pow2(n)                         2^n for integers n for which that is a normal number
 //     reduce_add(v)                   fixed order: halves are folded, so the same bits every time
+//     transpose(r)                    a square of lanes registers, in place
 //     fold(a, b)                      half of the way from two vectors to the sums of their lanes,
 //     add_folded(s, ab, cd)           and the rest, for four: s[0..3] += lanes of a, b, c, d; in a fixed order
 //

@@ -76,6 +76,26 @@ struct Vec<float> {
     s = _mm_add_ss(s, _mm_movehdup_ps(s));
     return _mm_cvtss_f32(s);
   }
+  static FEDPAI_INLINE void transpose(reg (&r)[lanes]) {
+    reg pairs[lanes], fours[lanes];
+FEDPAI_UNROLL
+    for (int i = 0; i < lanes; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+FEDPAI_UNROLL
+    for (int i = 0; i < lanes; i += 4) {
+      fours[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+      fours[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+      fours[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+      fours[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+    }
+FEDPAI_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+      r[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+    }
+  }
   static FEDPAI_INLINE reg fold(reg a, reg b) { return _mm256_hadd_ps(a, b); }
   static FEDPAI_INLINE void add_folded(float* sums, reg ab, reg cd) {
     const __m256 v = _mm256_hadd_ps(ab, cd);
@@ -125,6 +145,14 @@ struct Vec<double> {
     __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     s = _mm_add_sd(s, _mm_unpackhi_pd(s, s));
     return _mm_cvtsd_f64(s);
+  }
+  static FEDPAI_INLINE void transpose(reg (&r)[lanes]) {
+    const reg a = _mm256_unpacklo_pd(r[0], r[1]), b = _mm256_unpackhi_pd(r[0], r[1]);
+    const reg c = _mm256_unpacklo_pd(r[2], r[3]), d = _mm256_unpackhi_pd(r[2], r[3]);
+    r[0] = _mm256_permute2f128_pd(a, c, 0x20);
+    r[1] = _mm256_permute2f128_pd(b, d, 0x20);
+    r[2] = _mm256_permute2f128_pd(a, c, 0x31);
+    r[3] = _mm256_permute2f128_pd(b, d, 0x31);
   }
   static FEDPAI_INLINE reg fold(reg a, reg b) { return _mm256_hadd_pd(a, b); }
   static FEDPAI_INLINE void add_folded(double* sums, reg ab, reg cd) {

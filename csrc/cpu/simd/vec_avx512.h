@@ -69,6 +69,14 @@ struct Vec<float> {
     s = _mm_add_ss(s, _mm_movehdup_ps(s));
     return _mm_cvtss_f32(s);
   }
+  static FEDPAI_INLINE void transpose(reg (&r)[lanes]) {
+    alignas(64) float rows[lanes][lanes], columns[lanes][lanes];
+    for (int i = 0; i < lanes; ++i) store(rows[i], r[i]);
+    for (int i = 0; i < lanes; ++i) {
+      for (int j = 0; j < lanes; ++j) columns[j][i] = rows[i][j];
+    }
+    for (int i = 0; i < lanes; ++i) r[i] = load(columns[i]);
+  }
   static FEDPAI_INLINE reg fold(reg a, reg b) {
     return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
   }
@@ -120,6 +128,14 @@ struct Vec<double> {
     __m128d s = _mm_add_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));
     s = _mm_add_sd(s, _mm_unpackhi_pd(s, s));
     return _mm_cvtsd_f64(s);
+  }
+  static FEDPAI_INLINE void transpose(reg (&r)[lanes]) {
+    alignas(64) double rows[lanes][lanes], columns[lanes][lanes];
+    for (int i = 0; i < lanes; ++i) store(rows[i], r[i]);
+    for (int i = 0; i < lanes; ++i) {
+      for (int j = 0; j < lanes; ++j) columns[j][i] = rows[i][j];
+    }
+    for (int i = 0; i < lanes; ++i) r[i] = load(columns[i]);
   }
   static FEDPAI_INLINE reg fold(reg a, reg b) { return _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b)); }
   static FEDPAI_INLINE void add_folded(double* sums, reg ab, reg cd) {

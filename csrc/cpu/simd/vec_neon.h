@@ -69,6 +69,13 @@ struct Vec<float> {
     const float32x2_t s = vadd_f32(vget_low_f32(v), vget_high_f32(v));
     return vget_lane_f32(s, 0) + vget_lane_f32(s, 1);
   }
+  static FEDPAI_INLINE void transpose(reg (&r)[lanes]) {
+    const reg a = vtrn1q_f32(r[0], r[1]), b = vtrn2q_f32(r[0], r[1]), c = vtrn1q_f32(r[2], r[3]), d = vtrn2q_f32(r[2], r[3]);
+    r[0] = vcombine_f32(vget_low_f32(a), vget_low_f32(c));
+    r[1] = vcombine_f32(vget_low_f32(b), vget_low_f32(d));
+    r[2] = vcombine_f32(vget_high_f32(a), vget_high_f32(c));
+    r[3] = vcombine_f32(vget_high_f32(b), vget_high_f32(d));
+  }
   static FEDPAI_INLINE reg fold(reg a, reg b) { return vpaddq_f32(a, b); }
   static FEDPAI_INLINE void add_folded(float* sums, reg ab, reg cd) {
     vst1q_f32(sums, vaddq_f32(vld1q_f32(sums), vpaddq_f32(ab, cd)));
@@ -115,6 +122,11 @@ struct Vec<double> {
     return vreinterpretq_f64_s64(vshlq_n_s64(vaddq_s64(vcvtq_s64_f64(n), vdupq_n_s64(1023)), 52));
   }
   static FEDPAI_INLINE double reduce_add(reg v) { return vgetq_lane_f64(v, 0) + vgetq_lane_f64(v, 1); }
+  static FEDPAI_INLINE void transpose(reg (&r)[lanes]) {
+    const reg first = vzip1q_f64(r[0], r[1]);
+    r[1] = vzip2q_f64(r[0], r[1]);
+    r[0] = first;
+  }
   static FEDPAI_INLINE reg fold(reg a, reg b) { return vpaddq_f64(a, b); }
   static FEDPAI_INLINE void add_folded(double* sums, reg ab, reg cd) {
     vst1q_f64(sums, vaddq_f64(vld1q_f64(sums), ab));

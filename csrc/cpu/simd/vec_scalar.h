@@ -119,6 +119,14 @@ struct Vec {
     }
     return s.x[0];
   }
+  static FEDPAI_INLINE void transpose(reg (&r)[lanes]) {
+    alignas(64) T rows[lanes][lanes], columns[lanes][lanes];
+    for (int i = 0; i < lanes; ++i) store(rows[i], r[i]);
+    for (int i = 0; i < lanes; ++i) {
+      for (int j = 0; j < lanes; ++j) columns[j][i] = rows[i][j];
+    }
+    for (int i = 0; i < lanes; ++i) r[i] = load(columns[i]);
+  }
   static FEDPAI_INLINE reg fold(const reg& a, const reg& b) {
     reg s = zero();
     s.x[0] = reduce_add(a);

@@ -5,6 +5,7 @@
 #include "cpu/bf16/kernels-inl.h"
 #include "cpu/conv2d/kernels-inl.h"
 #include "cpu/dispatch.h"
+#include "cpu/layout/kernels-inl.h"
 #include "cpu/machine/kernels-inl.h"
 #include "cpu/norm/group_kernels-inl.h"
 #include "cpu/norm/kernels-inl.h"
@@ -22,6 +23,8 @@ const KernelTable kTable = {
     make_bf16_kernels(),
     make_conv2d_kernels<float>(),
     make_conv2d_kernels<double>(),
+    make_layout_kernels<float>(),
+    make_layout_kernels<double>(),
     make_norm_kernels<float>(),
     make_norm_kernels<double>(),
     make_group_norm_kernels<float>(),

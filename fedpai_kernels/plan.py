@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .structure import Structure, check, describe, parse
 
 Kind = Literal["conv2d", "linear"]
 
@@ -33,12 +34,13 @@ _living: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 class _Streams:
     """What the plans of one mask have in common, however often that mask is compiled: the memory and the work."""
 
-    __slots__ = ("__weakref__", "compiled", "digest", "indices")
+    __slots__ = ("__weakref__", "compiled", "digest", "indices", "structure")
 
     def __init__(self, compiled: _C.CompiledPlan, indices: Tensor) -> None:
         self.compiled = compiled
         self.indices = indices
         self.digest: str | None = None
+        self.structure: str | None = None
 
 
 # Kind, shape, groups, and the number and sum of the indices.
@@ -63,7 +65,8 @@ class Plan:
         groups: convolution groups.
         nnz: number of surviving weights.
         density: ``nnz / numel``.
-        structure: how the survivors are arranged; ``"unstructured"`` in this version.
+        structure: how the survivors are arranged, as :func:`fedpai_kernels.structure.describe` names it: ``"16x1"``,
+            ``"weight"`` and so on.
         handle: the integer that names this plan in the ops of this process.
         digest: SHA-256 (hex) of kind, shape, groups and mask; the same mask has the same digest on every machine.
     """
@@ -77,26 +80,33 @@ class Plan:
     groups: int
     nnz: int
     handle: int
-    structure: str = "unstructured"
     _streams: _Streams
 
     def __init__(self) -> None:
         raise TypeError("Plan: use Plan.from_mask(mask)")
 
     @classmethod
-    def from_mask(cls, mask: Tensor, *, kind: Kind | None = None, groups: int = 1) -> Plan:
+    def from_mask(
+        cls, mask: Tensor, *, kind: Kind | None = None, groups: int = 1, structure: str | Structure = "auto"
+    ) -> Plan:
         """Compiles a mask.
+
+        Whatever it is declared to be, output or input channels that keep the same weights are found, and computed
+        together: blocks, whole channels and dense masks are faster than scattered weights (docs/structure.md).
 
         Args:
             mask: bool tensor of the weight's shape, (out, in / groups, kernel_h, kernel_w) for a convolution or
                 (out, in) for a linear layer; True where a weight survives. Any device and layout; it is copied.
             kind: checked against the mask's number of dimensions when given.
             groups: groups of the convolution.
+            structure: ``"auto"``, or what the mask must be: a name such as ``"16x1"`` or a structure of
+                :mod:`fedpai_kernels.structure`.
 
         Raises:
             TypeError: ``mask`` is not a bool tensor.
-            ValueError: wrong number of dimensions, an empty dimension, no data, no surviving weight, or groups that
-                do not divide the output channels.
+            ValueError: wrong number of dimensions, an empty dimension, no data, no surviving weight, groups that do not
+                divide the output channels, an unknown structure, or a mask that is not of the declared one (the
+                message names the first offending block).
         """
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask: expected a torch.Tensor of dtype bool, got {type(mask).__name__}")
@@ -119,6 +129,8 @@ class Plan:
         if mask.is_meta:
             raise ValueError("mask: expected a tensor with data, got one on the meta device")
         dense = mask.detach().to("cpu").to_dense().contiguous()
+        if structure != "auto":
+            check(dense, parse(structure) if isinstance(structure, str) else structure, groups)
         plan = cls.__new__(cls)
         plan._build(found, tuple(mask.shape), groups, dense)
         return plan
@@ -146,6 +158,25 @@ class Plan:
     def density(self) -> float:
         """Share of the weights that survive, in (0, 1]."""
         return self.nnz / self.numel
+
+    @property
+    def structure(self) -> str:
+        """The name of the coarsest structure that the mask has."""
+        streams = self._streams
+        if streams.structure is None:  # on first use, as the digest
+            streams.structure = describe(self.mask(), self.groups)
+        return streams.structure
+
+    @property
+    def shared(self) -> float:
+        """Share of the work on this mask that output or input channels with the same weights do together, in [0, 1].
+
+        1 for blocks of several rows and columns, dense masks and whole channels, 2/3 for blocks of one input channel,
+        1/3 for those of one output channel: output channels count for the forward pass and the weight gradient, input
+        channels for the input gradient.
+        """
+        outputs, inputs = self.compiled.shared_weights
+        return (2 * outputs + inputs) / (3 * self.nnz)
 
     @property
     def digest(self) -> str:

@@ -23,6 +23,7 @@ class LayerInfo:
         nnz: surviving weights.
         groups: of the convolution; 1 for a linear layer.
         stride: of the convolution; (1, 1) for a linear layer.
+        shared: how much of the work channels with the same weights do together (:attr:`fedpai_kernels.Plan.shared`).
     """
 
     kind: Literal["conv2d", "linear"]
@@ -30,6 +31,7 @@ class LayerInfo:
     nnz: int
     groups: int = 1
     stride: tuple[int, int] = (1, 1)
+    shared: float = 0.0
 
     @property
     def density(self) -> float:
@@ -47,13 +49,18 @@ class KernelChoice(NamedTuple):
     reason: str
 
 
+# Blocks of 16x1 have two thirds.
+_MOSTLY = 0.6
+
+
 def choose_kernel(layer: LayerInfo, figures: BreakEvens = BUILT_IN) -> KernelChoice:
     """The kernel for one layer, by its density and its kind.
 
     Alone, a dense convolution overtakes the sparse one at a density of 0.5 to 0.8. Among batch-last layers it
     must change the layout of what it reads and writes, and unpack its weight, which moves that to 0.8 and
     beyond. A dense depthwise convolution is limited by memory just as the sparse one, which therefore never
-    loses to it. A linear layer has one "pixel" per row of the batch to reuse a weight on, and loses earlier.
+    loses to it. A linear layer has one "pixel" per row of the batch to reuse a weight on, and loses earlier. Blocks,
+    whole channels and dense masks are computed as small dense products, and win up to higher densities.
 
     Args:
         layer: the layer.
@@ -70,6 +77,8 @@ def choose_kernel(layer: LayerInfo, figures: BreakEvens = BUILT_IN) -> KernelCho
 
 
 def _break_even(layer: LayerInfo, figures: BreakEvens) -> float:
+    if layer.shared >= _MOSTLY:
+        return figures.linear_blocks if layer.kind == "linear" else figures.blocks
     if layer.kind == "linear":
         return figures.linear
     if layer.groups > 1 and layer.shape[1] == 1:

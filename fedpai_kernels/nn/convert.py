@@ -270,7 +270,9 @@ def _choice(module: nn.Module, plan: Plan, weight: Tensor, figures: BreakEvens) 
     if weight.device.type != "cpu":
         return KernelChoice("dense", f"no sparse kernel for device {weight.device.type}")
     stride = getattr(module, "stride", (1, 1))
-    return choose_kernel(LayerInfo(plan.kind, plan.mask_shape, plan.nnz, plan.groups, stride), figures)
+    return choose_kernel(
+        LayerInfo(plan.kind, plan.mask_shape, plan.nnz, plan.groups, stride, plan.shared), figures
+    )
 
 
 def _shared_parameters(model: nn.Module, layers: list[_Layer]) -> list[list[_Layer]]:

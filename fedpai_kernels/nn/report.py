@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from ..plan import Plan
-from ..structure import describe
 
 __all__ = ["LayerRow", "Report"]
 
@@ -44,7 +43,7 @@ class LayerRow:
         cls, name: str, plan: Plan, kernel: str, reason: str, activation_dtype: str | None
     ) -> LayerRow:
         """Of a layer with a mask."""
-        structure = describe(plan.mask(), plan.groups)
+        structure = plan.structure
         counts = plan.nnz, plan.density
         return cls(name, plan.kind, plan.mask_shape, *counts, structure, kernel, reason, activation_dtype)
 

@@ -17,6 +17,8 @@ class BreakEvens:
         strided: kernels of more than one pixel, larger strides.
         pointwise: kernels of one pixel.
         linear: linear layers.
+        blocks, linear_blocks: convolutions and linear layers most of whose channels share their weights with others, as
+            in blocks.
         full_fan_in: weights per output channel up to which a convolution without a mask, among batch-last layers,
             is computed by the sparse kernel as one that keeps everything.
         source: where the figures come from, for reports.
@@ -26,6 +28,8 @@ class BreakEvens:
     strided: float
     pointwise: float
     linear: float
+    blocks: float
+    linear_blocks: float
     full_fan_in: int
     source: str
 
@@ -36,6 +40,8 @@ class BreakEvens:
             "strided": self.strided,
             "pointwise": self.pointwise,
             "linear": self.linear,
+            "blocks": self.blocks,
+            "linear_blocks": self.linear_blocks,
         }
 
     def __str__(self) -> str:
@@ -44,4 +50,13 @@ class BreakEvens:
 
 
 # Measured in lab/004_break_even.
-BUILT_IN = BreakEvens(conv2d=0.8, strided=0.8, pointwise=0.8, linear=0.35, full_fan_in=300, source="built in")
+BUILT_IN = BreakEvens(
+    conv2d=0.8,
+    strided=0.8,
+    pointwise=0.8,
+    linear=0.35,
+    blocks=1.0,
+    linear_blocks=0.8,
+    full_fan_in=300,
+    source="built in",
+)

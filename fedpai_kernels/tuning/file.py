@@ -25,7 +25,7 @@ from .machine import facts
 
 __all__ = ["State", "TuningError", "break_evens", "default_path", "read", "state", "write"]
 
-FORMAT = 1
+FORMAT = 2
 VARIABLE = "FEDPAI_TUNING"
 OFF = "off"
 _DENSITIES = tuple(BUILT_IN.densities())

@@ -84,7 +84,10 @@ _MASKED: dict[str, tuple[tuple[_Conv | _Linear, ...], tuple[float, ...]]] = {
     "strided": ((_Conv(16, 64, 128, 32, 3, 2), _Conv(32, 256, 512, 8, 3, 2)), _CONV_DENSITIES),
     "pointwise": ((_Conv(32, 128, 128, 16, 1), _Conv(32, 256, 64, 8, 1)), _CONV_DENSITIES),
     "linear": ((_Linear(64, 512, 512), _Linear(64, 784, 300), _Linear(256, 3072, 768)), _LINEAR_DENSITIES),
+    "blocks": ((_Conv(32, 64, 64, 32), _Conv(32, 256, 256, 8)), _CONV_DENSITIES),
+    "linear_blocks": ((_Linear(64, 512, 512), _Linear(256, 3072, 768)), _LINEAR_DENSITIES),
 }
+_BLOCK = (16, 4)  # output and input channels, where masks keep blocks
 _FULL = (
     _Conv(32, 3, 64, 32), _Conv(32, 16, 32, 16), _Conv(32, 32, 32, 16), _Conv(32, 64, 64, 16), _Conv(32, 128, 128, 8),
 )  # fmt: skip
@@ -128,9 +131,9 @@ def tune(
         torch.manual_seed(0)
         for name, case in cases:
             progress(done / seconds, str(case))
-            found = _masked_ratios(case, _MASKED[name][1], share)
+            found = _masked_ratios(case, _MASKED[name][1], share, _BLOCK if name.endswith("blocks") else (1, 1))
             ratios[name].append(found)
-            samples[str(case)] = {f"{density:g}": round(ratio, 3) for density, ratio in found.items()}
+            samples[f"{name}, {case}"] = {f"{density:g}": round(ratio, 3) for density, ratio in found.items()}
             done += share
         for conv in _FULL:
             progress(done / seconds, f"{conv}, no mask")
@@ -192,14 +195,18 @@ def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> Step:
     return run
 
 
-def _masked_ratios(case: _Conv | _Linear, densities: Sequence[float], seconds: float) -> dict[float, float]:
-    """Time of the dense kernel over that of the sparse one, by density."""
+def _masked_ratios(
+    case: _Conv | _Linear, densities: Sequence[float], seconds: float, block: tuple[int, int]
+) -> dict[float, float]:
+    """Time of the dense kernel over that of the sparse one, by density, for masks of such blocks."""
     module, (x, dy) = case.module(), case.operands()
     runs: dict[str, Step] = {}
     for density in densities:
         # rand is below 1; the last weight stays, so that no mask is empty.
-        mask = torch.rand_like(module.weight) < density
+        mask = torch.rand_like(module.weight[:: block[0], :: block[1]]) < density
         mask.view(-1)[-1] = True
+        mask = mask.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+        mask = mask[: module.weight.shape[0], : module.weight.shape[1]]
         steps = steps_of(module, mask, x, dy)
         runs[f"{density:g}"] = steps["sparse"]
         runs["dense"] = steps[

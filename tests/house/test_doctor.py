@@ -77,7 +77,7 @@ def test_by_which_figures_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch, tm
     assert (doctor._choice().state, doctor._choice().remedy) == ("ok", "fedpai tune measures those of this machine")
 
     path = tuning.default_path()
-    tuning.write(path, tuning.BreakEvens(0.9, 0.7, 0.6, 0.25, 100, "any"), {})
+    tuning.write(path, tuning.BreakEvens(0.9, 0.7, 0.6, 0.25, 1.0, 0.5, 100, "any"), {})
     assert (doctor._choice().state, doctor._choice().remedy) == ("ok", "")
     assert "measured on this machine: conv2d 0.9, strided 0.7" in doctor._choice().text
     assert doctor._choice().facts["path"] == str(path)

@@ -18,6 +18,7 @@ import torch
 from fedpai_kernels import Plan
 from fedpai_kernels.ops import sparse_conv2d
 from fedpai_kernels.plan import plan_of
+from fedpai_kernels.structure import describe
 from tests.cases import CONV2D, LINEAR, Case, make_mask
 
 # Every third weight, from the second. Written down: another machine, or a later version, must find the same digests.
@@ -40,7 +41,7 @@ def test_indices_and_mask_say_the_same(case: Case) -> None:
     mask, plan = make_mask(case), case.plan
     assert plan.kind == case.op
     assert plan.mask_shape == tuple(mask.shape)
-    assert plan.structure == "unstructured"
+    assert plan.structure == describe(mask, plan.groups)
     assert plan.nnz == int(mask.sum())
     assert plan.numel == mask.numel()
     assert plan.density == plan.nnz / mask.numel()

@@ -17,7 +17,7 @@ from fedpai_kernels import tuning
 from fedpai_kernels.tuning import BUILT_IN, BreakEvens, TuningError
 from tests.nn.small import fingerprint, masked_model
 
-MEASURED = BreakEvens(0.95, 0.5, 0.75, 0.125, 64, "measured on this machine")
+MEASURED = BreakEvens(0.95, 0.5, 0.75, 0.125, 1.0, 0.5, 64, "measured on this machine")
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_conversions_use_them_and_say_so(cache: Path) -> None:
     assert [report[name].kernel for name in masks] == ["dense", "sparse", "sparse", "dense"]
 
     # stem is 0.9 dense, hidden 0.1: between the built-in figures and these.
-    tuning.write(tuning.default_path(), BreakEvens(0.95, 0.1, 0.1, 0.05, 4, "any"), {})
+    tuning.write(tuning.default_path(), BreakEvens(0.95, 0.1, 0.1, 0.05, 1.0, 0.5, 4, "any"), {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = fk.sparsify_(model, masks)
@@ -216,7 +216,7 @@ def test_conversions_use_them_and_say_so(cache: Path) -> None:
 def test_convolutions_without_a_mask_follow_the_measured_fan_in(cache: Path) -> None:
     """`plain` has 8 weights per output; the conversion decides, and torch's own module comes back."""
     for fan_in, ours in ((8, True), (7, False)):
-        tuning.write(tuning.default_path(), BreakEvens(0.8, 0.8, 0.8, 0.3, fan_in, "any"), {})
+        tuning.write(tuning.default_path(), BreakEvens(0.8, 0.8, 0.8, 0.3, 1.0, 0.5, fan_in, "any"), {})
         model, masks = masked_model()
         before = set(model.plain.__dict__)
         fk.sparsify_(model, masks)

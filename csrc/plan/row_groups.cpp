@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 #include "plan/plan.h"
@@ -32,12 +33,12 @@ bool same_pattern(const Row& a, const Row& b) {
 }
 
 // Visits the entries of up to kMaxPanelHeight rows in order, those at one place together: visit(column, tap, values), a
-// value per row.
+// value per row; no more than `most`.
 template <class F>
-void for_each_of_all(const Row* rows, int count, F&& visit) {
+void for_each_of_all(const Row* rows, int count, std::int64_t most, F&& visit) {
   std::array<std::int64_t, kMaxPanelHeight> at{};
   std::array<std::int32_t, kMaxPanelHeight> values{};
-  for (;;) {
+  for (std::int64_t visited = 0; visited < most; ++visited) {
     int first = -1;
     const auto before = [&](int a, int b) {
       const std::int64_t i = at[static_cast<std::size_t>(a)], j = at[static_cast<std::size_t>(b)];
@@ -69,22 +70,26 @@ struct Chunk {
   double filled() const { return static_cast<double>(weights) / static_cast<double>(size * std::max<std::int64_t>(1, together)); }
 };
 
-Chunk chunk_of(const EntryList& list, const std::int32_t* rows, int size) {
+// Of the first `most` entries.
+Chunk chunk_of(const EntryList& list, const std::int32_t* rows, int size, std::int64_t most) {
   Chunk chunk;
   chunk.size = size;
   std::array<Row, kMaxPanelHeight> entries{};
   for (int r = 0; r < size; ++r) {
     chunk.row[static_cast<std::size_t>(r)] = rows[r];
     entries[static_cast<std::size_t>(r)] = row_of(list, rows[r]);
-    chunk.weights += entries[static_cast<std::size_t>(r)].size;
   }
-  for_each_of_all(entries.data(), size, [&](std::int32_t, std::int32_t, const auto&) { ++chunk.together; });
+  for_each_of_all(entries.data(), size, most, [&](std::int32_t, std::int32_t, const auto& values) {
+    ++chunk.together;
+    for (int r = 0; r < size; ++r) chunk.weights += values[static_cast<std::size_t>(r)] != kNoValue;
+  });
   return chunk;
 }
 
 // A panel of four rows takes 0.55 of the time of four single ones with as many values.
 constexpr double kWorthPadding = 0.65;
 constexpr std::size_t kSampledChunks = 8;
+constexpr std::int64_t kSampledEntries = 24;
 
 // Chunks of `lone` rows, which are like no other, that are nearly alike: none where a sample of them is not.
 std::vector<Chunk> padded_chunks(const EntryList& list, const std::vector<std::int32_t>& lone) {
@@ -94,11 +99,14 @@ std::vector<Chunk> padded_chunks(const EntryList& list, const std::vector<std::i
   }
   starts.push_back(lone.size());
   const std::size_t chunks = starts.size() - 1;
-  const auto chunk = [&](std::size_t c) {
-    return chunk_of(list, lone.data() + starts[c], static_cast<int>(starts[c + 1] - starts[c]));
+  const auto chunk = [&](std::size_t c, std::int64_t most = std::numeric_limits<std::int64_t>::max()) {
+    return chunk_of(list, lone.data() + starts[c], static_cast<int>(starts[c + 1] - starts[c]), most);
   };
-  bool any = chunks <= kSampledChunks;
-  for (std::size_t s = 0; s < kSampledChunks && !any; ++s) any = chunk(s * chunks / kSampledChunks).filled() >= kWorthPadding;
+  bool any = false;
+  for (std::size_t s = 0; s < std::min(chunks, kSampledChunks) && !any; ++s) {
+    const Chunk sample = chunk(s * chunks / std::min(chunks, kSampledChunks), kSampledEntries);
+    any = sample.size > 1 && sample.filled() >= kWorthPadding;
+  }
   std::vector<Chunk> found;
   for (std::size_t c = 0; c < chunks && any; ++c) {
     const Chunk here = chunk(c);
@@ -137,11 +145,15 @@ RowGroups find_row_groups(const EntryList& list) {
   std::vector<std::int32_t> lone;
   for (std::size_t i = 0; i < keys.size();) {
     const Row first = row_of(list, keys[i].row);
-    Group group{{keys[i].row}, static_cast<std::int32_t>(first.size)};
     std::size_t next = i + 1;
-    while (next < keys.size() && same_pattern(first, row_of(list, keys[next].row))) group.rows.push_back(keys[next++].row);
-    if (group.rows.size() > 1 || first.size == 0) groups.push_back(std::move(group));
-    else lone.push_back(keys[i].row);
+    while (next < keys.size() && same_pattern(first, row_of(list, keys[next].row))) ++next;
+    if (next == i + 1 && first.size > 0) {
+      lone.push_back(keys[i].row);
+    } else {
+      Group group{{}, static_cast<std::int32_t>(first.size)};
+      for (std::size_t j = i; j < next; ++j) group.rows.push_back(keys[j].row);
+      groups.push_back(std::move(group));
+    }
     i = next;
   }
   std::sort(lone.begin(), lone.end());
@@ -150,24 +162,32 @@ RowGroups find_row_groups(const EntryList& list) {
     groups.push_back({{chunk.row.begin(), chunk.row.begin() + chunk.size}, static_cast<std::int32_t>(chunk.together)});
     for (const std::int32_t row : groups.back().rows) taken[static_cast<std::size_t>(row)] = 1;
   }
-  for (const std::int32_t row : lone) {
-    if (taken[static_cast<std::size_t>(row)] == 0) {
-      groups.push_back({{row}, static_cast<std::int32_t>(row_of(list, row).size)});
-    }
-  }
-  // Dests are best visited in the order in which they lie.
+  // Dests are best visited in the order in which they lie: groups and lone rows by their first row.
   std::sort(groups.begin(), groups.end(), [](const Group& a, const Group& b) { return a.rows.front() < b.rows.front(); });
 
   RowGroups result;
   result.group_begin.push_back(0);
-  for (const Group& group : groups) {
-    result.rows.insert(result.rows.end(), group.rows.begin(), group.rows.end());
+  const auto close = [&](std::int64_t entries) {
     result.group_begin.push_back(static_cast<std::int32_t>(result.rows.size()));
-    result.entries.push_back(group.entries);
-    if (group.rows.size() == 1 || group.entries == 0) continue;
-    result.largest = std::max(result.largest, static_cast<std::int64_t>(group.rows.size()));
-    for (const std::int32_t row : group.rows) result.shared += row_of(list, row).size;
+    result.entries.push_back(static_cast<std::int32_t>(entries));
+  };
+  auto next = groups.begin();
+  const auto add_groups_before = [&](std::int32_t row) {
+    for (; next != groups.end() && next->rows.front() < row; ++next) {
+      result.rows.insert(result.rows.end(), next->rows.begin(), next->rows.end());
+      close(next->entries);
+      if (next->rows.size() == 1 || next->entries == 0) continue;
+      result.largest = std::max(result.largest, static_cast<std::int64_t>(next->rows.size()));
+      for (const std::int32_t member : next->rows) result.shared += row_of(list, member).size;
+    }
+  };
+  for (const std::int32_t row : lone) {
+    if (taken[static_cast<std::size_t>(row)] != 0) continue;
+    add_groups_before(row);
+    result.rows.push_back(row);
+    close(row_of(list, row).size);
   }
+  add_groups_before(std::numeric_limits<std::int32_t>::max());
   return result;
 }
 
@@ -242,7 +262,7 @@ void Panels::merge(const EntryList& list, std::int64_t panel) {
     entries[static_cast<std::size_t>(r)] =
         row_of(list, rows[static_cast<std::size_t>(row_begin[static_cast<std::size_t>(panel)] + r)]);
   }
-  for_each_of_all(entries.data(), count, [&](std::int32_t at_column, std::int32_t at_tap, const auto& values) {
+  for_each_of_all(entries.data(), count, std::numeric_limits<std::int64_t>::max(), [&](std::int32_t at_column, std::int32_t at_tap, const auto& values) {
     own_column_.push_back(at_column);
     own_tap_.push_back(at_tap);
     own_value_.insert(own_value_.end(), values.begin(), values.begin() + count);

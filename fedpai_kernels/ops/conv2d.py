@@ -185,6 +185,8 @@ class _Forward(torch.autograd.Function):
         again = torch.is_grad_enabled()
         if again:
             refuse_graph(x)
+        elif want_x and want_values:
+            dy = _readable(dy)  # once for both
         if want_x:
             if again:
                 dx = _InputGrad.apply(dy, values, ctx.plan, *ctx.image, ctx.geometry)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layout import to_batch_last
 from ..plan import Plan
 from .conv2d import check_operands, differentiable_conv2d
 from .geometry import flatten, resolve_geometry
@@ -49,6 +50,11 @@ def sparse_linear(
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x: expected (..., {in_features}), got shape {tuple(x.shape)}")
     rows = x if x.dim() == 2 else x.reshape(-1, in_features)
+    if rows.is_contiguous() and rows.numel() > 0:
+        # Once, and its gradient comes back as x is; the op would do it in each direction.
+        rows = to_batch_last(rows)
     keeps = stores(x, activation_dtype)
-    y = differentiable_conv2d(rows[:, :, None, None], values, bias, plan, _GEOMETRY, keeps)[:, :, 0, 0]
+    images = rows.unsqueeze(2).unsqueeze(3)
+    # Not by indices: their gradient is a tensor of zeros with one element of it set.
+    y = differentiable_conv2d(images, values, bias, plan, _GEOMETRY, keeps).squeeze(3).squeeze(2)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)

@@ -159,9 +159,12 @@ void lay_out_entries(TiledPass& pass, const PassAxes& axes, const EntryList& lis
     }
   }
   std::vector<std::int32_t> value_begin(begin.size(), 0);
-  for (std::size_t i = 1; i < begin.size(); ++i) {
-    value_begin[i] = value_begin[i - 1] + begin[i] * panels.height(static_cast<std::int64_t>(i - 1) % count);
-    begin[i] += begin[i - 1];
+  std::size_t i = 1;
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    for (std::int64_t p = 0; p < count; ++p, ++i) {
+      value_begin[i] = value_begin[i - 1] + begin[i] * panels.height(p);
+      begin[i] += begin[i - 1];
+    }
   }
   pass.order.resize(static_cast<std::size_t>(value_begin.back()));
   pass.offset.resize(static_cast<std::size_t>(begin.back()) + kOffsetsAhead);

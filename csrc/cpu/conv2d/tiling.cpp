@@ -21,8 +21,9 @@ struct Constants {
   double entry_l2;     // per entry and tile, when the entries come from L2
   double task;         // per panel and tile: the loop exit is mispredicted
   double reload;       // per dest vector and task after the first channel block: load and store again
+  double reload_l3;    // more, when a unit's dest leaves L2 between channel blocks
   double load;         // per dest vector and task of a weight gradient
-  double load_l3;      // more, when a unit's dest leaves L2 between channel blocks
+  double load_l3;      // more, as above
   double sum;          // per value and tile of a weight gradient: fold its lanes, read and write its sum
   double half_line;    // per dest vector and task, when lane groups share a cache line
   double source_line;  // per cache line that packing reads
@@ -32,9 +33,9 @@ struct Constants {
   double tile;         // per register tile and channel block: a call, cold predictors
 };
 
-constexpr Constants kRows{0.92, 0.12, 0.62, 0.47, 11.0, 2.7, 2.0, 0.2, 0.5, 1.0, 7.3, 15.9, 53.0, 14.4, 1200.0};
-constexpr Constants kPanels{0.74, 0.35, 2.5, 0.21, 40.0, 4.5, 0, 0, 0, 1.9, 7.6, 10.4, 61.0, 0, 20.0};
-constexpr Constants kPanelGrads{0.80, 0.2, 1.5, 0.28, 40.0, 0, 1.1, 0.8, 3.0, 1.7, 4.0, 11.8, 153.0, 60.0, 20.0};
+constexpr Constants kRows{0.92, 0.12, 0.62, 0.47, 11.0, 2.7, 0, 2.0, 0.2, 0.5, 1.0, 7.3, 15.9, 53.0, 14.4, 1200.0};
+constexpr Constants kPanels{0.74, 0.35, 2.5, 0.21, 40.0, 4.5, 6.0, 0, 0, 0, 1.9, 7.6, 10.4, 61.0, 0, 20.0};
+constexpr Constants kPanelGrads{0.80, 0.2, 1.5, 0.28, 40.0, 0, 0, 1.1, 0.8, 3.0, 1.7, 4.0, 11.8, 153.0, 60.0, 20.0};
 
 // Sums that must be in flight for the FMAs not to wait for each other.
 constexpr double kChains = 8.0;
@@ -154,7 +155,7 @@ double Costs::cycles(const Tiling& t) const {
   if (p.weight_grad) {
     cycles += rows_per_task * dest_vectors * (tasks * k.load + revisits * dest * k.load_l3) + values * tiles * k.sum;
   } else {
-    cycles += rows_per_task * revisits * dest_vectors * k.reload;
+    cycles += rows_per_task * revisits * dest_vectors * (k.reload + dest * k.reload_l3);
   }
   if (p.batch % (static_cast<std::int64_t>(t.blocks) * p.lanes) != 0) {
     // The last lane group goes through a staging patch: packed or unpacked, like the source.

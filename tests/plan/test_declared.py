@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fedpai_kernels import Plan
 from fedpai_kernels.structure import Block, Channel, NOfM, Structure
-from tests.cases import CONV2D, LINEAR, Case, make_mask
+from tests.cases import CONV2D, LINEAR, Case
+from tests.masks import make_mask
 
 NAMED = {(case.op, case.name): case for case in [*CONV2D, *LINEAR]}
 DECLARED = {
@@ -101,7 +102,7 @@ def broken(*shape: int, at: tuple[tuple[int, ...], ...]) -> Tensor:
 def test_the_first_offending_block_is_named(
     mask: Tensor, groups: int, structure: str | Structure, message: str
 ) -> None:
-    with pytest.raises(ValueError, match="^structure: ") as error:
+    with pytest.raises(ValueError, match=r"^structure: ") as error:
         Plan.from_mask(mask, groups=groups, structure=structure)
     assert str(error.value) == f"structure: {message}"
     assert Plan.from_mask(mask, groups=groups).nnz == int(mask.sum())

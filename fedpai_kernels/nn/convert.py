@@ -24,7 +24,7 @@ from ..tuning import BreakEvens, break_evens
 from .choice import KernelChoice, LayerInfo, choose_kernel
 from .conv2d import BatchLastConv2d, MaskedConv2d, SparseConv2d
 from .deferred import DeferrableBatchNorm2d, attach, detach
-from .fuse import Fusions, copy_memo, find_fusions
+from .fuse import Fusions, find_fusions
 from .group_norm import BatchLastGroupNorm, BatchLastGroupNormReLU, BatchLastInstanceNorm2d
 from .linear import MaskedLinear, SparseLinear
 from .masks import checked_mask, is_pruned, mask_of, remove_pruning, unpruned_weight
@@ -33,6 +33,7 @@ from .packed import PackedWeight
 from .pool import BatchLastAdaptiveAvgPool2d, BatchLastAvgPool2d, BatchLastMaxPool2d
 from .report import LayerRow, Report
 from .storing import check_float32, short_name, tell_activation_dtype
+from .trace import copy_memo
 
 __all__ = ["densify_", "sparsify", "sparsify_"]
 

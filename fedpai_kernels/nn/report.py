@@ -23,6 +23,8 @@ class LayerRow:
         kernel: "sparse", or "dense" (with a masked weight where there is a mask).
         reason: why that kernel.
         activation_dtype: "bfloat16" where the input is kept so for the backward pass; None: as it is.
+        original_shape: of the weight, where channels were removed; else None. `shape`, `nnz` and `density` are those of
+            what is left.
     """
 
     name: str
@@ -33,6 +35,7 @@ class LayerRow:
     kernel: str
     reason: str
     activation_dtype: str | None = None
+    original_shape: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -64,7 +67,7 @@ class Report:
             (
                 row.name,
                 row.kind,
-                "x".join(map(str, row.shape)),
+                _sizes(row.shape) + (f" of {_sizes(row.original_shape)}" if row.original_shape else ""),
                 str(row.nnz),
                 f"{row.density:.4f}",
                 row.kernel,
@@ -86,3 +89,7 @@ class Report:
             for line in (head, *body)
         ]
         return "\n".join([*lines, *self.notes])
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

@@ -29,7 +29,7 @@ from .fuse import Fusions, find_fusions
 from .linear import MaskedLinear, SparseLinear
 from .masks import checked_mask, is_pruned, mask_of, remove_pruning, unpruned_weight
 from .packed import PackedWeight
-from .removed import Cut, original_shape, restore_, restored, shrink_
+from .removed import Cut, Restored, original_shape, restore_, shrink_
 from .report import LayerRow, Report
 from .storing import check_float32, short_name, tell_activation_dtype
 from .surround import PLAIN, surround_
@@ -122,7 +122,7 @@ def sparsify_(
     wanted = filter_fn if filter_fn is not None else _everything
     figures = break_evens()
     names = dict(_named(model))
-    with restored(model):
+    with Restored(model) as restored:
         found = _masks_of(model, masks, wanted)
         every: dict[nn.Module, Tensor] = {m: m.mask for m in names.values() if isinstance(m, PackedWeight)}
         every.update({module: mask for _, module, mask in found})
@@ -141,7 +141,8 @@ def sparsify_(
     for group in groups:
         _convert(group)
     for module in cuts.of.keys() - {layer.module for layer in layers}:
-        shrink_(module, cuts.of[module])
+        if not restored.take_back(module, cuts.of[module]):
+            shrink_(module, cuts.of[module])
     notes = cuts.notes
     notes += surround_(names, wanted, fusions, figures) if batch_last else []
     notes += tell_activation_dtype(names, wanted, activation_dtype)

@@ -8,9 +8,7 @@ that, whatever class the conversion gives it. :func:`restore_` undoes it.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 
 from ..plan import Plan
 
-__all__ = ["Cut", "Removed", "TensorCut", "cut_of", "original_shape", "parts_of", "restore_", "restored", "shrink_"]
+__all__ = ["Cut", "Removed", "Restored", "TensorCut", "cut_of", "original_shape", "parts_of", "restore_", "shrink_"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,10 @@ class Cut:
 
     outputs: Tensor | None
     inputs: Tensor | None = None
+
+    def is_same(self, other: Cut) -> bool:
+        pairs = (self.outputs, other.outputs), (self.inputs, other.inputs)
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
     def of_weight(self, weight: Tensor) -> Tensor:
         """What stays of a weight or of its mask."""
@@ -104,10 +106,12 @@ class Removed:
     """What :func:`shrink_` took from a module.
 
     Attributes:
+        cut: what stays.
         tensors: by their names in a state dict.
         sizes: the attributes that count channels, as they were.
     """
 
+    cut: Cut
     tensors: dict[str, TensorCut] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
@@ -123,7 +127,7 @@ def shrink_(module: nn.Module, cut: Cut, mask: Tensor | None = None) -> None:
         cut: what stays.
         mask: of a dense layer that is about to be packed: the weights outside of it are dropped, not set aside.
     """
-    removed = Removed(sizes={name: getattr(module, name) for name in _SIZES if hasattr(module, name)})
+    removed = Removed(cut, sizes={name: getattr(module, name) for name in _SIZES if hasattr(module, name)})
     packed = "values" in module._parameters
     if packed:
         plan: Plan = module.__dict__["plan"]
@@ -174,22 +178,42 @@ def restore_(module: nn.Module) -> None:
             del hooks[key]
 
 
-@contextlib.contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Gives all modules of `model` back what was taken; takes that back where an error leaves the block."""
-    changed = [module for module in model.modules() if _removed(module) is not None]
-    states: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-    for m in changed:
-        hooks = m._state_dict_hooks, m._load_state_dict_pre_hooks
-        states += [(registry, dict(registry)) for registry in (m.__dict__, m._parameters, m._buffers, *hooks)]
-        restore_(m)
-    try:
-        yield
-    except BaseException:
-        for registry, state in states:
+class Restored:
+    """Gives all modules of a model back what was taken from them; a context that takes it back where an error leaves
+    it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before: dict[nn.Module, list[tuple[dict[Any, Any], dict[Any, Any]]]] = {}
+        self._cuts: dict[nn.Module, Cut] = {}
+        for module in model.modules():
+            removed = _removed(module)
+            if removed is None:
+                continue
+            hooks = module._state_dict_hooks, module._load_state_dict_pre_hooks
+            registries = (module.__dict__, module._parameters, module._buffers, *hooks)
+            self._before[module] = [(registry, dict(registry)) for registry in registries]
+            self._cuts[module] = removed.cut
+            restore_(module)
+
+    def __enter__(self) -> Restored:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for module in self._before:
+                self._undo(module)
+
+    def take_back(self, module: nn.Module, cut: Cut) -> bool:
+        """Makes a module what it was before, with the same parameters, if it had the same cut; whether that is so."""
+        same = module in self._cuts and self._cuts[module].is_same(cut)
+        if same:
+            self._undo(module)
+        return same
+
+    def _undo(self, module: nn.Module) -> None:
+        for registry, before in self._before[module]:
             registry.clear()
-            registry.update(state)
-        raise
+            registry.update(before)
 
 
 def original_shape(module: nn.Module) -> tuple[int, ...] | None:
@@ -214,7 +238,8 @@ def parts_of(module: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
     """
     tensor_cut = cut_of(module, name)
     packed = name == "weight" and "values" in module._parameters
-    tensor = _parameter(module, "values") if packed else dict(_dense_tensors(module))[name]
+    tensor = {**module._parameters, **module._buffers}["values" if packed else name]
+    assert tensor is not None
     if tensor_cut is None:
         held = torch.arange(tensor.numel()) if not packed else module.__dict__["plan"].indices
         return [(held, tensor)]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fedpai.models.resnet import ResNet
 from fedpai.models.small import MLP, Conv4, LeNet5
 from fedpai.models.vgg import VGG
-from fedpai_kernels.nn.removed import parts_of
+from fedpai_kernels.nn import parts_of
 
 Masks = dict[str, Tensor]
 

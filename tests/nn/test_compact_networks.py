@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import fedpai_kernels as fk
-from fedpai_kernels.nn import PackedWeight
-from fedpai_kernels.nn.removed import original_shape, parts_of
+from fedpai_kernels.nn import PackedWeight, parts_of
+from fedpai_kernels.nn.removed import original_shape
 from tests.nn.compaction import NETWORKS, check_same, check_tensors, network, step, train
 
 EVERY = pytest.mark.parametrize("name", NETWORKS)

@@ -9,6 +9,7 @@ or linear layer reads them. Anything else may look at them in any way: what it i
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,8 +148,8 @@ class _Reader:
     def read(self, graph: fx.Graph) -> None:
         self._values = {}
         self._traces.append((graph, self._values))
-        called = [self._modules[str(node.target)] for node in graph.nodes if node.op == "call_module"]
-        self._left_alone |= {module for module in called if called.count(module) > 1 and any(module.parameters())}
+        calls = Counter(self._modules[str(node.target)] for node in graph.nodes if node.op == "call_module")
+        self._left_alone |= {m for m, count in calls.items() if count > 1 and (m._parameters or m._buffers)}
         for node in graph.nodes:
             if node.op == "get_attr":  # a parameter that the code of a forward uses by itself
                 owner = self._modules.get(str(node.target).rpartition(".")[0])
@@ -235,7 +236,7 @@ class _Reader:
         if node.target in _ELEMENTWISE_CALLS:
             x.channels.keeps_zeros &= _ELEMENTWISE_CALLS[node.target]
             return x
-        indices = kwargs.get("return_indices", False) or True in args
+        indices = kwargs.get("return_indices", False) or any(arg is True for arg in args)
         return x if node.target in _POOL_CALLS and image and not indices else None
 
     def _joined(self, node: fx.Node) -> Value | None:

@@ -38,7 +38,7 @@ class Stack(nn.Module):
             "relu": nn.ReLU,
             "tanh": nn.Tanh,
             "norm": lambda: nn.BatchNorm2d(channels),
-            "instance norm": lambda: nn.InstanceNorm2d(channels),
+            "instance norm": lambda: nn.InstanceNorm2d(channels, affine=True),
             "pool": lambda: nn.MaxPool2d(3, 1, 1),
             "group norm": lambda: nn.GroupNorm(1, channels),
         }
@@ -52,7 +52,7 @@ class Stack(nn.Module):
         return self.head(x.flatten(1) if self.flatten else x.mean((2, 3)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
     kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=6),
     channels=st.integers(1, 6),
@@ -66,7 +66,7 @@ def test_any_network(kinds: list[str], channels: int, bias: bool, flatten: bool,
     model = Stack(kinds, channels, bias, flatten).double()
     masks = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d):  # no ReLU at zero, where rounding decides
+        if isinstance(module, nn.BatchNorm2d | nn.InstanceNorm2d | nn.GroupNorm):  # no ReLU at zero, give or take
             nn.init.normal_(module.bias)
         if isinstance(module, nn.Conv2d | nn.Linear):
             mask = torch.rand(module.weight.shape) < density

@@ -13,6 +13,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from fedpai.bench.cases import LayerCase, merged, read_csv
+from fedpai.bench.masks import uniform_mask
 from fedpai.bench.rivals import CONTENDERS, Problem, Unavailable
 from fedpai.bench.rivals.base import TOLERANCE
 from fedpai.bench.timing import Effort, interleave
@@ -32,9 +33,19 @@ def case_id(case: LayerCase) -> str:
     return case.label.replace(" @", "_im").replace("/", "s").replace(" ", "_")
 
 
-def run(benchmark: BenchmarkFixture, case: LayerCase, density: float, direction: str, contender: str) -> None:
+def run(
+    benchmark: BenchmarkFixture,
+    case: LayerCase,
+    density: float,
+    direction: str,
+    contender: str,
+    *,
+    batch: int = BATCH,
+    structure: str = "weight",
+) -> None:
     """Checks a contender against the reference and measures its best variant."""
-    problem = Problem.make(case, BATCH, density)
+    mask = uniform_mask(case.weight_shape, density, structure=structure, groups=case.groups)
+    problem = Problem.make(case, batch, mask)
     try:
         variants = CONTENDERS[contender](problem)
     except Unavailable as reason:
@@ -48,6 +59,6 @@ def run(benchmark: BenchmarkFixture, case: LayerCase, density: float, direction:
     if len(calls) > 1 and benchmark.enabled:
         timings = interleave(calls, Effort(samples=3))
         best = min(timings, key=lambda name: timings[name].median)
-    benchmark.group = f"{case.label}, density {density:g}, {direction}"
-    benchmark.extra_info.update(variant=best, density=density, batch=BATCH)
+    benchmark.group = f"{case.label}, density {density:g}, structure {structure}, {direction}"
+    benchmark.extra_info.update(variant=best, density=density, structure=structure, batch=batch)
     benchmark(calls[best])

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedpai.bench import BenchError
-from fedpai.bench.layers_text import kept
+from fedpai.bench.layers_text import kept, structure_of
 from fedpai.bench.rows import Row, best_of, geometric_mean, median_ms, read
 from fedpai.bench.step_text import mask_label
 from fedpai.bench.table import Table, digits, milliseconds, ratio
@@ -84,6 +84,7 @@ def newest(rows: Sequence[Row]) -> list[Row]:
             "row",
             "model",
             "mask",
+            "structure",
             "target_density",
             "sparsity",
             "batch",
@@ -111,7 +112,7 @@ def section(rows: Sequence[Row], short: bool) -> str:
         if steps:
             parts += ["Whole training steps:", step_table(steps).to_markdown()]
         if layers:
-            title = "Convolution layers, forward and both gradients, speed-up over the layers of a network:"
+            title = "Layers, forward and both gradients, speed-up over the layers of a network:"
             parts += [title, layer_summary(layers).to_markdown()]
             if not short:
                 parts += ["The same, layer by layer:", layer_table(layers).to_markdown()]
@@ -133,31 +134,33 @@ def _when(rows: Sequence[Row]) -> str:
 
 def step_table(rows: Sequence[Row]) -> Table:
     """One line per network and mask."""
-    head = ["network", "mask", "multiply-adds kept"]
+    head = ["network", "mask", "structure", "multiply-adds kept"]
     head += [f"{name}, ms/image" for name in (*RIVALS.values(), "ours")] + [
         f"over {name}" for name in RIVALS.values()
     ]
-    table = Table(head, left=2)
-    for row in sorted(rows, key=lambda row: (row["model"], row["sparsity"], row["mac_share"])):
+    table = Table(head, left=3)
+    for row in sorted(rows, key=lambda r: (r["model"], r["sparsity"], r["structure"], r["mac_share"])):
         times = [median_ms(row, name) for name in (*RIVALS, "ours")]
         per_image = [milliseconds(None if t is None else t / row["batch"]) for t in times]
         speedups = [ratio(row["speedup"].get(name)) for name in RIVALS]
         table.rows.append(
-            [row["model"], mask_label(row), f"{100 * row['mac_share']:.1f} %", *per_image, *speedups]
+            [row["model"], mask_label(row), row["structure"], f"{100 * row['mac_share']:.1f} %", *per_image, *speedups]
         )
     return table
 
 
 def layer_summary(rows: Sequence[Row]) -> Table:
     """One line per network and density: geometric mean and least speed-up."""
-    head = ["network", "mask", "kept", "layers"]
+    head = ["network", "mask", "structure", "kept", "layers"]
     for name in RIVALS.values():
         head += [f"over {name}: mean", "least"]
-    table = Table(head, left=2)
-    keys = dict.fromkeys((row["model"], row["mask"], row["target_density"]) for row in rows)
-    for model, mask, density in sorted(keys, key=lambda key: (key[0], key[1], -key[2])):
-        mine = [r for r in rows if (r["model"], r["mask"], r["target_density"]) == (model, mask, density)]
-        cells = [model, mask, f"{100 * density:g} %", str(len(mine))]
+    table = Table(head, left=3)
+    groups: dict[tuple[str, str, str, float], list[Row]] = {}
+    for row in rows:
+        key = row["model"], row["mask"], row["structure"], row["target_density"]
+        groups.setdefault(key, []).append(row)
+    for key, mine in sorted(groups.items(), key=lambda item: (*item[0][:3], -item[0][3])):
+        cells = [*key[:3], f"{100 * key[3]:g} %", str(len(mine))]
         for name in RIVALS:
             ratios = [row["speedup"][name] for row in mine if name in row["speedup"]]
             cells += [ratio(geometric_mean(ratios)), ratio(min(ratios))] if ratios else ["-", "-"]
@@ -167,11 +170,14 @@ def layer_summary(rows: Sequence[Row]) -> Table:
 
 def layer_table(rows: Sequence[Row]) -> Table:
     """One line per layer and density."""
-    head = ["network", "layer", "sizes", "density", "ours, ms", *(f"{name}, ms" for name in RIVALS.values())]
+    head = ["network", "layer", "sizes", "structure", "density", "ours, ms"]
+    head += [f"{name}, ms" for name in RIVALS.values()]
     head += [f"over {name}" for name in RIVALS.values()] + ["bound, ms", "useful GFLOP/s", "as if dense"]
-    table = Table(head, left=3)
+    table = Table(head, left=4)
     order = {name: number for number, name in enumerate(dict.fromkeys(row["layer"] for row in rows))}
-    for row in sorted(rows, key=lambda r: (r["model"], r["mask"], order[r["layer"]], -r["target_density"])):
+    for row in sorted(
+        rows, key=lambda r: (r["model"], r["mask"], order[r["layer"]], r["structure"], -r["target_density"])
+    ):
         best = best_of(row, "ours")
         rates = ["-", "-"]
         if best is not None:
@@ -183,6 +189,7 @@ def layer_table(rows: Sequence[Row]) -> Table:
                 row["model"],
                 row["layer"],
                 row["label"],
+                structure_of(row),
                 kept(row),
                 *times,
                 *speedups,

@@ -1,30 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes ``benchmarks/layers/*.csv`` from the networks of ``fedpai.models``: python benchmarks/write_layers.py"""
+"""Writes ``benchmarks/layers/*.csv`` from the networks of ``fedpai.models``, and the list of a transformer's layers:
+python benchmarks/write_layers.py
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fedpai.bench.cases import layers_of_network, merged, to_csv
+from fedpai.bench.cases import TRANSFORMER, layers_named, merged, to_csv
 
 FOLDER = Path(__file__).parent / "layers"
-NETWORKS = (
+LISTS = (
     *("conv4", "lenet5", "mlp", "resnet18", "resnet34", "vgg11", "vgg16", "vgg19"),
-    *("wrn16x4", "wrn28x10"),
+    *("vit-small", "vit-tiny", "wrn16x4", "wrn28x10", TRANSFORMER),
 )
 
 
 def path_of(name: str) -> Path:
-    """Where a network's list is."""
+    """Where a list is."""
     return FOLDER / f"{name}.csv"
 
 
 def rendered(name: str) -> str:
-    """What the file of a network holds."""
-    return to_csv(merged(layers_of_network(name)))
+    """What the file of a list holds."""
+    return to_csv(merged(layers_named(name)))
 
 
 if __name__ == "__main__":
-    for network in NETWORKS:
-        path_of(network).write_text(rendered(network), encoding="utf-8")
-        print(path_of(network))
+    for name in LISTS:
+        path_of(name).write_text(rendered(name), encoding="utf-8")
+        print(path_of(name))

@@ -6,6 +6,7 @@
 set(FEDPAI_CORE_SOURCES
   csrc/memory/block_cache.cpp
   csrc/plan/plan.cpp
+  csrc/plan/row_groups.cpp
   csrc/cpu/dispatch.cpp
   csrc/cpu/bf16/bf16.cpp
   csrc/cpu/conv2d/axis.cpp

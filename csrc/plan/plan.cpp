@@ -176,6 +176,8 @@ Plan::Plan(const std::uint8_t* mask, const WeightShape& shape) : shape_(shape) {
     throw std::invalid_argument("mask: " + std::to_string(nnz) + " surviving weights, at most 2^31 - 1 are supported");
   }
   by_input_ = transpose(by_output_, shape.numel());
+  by_output_.groups = find_row_groups(by_output_);
+  by_input_.groups = find_row_groups(by_input_);
 }
 
 void Plan::flat_indices(std::int64_t* out) const {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "memory/index_vector.h"
+#include "plan/row_groups.h"
 
 namespace fedpai {
 
@@ -33,6 +34,7 @@ struct EntryList {
   IndexVector tap;                      // ky * kernel_w + kx
   IndexVector value;                    // index into the packed values
   std::int64_t columns = 0;             // how many channels the other side has
+  RowGroups groups;
 
   std::int64_t rows() const { return static_cast<std::int64_t>(row_begin.size()) - 1; }
   std::int64_t size() const { return static_cast<std::int64_t>(column.size()); }

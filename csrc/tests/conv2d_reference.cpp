@@ -12,13 +12,34 @@ std::vector<double> integers(Random& random, std::int64_t size) {
   return values;
 }
 
+// Blocks of channels, each tap by itself; cut inside a group of the convolution.
+std::vector<std::uint8_t> mask_of(const ConvCase& c, Random& random) {
+  std::vector<std::uint8_t> mask(static_cast<std::size_t>(c.w_size()));
+  const std::int64_t rows_per_group = c.out_channels / c.groups, taps = c.kernel_h * c.kernel_w;
+  const std::int64_t row = c.group_channels() * taps;
+  for (std::int64_t o = 0; o < c.out_channels; ++o) {
+    for (std::int64_t i = 0; i < c.group_channels(); ++i) {
+      for (std::int64_t t = 0; t < taps; ++t) {
+        const std::int64_t first_row = o - o % rows_per_group % c.block_rows, first_column = i - i % c.block_columns;
+        std::uint8_t& kept = mask[static_cast<std::size_t>(o * row + i * taps + t)];
+        kept = o == first_row && i == first_column
+                   ? random.uniform() < c.density
+                   : mask[static_cast<std::size_t>(first_row * row + first_column * taps + t)];
+      }
+    }
+  }
+  if (c.lost > 0) {
+    for (std::uint8_t& kept : mask) kept = kept != 0 && random.uniform() >= c.lost;
+  }
+  return mask;
+}
+
 }  // namespace
 
 ConvData make_data(const ConvCase& c, std::uint64_t seed) {
   Random random(seed);
   ConvData data;
-  data.mask.resize(static_cast<std::size_t>(c.w_size()));
-  for (auto& kept : data.mask) kept = random.uniform() < c.density;
+  data.mask = mask_of(c, random);
   data.mask[random.next() % data.mask.size()] = 1;  // a plan needs one
   data.x = integers(random, c.x_size());
   data.w = integers(random, c.w_size());
@@ -123,6 +144,19 @@ std::vector<ConvCase> conv_cases() {
   varied("wide_rows", [](ConvCase& c) { c.height = 3, c.width = 37, c.in_channels = 2; });
   varied("tall_columns", [](ConvCase& c) { c.height = 37, c.width = 3, c.in_channels = 2; });
   varied("many_channels", [](ConvCase& c) { c.in_channels = 67, c.out_channels = 41, c.height = c.width = 4, c.density = 0.1; });
+  // Panels of every height, with what does not fill one.
+  for (const std::int64_t rows : {2, 3, 4, 7, 16}) {
+    varied("blocks_of_" + std::to_string(rows), [&](ConvCase& c) { c.block_rows = rows, c.out_channels = 18; });
+  }
+  varied("square_blocks", [](ConvCase& c) { c.block_rows = c.block_columns = 4, c.in_channels = 10, c.out_channels = 13; });
+  varied("wide_blocks", [](ConvCase& c) { c.block_columns = 8, c.in_channels = 19; });
+  varied("blocks_of_1x1", [](ConvCase& c) { c.kernel_h = c.kernel_w = 1, c.pad_h = c.pad_w = 0, c.block_rows = 4; });
+  varied("blocks_strided", [](ConvCase& c) { c.block_rows = c.block_columns = 4, c.stride_h = c.stride_w = 2; });
+  varied("blocks_in_groups", [](ConvCase& c) { c.groups = 2, c.in_channels = 6, c.out_channels = 14, c.block_rows = 4; });
+  varied("one_block", [](ConvCase& c) { c.block_rows = c.block_columns = 64, c.density = 1.1; });
+  varied("empty_block_rows", [](ConvCase& c) { c.block_rows = 4, c.out_channels = 40, c.density = 0.01; });
+  varied("nearly_blocks", [](ConvCase& c) { c.block_rows = c.block_columns = 8, c.out_channels = 21, c.lost = 0.1; });
+  varied("nearly_dense", [](ConvCase& c) { c.density = 0.9; });
   return cases;
 }
 

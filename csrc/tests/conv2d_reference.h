@@ -25,6 +25,9 @@ struct ConvCase {
   std::int64_t pad_more_h = 0, pad_more_w = 0;
   std::int64_t groups = 1;
   double density = 0.3;
+  // The mask keeps or drops blocks of so many output and input channels, and then loses a share of what is kept.
+  std::int64_t block_rows = 1, block_columns = 1;
+  double lost = 0;
 
   std::int64_t group_channels() const { return in_channels / groups; }
   std::int64_t out_height() const {

@@ -20,7 +20,7 @@ FEDPAI_SUITE(walk_choice) {
     const Conv2dGeometry geometry{64, 32, 32, 32, 32, 1, 1, 1, 1, 1, 1};
     const SourceStrides strides{32 * 32 * 64, 32 * 64, 64};
     const ScheduleChoice choice =
-        choose_schedule(plan, {Direction::kForward, geometry, 8, 14, 4, adjacent, strides, Walk::kChoose});
+        choose_schedule(plan, {Direction::kForward, geometry, 8, 14, 12, 4, adjacent, strides, Walk::kChoose});
     return choice.streamed() ? Walk::kStreamed : Walk::kTiled;
   };
   begin_case("by density");
@@ -37,30 +37,35 @@ FEDPAI_SUITE(tilings) {
     return from.begin()[static_cast<std::size_t>(random.uniform() * static_cast<double>(from.size()))];
   };
   const Conv2dKernels<float>& kernels = conv2d_kernels<float>();
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < 150; ++round) {
     ConvCase c{"", pick({1, 7, 31, 40, 97}), pick({1, 3, 9}), pick({1, 5, 12}), pick({3, 8, 11}), pick({2, 7}), 3, 3};
     c.pad_h = c.pad_w = 1;
     c.stride_h = pick({1, 1, 2});
+    c.block_rows = pick({1, 1, 4, 5}), c.block_columns = pick({1, 3, 8});
+    c.lost = c.block_rows > 1 ? 0.1 * static_cast<double>(pick({0, 0, 1})) : 0.0;
     const ConvData data = make_data(c, static_cast<std::uint64_t>(round));
     const ConvResult expected = reference(c, data);
     const CompiledPlan plan(data.mask.data(), shape_of(c));
     const Conv2dGeometry geometry = geometry_of(c);
     const Layout layout = pick({0, 0, 1}) == 0 ? Layout::kBatchLast : Layout::kBatchFirst;
     const int threads = static_cast<int>(pick({1, 2, 3}));
-    const auto any_tiling = [&](int accumulators) {
+    const auto any_tiling = [&](bool weight_grad) {
       Tiling t;
+      t.height = static_cast<int>(pick({1, 2, 3, 4}));
+      const int accumulators = t.height > 1 ? kernels.panel / t.height : weight_grad ? kernels.pinned : kernels.accumulators;
       t.blocks = static_cast<int>(pick({1, 2, 3, 5}));
       t.groups = static_cast<int>(pick({1, 2, 3, 8}));
       t.tile_rows = pick({1, 2});
-      t.tile_columns = std::max<std::int64_t>(1, std::min(pick({1, 2, 3}), accumulators / (t.tile_rows * t.blocks)));
+      t.tile_run = std::max<std::int64_t>(1, std::min(pick({1, 2, 3, 5, 12}), accumulators / t.tile_rows));
+      if (t.height > 1 && weight_grad) t.tile_run = pick({1, 4, 50});
       t.patch_rows = pick({1, 2, 8});
-      t.patch_columns = pick({1, 3});
+      t.patch_width = pick({1, 3, 7});
       t.channel_block = pick({1, 2, c.in_channels});
       return t;
     };
-    const Tiling sums = any_tiling(kernels.accumulators), grads = any_tiling(kernels.pinned);
+    const Tiling sums = any_tiling(false), grads = any_tiling(true);
     const auto words = [](const Tiling& t) {
-      return " groups=" + std::to_string(t.groups) + " blocks=" + std::to_string(t.blocks) + " channel_block=" +
+      return " height=" + std::to_string(t.height) + " groups=" + std::to_string(t.groups) + " blocks=" + std::to_string(t.blocks) + " channel_block=" +
              std::to_string(t.channel_block);
     };
     begin_case("round " + std::to_string(round) + " batch=" + std::to_string(c.batch) + " " + name_of(layout) +
@@ -93,8 +98,8 @@ FEDPAI_SUITE(patches_spread) {
   const Plan plan(mask.data(), shape);
   const Conv2dGeometry geometry{64, 32, 32, 32, 32, 1, 1, 1, 1, 1, 1};
   Tiling tiling;
-  tiling.blocks = 2, tiling.groups = 4, tiling.tile_rows = 3, tiling.tile_columns = 2;
-  tiling.patch_rows = 2, tiling.patch_columns = 8, tiling.channel_block = 22;
+  tiling.blocks = 2, tiling.groups = 4, tiling.tile_rows = 3, tiling.tile_run = 4;
+  tiling.patch_rows = 2, tiling.patch_width = 16, tiling.channel_block = 22;
   const TiledPass pass = tiled_pass(forward_axes(plan, geometry), plan.by_output(), {8, 14, 4}, tiling);
   const auto most_in_a_set = [&](std::int64_t plane) {
     std::vector<int> held(64);
@@ -127,10 +132,10 @@ FEDPAI_SUITE(tiling_choice) {
           begin_case(std::to_string(batch) + " images of " + std::to_string(size) + ", " + std::to_string(channels) +
                      " channels");
           CHECK(t.cycles >= 0 && t.cycles < 1e30, "cycles");
-          CHECK(t.tile_rows * t.tile_columns * t.blocks <= 12, "the tile does not fit the registers");
+          CHECK(t.tile_rows * t.tile_run <= 12, "the tile does not fit the registers");
           CHECK(t.groups >= 1 && (t.groups - 1) * t.blocks * 8 < batch, "groups without images");
           const double pixels = static_cast<double>(std::min(size, t.tile_rows * t.patch_rows) *
-                                                    std::min(size, t.tile_columns * t.patch_columns));
+                                                    std::min(size, t.patch_width));
           const double bytes = pixels * 32.0 * static_cast<double>(t.blocks * t.groups * t.channel_block);
           CHECK(t.groups == 1 || bytes <= 4e6, "a unit of " + std::to_string(bytes) + " bytes");
         }
@@ -142,12 +147,13 @@ FEDPAI_SUITE(tiling_choice) {
 // The forward pass and the weight gradient of one image size have one schedule between them where they would go alike.
 FEDPAI_SUITE(schedules_shared) {
   std::vector<std::uint8_t> mask(64 * 64 * 9);
-  for (std::size_t i = 0; i < mask.size(); ++i) mask[i] = i * 37 % 100 < 2;
+  Random random(5);
+  for (std::uint8_t& bit : mask) bit = random.uniform() < 0.02;
   const CompiledPlan plan(mask.data(), {64, 64, 3, 3, 1});
   const Conv2dGeometry geometry{64, 8, 8, 8, 8, 1, 1, 1, 1, 1, 1};
   const auto key = [&](Direction direction, Walk walk, const Conv2dGeometry& g) {
     const SourceStrides strides{g.in_h * g.in_w * 64, g.in_w * 64, 64};
-    return ScheduleKey{direction, g, 8, 12, 4, true, strides, walk};
+    return ScheduleKey{direction, g, 8, 12, 12, 4, true, strides, walk};
   };
   for (const Walk walk : {Walk::kTiled, Walk::kStreamed}) {
     begin_case(walk == Walk::kTiled ? "tiled" : "streamed");

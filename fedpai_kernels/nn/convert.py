@@ -29,7 +29,7 @@ from .fuse import Fusions, find_fusions
 from .linear import MaskedLinear, SparseLinear
 from .masks import checked_mask, is_pruned, mask_of, remove_pruning, unpruned_weight
 from .packed import PackedWeight
-from .removed import Cut, Restored, original_shape, restore_, shrink_
+from .removed import Cut, Restored, original_mask, original_shape, restore_, shrink_
 from .report import LayerRow, Report
 from .storing import check_float32, short_name, tell_activation_dtype
 from .surround import PLAIN, surround_
@@ -353,16 +353,14 @@ def _rows(names: dict[str, nn.Module], planned: dict[int, _Layer], wanted: Filte
         keeps = short_name(getattr(module, "activation_dtype", None))
         if kind is None:
             continue
-        last = keeps, original_shape(module)
         if layer is not None:
-            plan, choice = layer.plan, layer.choice
-            rows.append(LayerRow(name, kind, plan.mask_shape, plan.nnz, plan.density, *choice, *last))
+            rows.append(LayerRow.of_plan(name, layer.plan, *layer.choice, keeps, original_mask(module)))
         elif isinstance(module, PackedWeight):
-            plan = module.plan
             kernel = "sparse" if isinstance(module, (SparseConv2d, SparseLinear)) else "dense"
-            rows.append(LayerRow(name, kind, plan.mask_shape, plan.nnz, plan.density, kernel, "as it was", *last))
+            rows.append(LayerRow.of_plan(name, module.plan, kernel, "as it was", keeps, original_mask(module)))
         elif "weight" in module._parameters or is_pruned(module):
-            weight = unpruned_weight(module)
+            weight, before = unpruned_weight(module), original_shape(module)
             reason = "no mask" if wanted(module, name) else "left out by filter_fn"
-            rows.append(LayerRow(name, kind, tuple(weight.shape), weight.numel(), 1.0, "dense", reason, *last))
+            shape, nnz = tuple(weight.shape), weight.numel()
+            rows.append(LayerRow(name, kind, shape, nnz, 1.0, "dense", "dense", reason, keeps, before))
     return rows

@@ -17,7 +17,18 @@ from torch import Tensor, nn
 
 from ..plan import Plan
 
-__all__ = ["Cut", "Removed", "Restored", "TensorCut", "cut_of", "original_shape", "parts_of", "restore_", "shrink_"]
+__all__ = [
+    "Cut",
+    "Removed",
+    "Restored",
+    "TensorCut",
+    "cut_of",
+    "original_mask",
+    "original_shape",
+    "parts_of",
+    "restore_",
+    "shrink_",
+]
 
 
 @dataclass(frozen=True)
@@ -169,7 +180,7 @@ def restore_(module: nn.Module) -> None:
         if name == "weight" and "values" in module._parameters:
             plan: Plan = module.__dict__["plan"]
             weight = tensor_cut.whole(plan.unpack(_parameter(module, "values").detach()))
-            _repack(module, tensor_cut.whole(plan.mask(), torch.ones(len(tensor_cut.positions))), weight)
+            _repack(module, _whole_mask(module, removed), weight)
         else:
             _put(module, name, tensor_cut.whole(dict(_dense_tensors(module))[name].detach()))
     del module.__dict__["_removed"]
@@ -222,6 +233,12 @@ def original_shape(module: nn.Module) -> tuple[int, ...] | None:
     return None if tensor_cut is None else tensor_cut.shape
 
 
+def original_mask(module: nn.Module) -> tuple[Tensor, int] | None:
+    """The mask of a packed layer and its groups, before channels were removed; None where none were."""
+    removed = _removed(module)
+    return None if removed is None else (_whole_mask(module, removed), removed.sizes.get("groups", 1))
+
+
 def cut_of(module: nn.Module, name: str) -> TensorCut | None:
     """What was taken from one tensor, by its name in the state dict."""
     removed = _removed(module)
@@ -268,6 +285,12 @@ def _dense_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and buffers with one element or more for each channel."""
     named = [*module._parameters.items(), *module._buffers.items()]
     return [(name, t) for name, t in named if t is not None and t.dim() > 0 and name != "values"]
+
+
+def _whole_mask(module: nn.Module, removed: Removed) -> Tensor:
+    plan: Plan = module.__dict__["plan"]
+    tensor_cut = removed.tensors["weight"]
+    return tensor_cut.whole(plan.mask(), torch.ones(len(tensor_cut.positions)))
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

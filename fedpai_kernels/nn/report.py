@@ -7,6 +7,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
+from torch import Tensor
+
+from ..plan import Plan
+from ..structure import describe
+
 __all__ = ["LayerRow", "Report"]
 
 
@@ -20,6 +25,8 @@ class LayerRow:
         shape: of the weight.
         nnz: surviving weights.
         density: their share.
+        structure: how they were arranged before channels were removed, as :func:`fedpai_kernels.structure.describe`
+            names it; "dense" without a mask.
         kernel: "sparse", or "dense" (with a masked weight where there is a mask).
         reason: why that kernel.
         activation_dtype: "bfloat16" where the input is kept so for the backward pass; None: as it is.
@@ -32,10 +39,27 @@ class LayerRow:
     shape: tuple[int, ...]
     nnz: int
     density: float
+    structure: str
     kernel: str
     reason: str
     activation_dtype: str | None = None
     original_shape: tuple[int, ...] | None = None
+
+    @classmethod
+    def of_plan(
+        cls,
+        name: str,
+        plan: Plan,
+        kernel: str,
+        reason: str,
+        activation_dtype: str | None,
+        original: tuple[Tensor, int] | None = None,
+    ) -> LayerRow:
+        """Of a layer with a mask; `original` is that mask and its groups, before channels were removed."""
+        mask, groups = original or (plan.mask(), plan.groups)
+        before = None if original is None else tuple(mask.shape)
+        counts, choice = (plan.nnz, plan.density), (describe(mask, groups), kernel, reason)
+        return cls(name, plan.kind, plan.mask_shape, *counts, *choice, activation_dtype, before)
 
 
 @dataclass
@@ -62,7 +86,7 @@ class Report:
         return json.dumps({"rows": [asdict(row) for row in self.rows], "notes": self.notes})
 
     def __str__(self) -> str:
-        head = ("layer", "kind", "weight", "kept", "density", "kernel", "reason")
+        head = ("layer", "kind", "weight", "kept", "density", "structure", "kernel", "reason")
         body = [
             (
                 row.name,
@@ -70,6 +94,7 @@ class Report:
                 _sizes(row.shape) + (f" of {_sizes(row.original_shape)}" if row.original_shape else ""),
                 str(row.nnz),
                 f"{row.density:.4f}",
+                row.structure,
                 row.kernel,
                 row.reason,
             )
@@ -78,7 +103,7 @@ class Report:
         numel = sum(round(row.nnz / row.density) for row in self.rows if row.density)
         nnz = sum(row.nnz for row in self.rows)
         if numel:
-            body.append(("total", "", "", str(nnz), f"{nnz / numel:.4f}", "", ""))
+            body.append(("total", "", "", str(nnz), f"{nnz / numel:.4f}", "", "", ""))
         widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
         right = (3, 4)
         lines = [

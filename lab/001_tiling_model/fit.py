@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-L1_RAMP, L2_RAMP, LINE, ELEMENT = (24e3, 80e3), (250e3, 500e3), 64, 4
-PROBLEM = ["batch", "channels_in", "out", "image", "kernel", "stride", "nnz", "grad"]
+L1_RAMP, L2_RAMP, LINE, ELEMENT, CHAINS = (24e3, 80e3), (250e3, 500e3), 64, 4, 8
+PROBLEM = ["batch", "channels_in", "out", "image", "kernel", "stride", "nnz", "height", "grad"]
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -38,37 +38,43 @@ def features(r: "pd.core.frame.Pandas", lanes: int) -> dict[str, float]:
     phases, halo, grid = len(halos), max(halos.values()), r.out_image
     groups = ceil_div(r.batch, r.blocks * lanes)
     bundles = ceil_div(groups, r.groups)
-    rows, columns = ceil_div(grid, r.rows), ceil_div(grid, r.columns)
-    boxes = ceil_div(rows, r.patch_rows) * ceil_div(columns, r.patch_columns)
-    tiles, blocks = rows * columns * groups, ceil_div(r.channels_in, r.channel_block)
+    rows, across = ceil_div(grid, r.rows), ceil_div(grid, r.patch_width)
+    boxes = ceil_div(rows, r.patch_rows) * across
+    tiles = rows * across * ceil_div(min(grid, r.patch_width) * r.blocks, r.run) * groups
+    blocks = ceil_div(r.channels_in, r.channel_block)
     dest_vectors = grid * grid * groups * r.blocks
-    height, width = min(grid, r.rows * r.patch_rows), min(grid, r.columns * r.patch_columns)
+    height, width = min(grid, r.rows * r.patch_rows), min(grid, r.patch_width)
     patch_pixels = phases**2 * (height + halo) * (width + halo)
-    tile_pixels = phases**2 * (r.rows + halo) * (r.columns + halo)
+    tile_vectors = phases**2 * (r.rows + halo) * (r.run + halo * min(r.run, r.blocks))
 
     taps = r.nnz / (r.out * r.channels_in)
     taps_per_pair = max(1.0, 0.65 * taps / (1 - math.exp(-taps)))
-    entry_bytes = r.nnz / blocks * entry
-    block_bytes = min(r.channel_block, r.channels_in) * r.blocks * vector
-    window = spilled(tile_pixels * block_bytes + 0.5 * entry_bytes, L1_RAMP)
-    patch = spilled(patch_pixels * block_bytes + entry_bytes, L2_RAMP)
+    entries, panels = r.nnz / r.height, ceil_div(r.out, r.height)
+    entry_bytes = (4 * entries + ELEMENT * r.nnz) / blocks
+    channel_block = min(r.channel_block, r.channels_in)
+    window = spilled(tile_vectors * channel_block * vector + 0.5 * entry_bytes, L1_RAMP)
+    patch = spilled(patch_pixels * channel_block * r.blocks * vector + entry_bytes, L2_RAMP)
     dest = spilled(height * width * r.out * r.blocks * r.groups * vector, L2_RAMP)
-    revisits = r.out * (blocks - 1) * (1 - math.exp(-r.nnz / (r.out * blocks)))
-    tasks = r.out + revisits
+    revisits = panels * (blocks - 1) * (1 - math.exp(-entries / (panels * blocks)))
+    tasks = panels + revisits
     lines = max(1.0, r.blocks * r.groups * vector / LINE)
     patches = r.channels_in * boxes * bundles
     half = r.blocks * vector < LINE and r.batch > lanes
+    # Vectors of a tile are as many sums that do not wait for each other; a panel's weight gradient has enough.
+    across_vectors = min(grid, r.patch_width) * r.blocks
+    run = across_vectors / ceil_div(across_vectors, r.run)
+    slow = 1.0 if r.grad else max(1.0, CHAINS / (r.height * min(r.rows, grid) * run))
     return {
-        "Fma": r.nnz * dest_vectors,
-        "FetchL2": r.nnz * dest_vectors * window * (1 - patch) / taps_per_pair,
-        "FetchL3": r.nnz * dest_vectors * window * patch / taps_per_pair,
-        "EntryL2": r.nnz * tiles * spilled(entry_bytes, L1_RAMP),
+        "Fma": r.nnz * dest_vectors * slow,
+        "FetchL2": entries * dest_vectors * window * (1 - patch) / taps_per_pair,
+        "FetchL3": entries * dest_vectors * window * patch / taps_per_pair,
+        "EntryL2": entries * tiles * spilled(entry_bytes, L1_RAMP),
         "Task": tasks * tiles,
-        "Reload": revisits * dest_vectors * (1 - r.grad),
-        "Load": tasks * dest_vectors * r.grad,
-        "LoadL3": revisits * dest_vectors * dest * r.grad,
+        "Reload": revisits * r.height * dest_vectors * (1 - r.grad),
+        "Load": tasks * r.height * dest_vectors * r.grad,
+        "LoadL3": revisits * r.height * dest_vectors * dest * r.grad,
         "Sum": r.nnz * tiles * r.grad,
-        "HalfLine": tasks * dest_vectors * half,
+        "HalfLine": tasks * r.height * dest_vectors * half,
         "SourceLine": patches * patch_pixels * lines,
         "SourceRun": patches * phases * (height + halo),
         "DestLine": r.out * grid**2 * groups * max(1.0, r.blocks * vector / LINE),
@@ -80,6 +86,17 @@ def features(r: "pd.core.frame.Pandas", lanes: int) -> dict[str, float]:
 def main() -> None:
     ghz, lanes = float(sys.argv[1]), int(sys.argv[2])
     table = pd.concat([pd.read_csv(path) for path in sys.argv[3:]]).rename(columns={"in": "channels_in"})
+    panels = table[table.height > 1]
+    for title, part in (
+        ("single rows", table[table.height == 1]),
+        ("panels, forward", panels[panels.grad == 0]),
+        ("panels, weight gradient", panels[panels.grad == 1]),
+    ):
+        print(f"---- {title}")
+        fit(part, ghz, lanes)
+
+
+def fit(table: pd.DataFrame, ghz: float, lanes: int) -> None:
     rows = list(table.itertuples())
     problems = [tuple(getattr(r, name) for name in PROBLEM) for r in rows]
     found = [features(r, lanes) for r in rows]

@@ -21,6 +21,7 @@ struct Layer {
   std::int64_t in, out, image, kernel, stride;
   double density;
   std::int64_t batch;
+  std::int64_t block = 1;  // output channels that keep the same weights
 };
 
 constexpr Layer kLayers[] = {
@@ -29,7 +30,15 @@ constexpr Layer kLayers[] = {
     {256, 256, 8, 3, 1, .03, 64},  {256, 256, 8, 3, 1, .2, 64},   {256, 256, 8, 3, 1, .1, 16},  {512, 512, 4, 3, 1, .01, 64},
     {512, 512, 4, 3, 1, .1, 64},   {512, 512, 4, 3, 1, .05, 16},  {512, 512, 2, 3, 1, .02, 64}, {512, 512, 2, 3, 1, .1, 64},
     {64, 128, 32, 1, 1, .3, 64},   {128, 256, 16, 1, 1, .1, 64},  {128, 256, 16, 3, 2, .06, 64}, {64, 128, 32, 3, 2, .16, 64},
-    {3, 64, 32, 3, 1, .5, 64},     {256, 512, 1, 1, 1, .1, 64},
+    {3, 64, 32, 3, 1, .5, 64},     {256, 512, 1, 1, 1, .1, 64},   {768, 3072, 1, 1, 1, .02, 2048},
+    // panels
+    {64, 64, 32, 3, 1, .02, 64, 16},   {64, 64, 32, 3, 1, .1, 64, 16},    {64, 64, 32, 3, 1, .5, 64, 16},
+    {64, 64, 32, 3, 1, .1, 16, 16},    {128, 128, 16, 3, 1, .02, 64, 16}, {128, 128, 16, 3, 1, .1, 64, 8},
+    {128, 128, 16, 3, 1, .5, 64, 16},  {128, 128, 16, 3, 1, .1, 16, 16},  {256, 256, 8, 3, 1, .02, 64, 16},
+    {256, 256, 8, 3, 1, .1, 64, 8},    {256, 256, 8, 3, 1, .5, 64, 16},   {512, 512, 4, 3, 1, .02, 64, 16},
+    {512, 512, 4, 3, 1, .1, 64, 8},    {512, 512, 4, 3, 1, .1, 16, 16},   {512, 512, 2, 3, 1, .1, 64, 8},
+    {64, 128, 32, 3, 2, .1, 64, 16},   {128, 256, 16, 1, 1, .3, 64, 16},  {9, 9, 32, 3, 1, 1, 64, 9},
+    {36, 36, 8, 3, 1, 1, 64, 36},      {768, 3072, 1, 1, 1, .1, 2048, 16}, {256, 512, 1, 1, 1, .2, 64, 16},
 };
 constexpr int kRounds = 6;
 
@@ -44,21 +53,27 @@ std::int64_t pick(std::mt19937& random, std::initializer_list<std::int64_t> from
   return *(from.begin() + random() % from.size());
 }
 
-Tiling random_tiling(std::mt19937& random, const Layer& layer, std::int64_t out, int lanes, int accumulators) {
+Tiling random_tiling(std::mt19937& random, const Layer& layer, std::int64_t out, const Conv2dKernels<float>& kernels,
+                     bool weight_grad) {
   Tiling t;
-  t.blocks = static_cast<int>(pick(random, {1, 1, 2, 2, 2, 3, 4, 4, 8}));
-  t.groups = static_cast<int>(pick(random, {1, 1, 2, 4, 8}));
+  const std::int64_t vectors = (layer.batch + kernels.lanes - 1) / kernels.lanes;
+  t.height = static_cast<int>(std::min<std::int64_t>(layer.block, kMaxPanelHeight));
+  t.blocks = static_cast<int>(std::min(vectors, pick(random, {1, 2, 2, 3, 4, 4, 8, 8, layer.image == 1 ? 32 : 8})));
+  t.groups = static_cast<int>(std::min((vectors + t.blocks - 1) / t.blocks, pick(random, {1, 1, 2, 4, 8})));
   // A lane group narrower than a cache line, alone, loses always.
-  if (t.blocks == 1 && t.groups == 1) t.groups = 2;
-  const std::int64_t vectors = layer.batch / lanes;
-  t.blocks = static_cast<int>(std::min<std::int64_t>(t.blocks, vectors));
-  t.groups = static_cast<int>(std::min<std::int64_t>(t.groups, (vectors + t.blocks - 1) / t.blocks));
-  t.tile_rows = std::min(out, pick(random, {1, 1, 2, 2, 3, 4}));
-  t.tile_rows = std::min<std::int64_t>(t.tile_rows, accumulators / t.blocks);
-  t.tile_columns = std::min<std::int64_t>(out, accumulators / (t.tile_rows * t.blocks));
-  if (random() % 3 == 0) t.tile_columns = std::max<std::int64_t>(1, t.tile_columns - 1);
+  if (t.blocks == 1 && t.groups == 1 && vectors > 1) t.groups = 2;
+  t.patch_width = (out + pick(random, {0, 0, 1, 3})) / pick(random, {1, 1, 2, 4});
+  t.patch_width = std::clamp<std::int64_t>(t.patch_width, 1, out);
+  if (t.height > 1 && weight_grad) {
+    t.tile_rows = std::min(out, pick(random, {1, 2, 4, 8}));
+    t.tile_run = t.patch_width * t.blocks;
+  } else {
+    const int accumulators = t.height > 1 ? kernels.panel / t.height : weight_grad ? kernels.pinned : kernels.accumulators;
+    t.tile_rows = t.height > 1 ? 1 : std::min(out, pick(random, {1, 1, 2, 2, 3, 4}));
+    t.tile_run = std::min(t.patch_width * t.blocks, accumulators / t.tile_rows);
+    if (t.height == 1 && random() % 3 == 0) t.tile_run = std::max<std::int64_t>(1, t.tile_run - 1);
+  }
   t.patch_rows = std::min((out + t.tile_rows - 1) / t.tile_rows, pick(random, {1, 1, 2, 4, 8}));
-  t.patch_columns = std::min((out + t.tile_columns - 1) / t.tile_columns, pick(random, {1, 2, 4, 8}));
   t.channel_block = std::min(layer.in, pick(random, {8, 12, 16, 24, 32, 48, 64, 128, 512}));
   return t;
 }
@@ -68,10 +83,15 @@ void sample(const Layer& layer, int tilings, std::mt19937& random) {
   const std::int64_t pad = layer.kernel / 2;
   const std::int64_t out = (layer.image + 2 * pad - layer.kernel) / layer.stride + 1;
   std::vector<std::uint8_t> mask(static_cast<std::size_t>(layer.in * layer.out * layer.kernel * layer.kernel));
-  for (auto& bit : mask) bit = random() % 100000 < layer.density * 100000;
+  const auto row = static_cast<std::ptrdiff_t>(layer.in * layer.kernel * layer.kernel);
+  for (std::int64_t o = 0; o < layer.out; ++o) {
+    const auto begin = mask.begin() + o * row;
+    if (o % layer.block != 0) std::copy(begin - row, begin, begin);
+    else std::for_each(begin, begin + row, [&](auto& bit) { bit = random() % 100000 < layer.density * 100000; });
+  }
   const CompiledPlan plan(mask.data(), {layer.out, layer.in, layer.kernel, layer.kernel, 1});
   const Conv2dGeometry geometry{layer.batch, layer.image, layer.image, out, out, layer.stride, layer.stride, pad, pad, 1, 1};
-  const VectorShape vector{kernels.lanes, kernels.accumulators, 4};
+  const VectorShape vector{kernels.lanes, kernels.accumulators, 4, kernels.panel};
 
   // From where outputs come: memory in large pages.
   const auto images = [](std::int64_t count, float value) {
@@ -95,8 +115,9 @@ void sample(const Layer& layer, int tilings, std::mt19937& random) {
   std::vector<Candidate> candidates;
   for (int i = 0; i < tilings; ++i) {
     for (const bool weight_grad : {false, true}) {
-      const Tiling t =
-          random_tiling(random, layer, out, kernels.lanes, weight_grad ? kernels.pinned : kernels.accumulators);
+      const Tiling t = random_tiling(random, layer, out, kernels, weight_grad);
+      // Units of more megabytes than a thread should keep.
+      if (t.blocks * t.groups * t.channel_block * t.patch_width * t.tile_rows * t.patch_rows > 150000) continue;
       candidates.push_back({t, weight_grad, tiled_pass(forward_axes(plan.plan, geometry), plan.plan.by_output(), vector, t), 1e9});
     }
   }
@@ -114,9 +135,9 @@ void sample(const Layer& layer, int tilings, std::mt19937& random) {
   }
   for (const Candidate& c : candidates) {
     const Tiling& t = c.tiling;
-    std::printf("%ld,%ld,%ld,%ld,%ld,%ld,%ld,%ld,%d,%d,%ld,%ld,%ld,%ld,%ld,%d,%.4f\n", layer.batch, layer.in, layer.out,
-                layer.image, out, layer.kernel, layer.stride, plan.plan.nnz(), t.groups, t.blocks, t.tile_rows,
-                t.tile_columns, t.patch_rows, t.patch_columns, t.channel_block, c.weight_grad ? 1 : 0, c.best * 1e3);
+    std::printf("%ld,%ld,%ld,%ld,%ld,%ld,%ld,%ld,%d,%d,%d,%ld,%ld,%ld,%ld,%ld,%d,%.4f\n", layer.batch, layer.in, layer.out,
+                layer.image, out, layer.kernel, layer.stride, plan.plan.nnz(), t.height, t.groups, t.blocks,
+                t.tile_rows, t.tile_run, t.patch_rows, t.patch_width, t.channel_block, c.weight_grad ? 1 : 0, c.best * 1e3);
   }
   std::fflush(stdout);
 }
@@ -126,6 +147,6 @@ void sample(const Layer& layer, int tilings, std::mt19937& random) {
 int main(int argc, char** argv) {
   const int tilings = argc > 1 ? std::atoi(argv[1]) : 70;
   std::mt19937 random(1);
-  std::puts("batch,in,out,image,out_image,kernel,stride,nnz,groups,blocks,rows,columns,patch_rows,patch_columns,channel_block,grad,ms");
+  std::puts("batch,in,out,image,out_image,kernel,stride,nnz,height,groups,blocks,rows,run,patch_rows,patch_width,channel_block,grad,ms");
   for (const Layer& layer : kLayers) sample(layer, tilings, random);
 }

@@ -22,6 +22,7 @@ ScheduleKey schedule_key(Direction direction, const Conv2dGeometry& geometry, co
           geometry,
           kernels.lanes,
           direction == Direction::kWeightGrad ? kernels.pinned : kernels.accumulators,
+          kernels.panel,
           static_cast<std::int64_t>(sizeof(T)),
           adjacent,
           adjacent ? SourceStrides{source.channel, source.row, source.column} : SourceStrides{0, 0, 0},
@@ -98,21 +99,22 @@ void conv2d_weight_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry
   const Conv2dKernels<T>& kernels = conv2d_kernels<T>();
   const auto schedule =
       plan.schedules.get(plan.plan, schedule_key<T>(Direction::kWeightGrad, geometry, x, dy.batch == 1));
-  const auto run = [&](const auto& pass, const auto& run_grad) {
+  const auto run = [&](const auto& pass, std::int64_t weights, const auto& run_grad) {
     // A tap that only ever reads padding is not in the pass: its gradient is zero.
-    if (pass.entries() < plan.plan.nnz()) std::fill(values_grad, values_grad + plan.plan.nnz(), T(0));
+    if (weights < plan.plan.nnz()) std::fill(values_grad, values_grad + plan.plan.nnz(), T(0));
     run_grad(pass);
   };
   if (const auto* streamed = std::get_if<std::vector<StreamPass>>(schedule.get())) {
     const auto run_on = [&](const Images<const T>& source) {
-      run(streamed->front(), [&](const StreamPass& pass) {
+      run(streamed->front(), streamed->front().entries(), [&](const StreamPass& pass) {
         run_streamed_grad(pass, kernels, geometry.batch, source, dy, values_grad, bias_grad, threads);
       });
     };
     if (norm != nullptr) run_on(Normalised<T>(x, *norm, plan.plan, geometry, threads).images());
     else run_on(x);
   } else {
-    run(std::get<std::vector<TiledPass>>(*schedule).front(), [&](const TiledPass& pass) {
+    const TiledPass& tiled = std::get<std::vector<TiledPass>>(*schedule).front();
+    run(tiled, tiled.weights, [&](const TiledPass& pass) {
       run_tiled_grad(pass, kernels, geometry.batch, x, norm, dy, values_grad, bias_grad, threads);
     });
   }

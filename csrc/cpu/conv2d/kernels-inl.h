@@ -18,6 +18,7 @@
 #pragma once
 
 #include "cpu/conv2d/kernels.h"
+#include "cpu/conv2d/panel_kernels-inl.h"
 #include "cpu/conv2d/stream_kernels-inl.h"
 #include "cpu/norm/activation-inl.h"
 
@@ -39,6 +40,7 @@ void accumulate_tile(const TileArgs<T>& a) {
   for (std::int64_t t = 0; t < a.tasks; ++t) {
     const RowTask task = a.task[t];
     T* const dest = a.dest + task.channel * a.dest_channel;
+    const T* const values = a.value + (task.value - task.begin);
 
     reg sum[Rows][Run];
     if (a.accumulate) {
@@ -58,7 +60,7 @@ FEDPAI_UNROLL
 
     std::int64_t next = a.offset[task.begin];
     for (std::int64_t j = task.begin; j < task.end; ++j) {
-      const reg value = V::set1(a.value[j]);
+      const reg value = V::set1(values[j]);
       const std::int64_t offset = next;
       next = a.offset[j + 1];
 FEDPAI_UNROLL
@@ -308,7 +310,8 @@ template <class T>
 void unpack(const UnpackArgs<T>& a) {
   using V = Vec<T>;
   const std::int64_t width = static_cast<std::int64_t>(a.blocks) * V::lanes;
-  for (std::int64_t c = a.channel_begin; c < a.channel_end; ++c) {
+  for (std::int64_t i = 0; i < a.channel_count; ++i) {
+    const std::int64_t c = a.channels[i];
     for (std::int64_t y = 0; y < a.rows; ++y) {
       const T* packed = a.packed + c * a.plane + y * a.packed_row;
       T* dest = a.dest + c * a.dest_channel + y * a.dest_row;
@@ -339,11 +342,21 @@ void reduce_sums(const T* sums, std::int64_t parts, std::int64_t part_stride, co
 
 // ------------------------------------------------------------------------------------------------------ table
 
+template <class T, int Height, int Rows, int Run>
+constexpr void set_panel_tile(Conv2dKernels<T>& table) {
+  if constexpr (Height * Rows * Run <= Vec<T>::panel) {
+    table.tile[Height - 1][Rows - 1][Run - 1] = accumulate_panel<T, Height, Rows, Run>;
+  }
+}
+
 template <class T, int Rows, int Run>
 constexpr void set_tile(Conv2dKernels<T>& table) {
   if constexpr (Rows * Run <= Vec<T>::accumulators) {
-    table.tile[Rows - 1][Run - 1] = accumulate_tile<T, Rows, Run>;
+    table.tile[0][Rows - 1][Run - 1] = accumulate_tile<T, Rows, Run>;
   }
+  set_panel_tile<T, 2, Rows, Run>(table);
+  set_panel_tile<T, 3, Rows, Run>(table);
+  set_panel_tile<T, 4, Rows, Run>(table);
   if constexpr (Rows * Run <= Vec<T>::pinned) {
     table.grad_tile[Rows - 1][Run - 1] = weight_grad_tile<T, Rows, Run>;
   }
@@ -361,6 +374,11 @@ constexpr Conv2dKernels<T> make_conv2d_kernels() {
   table.lanes = Vec<T>::lanes;
   table.accumulators = Vec<T>::accumulators;
   table.pinned = Vec<T>::pinned;
+  table.panel = Vec<T>::panel;
+  table.grad_panel[0] = weight_grad_panel<T, 1>;
+  table.grad_panel[1] = weight_grad_panel<T, 2>;
+  table.grad_panel[2] = weight_grad_panel<T, 3>;
+  table.grad_panel[3] = weight_grad_panel<T, 4>;
   set_tiles<T, 1>(table);
   set_tiles<T, 2>(table);
   set_tiles<T, 3>(table);

@@ -11,15 +11,20 @@
 //
 // with rows `source_row` apart, channels `plane` and lane groups `packed_group`.
 //
-// A *register tile* is `rows` x `run` vectors of dest, run = columns * blocks; all of them live in registers while the
+// A *register tile* is `rows` x `run` vectors of dest, a run being neighbours in a row of the patch (pixel by pixel, block by
+// block); all of them live in registers while the
 // non-zeros of one dest channel (a *task*) are walked. Because the packing has removed borders, strides and dilation,
 // vector (r, k) of a tile reads non-zero j at  source + offset[j] + r * source_row + k * lanes.
+//
+// A *panel* is up to four dest channels that keep the same weights (plan/row_groups.h): each of its entries has as many
+// values, and a task is one panel's.
 #pragma once
 
 #include <cstdint>
 
 #include "cpu/conv2d/stream_kernels.h"
 #include "cpu/norm/kernels.h"
+#include "plan/row_groups.h"
 
 namespace fedpai {
 
@@ -27,12 +32,15 @@ constexpr int kMaxTileRows = 4;
 constexpr int kMaxTileRun = 28;
 // Kernels read so many offsets beyond a task's: those of the next tasks, or zeros after the last.
 constexpr int kOffsetsAhead = 4;
+constexpr int kSumsBeyond = 3;
 
-// Entries [begin, end) of the stream belong to dest channel `channel`.
+// Entries [begin, end) of the stream belong to one panel of dest channels, whose first is `channel`.
 struct RowTask {
   std::int32_t channel;
+  std::int32_t row;    // index of that channel in the pass's order of rows; the panel's others follow
   std::int32_t begin;
   std::int32_t end;
+  std::int32_t value;  // of the first entry: values lie entry by entry, and in each row by row
 };
 
 template <class T>
@@ -40,7 +48,8 @@ struct TileArgs {
   const T* source;  // packed patch at the tile's corner, aligned to a vector
   std::int64_t source_row;
   const std::int32_t* offset;  // per entry, elements
-  const T* value;              // per entry (forward direction only)
+  const T* value;              // by RowTask::value (forward direction only)
+  const std::int32_t* rows;    // dest channels by RowTask::row
   const RowTask* task;
   std::int64_t tasks;
   T* dest;  // pixel (0, 0) of the tile, channel 0; vector (r, k) of channel c is at c*dest_channel + r*dest_row + dest_run[k]
@@ -56,13 +65,15 @@ struct GradTileArgs {
   const T* source;
   std::int64_t source_row;
   const std::int32_t* offset;
+  const std::int32_t* rows;
   const RowTask* task;
   std::int64_t tasks;
+  std::int64_t tile_rows, tile_run;  // the tile's size, for kernels that are not made for one
   const T* dest;  // the output gradient, addressed like TileArgs::dest
   std::int64_t dest_channel;
   std::int64_t dest_row;
   const std::int64_t* dest_run;
-  T* sums;          // [entry], added to
+  T* sums;          // by RowTask::value, added to; kSumsBeyond more elements may be written
   T* bias_sums;     // [channel][lane] or null; always added to
 };
 
@@ -107,8 +118,8 @@ struct UnpackArgs {
   std::int64_t dest_row;
   std::int64_t dest_column;
   std::int64_t dest_lane;
-  std::int64_t channel_begin;
-  std::int64_t channel_end;
+  const std::int32_t* channels;  // which
+  std::int64_t channel_count;
   std::int64_t rows;
   std::int64_t columns;
   int blocks;
@@ -122,10 +133,12 @@ struct Conv2dKernels {
 
   int lanes;
   int accumulators;  // vectors that a tile may have,
-  int pinned;        // and a weight gradient's tile
-  // [rows - 1][run - 1]; null where rows * run is more.
-  Tile tile[kMaxTileRows][kMaxTileRun];
+  int pinned;        // a weight gradient's tile,
+  int panel;         // and a tile of all rows of a panel together
+  // [panel height - 1][rows - 1][run - 1]; null where they are more.
+  Tile tile[kMaxPanelHeight][kMaxTileRows][kMaxTileRun];
   GradTile grad_tile[kMaxTileRows][kMaxTileRun];
+  GradTile grad_panel[kMaxPanelHeight];  // [panel height - 1]; tiles of any size
   void (*pack)(const PackArgs<T>&);
   void (*unpack)(const UnpackArgs<T>&);
   // grad[order[j]] = sum over parts and lanes of sums[part][j][lane], in that fixed order, for j in [begin, end).

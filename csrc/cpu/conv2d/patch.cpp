@@ -60,27 +60,56 @@ void list_segments(const TiledPass& pass, const PatchBox& box, std::int64_t sour
   }
 }
 
-void run_offsets(const TiledPass& pass, int lanes, std::int64_t columns, std::int64_t dest_column, std::int64_t* offsets) {
+void run_offsets(const TiledPass& pass, int lanes, std::int64_t columns, std::int64_t dest_column,
+                 std::vector<std::int64_t>& offsets) {
+  offsets.resize(static_cast<std::size_t>(columns * pass.tiling.blocks));
+  std::size_t i = 0;
   for (std::int64_t c = 0; c < columns; ++c) {
-    for (std::int64_t b = 0; b < pass.tiling.blocks; ++b) {
-      offsets[c * pass.tiling.blocks + b] = c * dest_column + b * lanes;
-    }
+    for (std::int64_t b = 0; b < pass.tiling.blocks; ++b) offsets[i++] = c * dest_column + b * lanes;
   }
 }
 
-TaskRange tasks_of(const TiledPass& pass, std::int64_t block, std::int64_t channel_begin, std::int64_t channel_end) {
+TaskRange tasks_of(const TiledPass& pass, std::int64_t block, std::int64_t row_begin, std::int64_t row_end) {
   const auto first = pass.tasks.begin() + pass.block_task_begin[static_cast<std::size_t>(block)];
   const auto last = pass.tasks.begin() + pass.block_task_begin[static_cast<std::size_t>(block) + 1];
-  const auto before = [](const RowTask& task, std::int64_t channel) { return task.channel < channel; };
-  return {std::lower_bound(first, last, channel_begin, before) - pass.tasks.begin(),
-          std::lower_bound(first, last, channel_end, before) - pass.tasks.begin()};
+  const auto before = [](const RowTask& task, std::int64_t row) { return task.row < row; };
+  return {std::lower_bound(first, last, row_begin, before) - pass.tasks.begin(),
+          std::lower_bound(first, last, row_end, before) - pass.tasks.begin()};
 }
 
-std::vector<std::int64_t> cut_channels(const TiledPass& pass, std::int64_t parts) {
-  constexpr std::int64_t kWorkPerChannel = 2;
-  std::vector<std::int64_t> work(static_cast<std::size_t>(pass.dest_channels), kWorkPerChannel);
-  for (const RowTask& task : pass.tasks) work[static_cast<std::size_t>(task.channel)] += task.end - task.begin;
-  return cut_by_work(work, parts);
+std::array<TaskRange, kMaxPanelHeight> split_by_height(const TiledPass& pass, const TaskRange& tasks) {
+  std::array<TaskRange, kMaxPanelHeight> ranges{};
+  const auto before = [](const RowTask& task, std::int64_t row) { return task.row < row; };
+  std::int64_t begin = tasks.begin;
+  for (std::size_t height = kMaxPanelHeight; height-- > 0;) {
+    const std::int64_t next_row =
+        height == 0 ? static_cast<std::int64_t>(pass.rows.size()) : pass.height_begin[height - 1];
+    const std::int64_t end = std::lower_bound(pass.tasks.begin() + begin, pass.tasks.begin() + tasks.end, next_row, before) -
+                             pass.tasks.begin();
+    ranges[height] = {begin, end};
+    begin = end;
+  }
+  return ranges;
+}
+
+std::vector<std::int64_t> cut_rows(const TiledPass& pass, std::int64_t parts) {
+  constexpr std::int64_t kWorkPerRow = 2;
+  const auto panels = static_cast<std::int64_t>(pass.panel_row_begin.size()) - 1;
+  std::vector<std::int64_t> work(static_cast<std::size_t>(panels), 0);
+  std::vector<std::int64_t> panel_of(pass.rows.size());
+  for (std::size_t p = 0; p < work.size(); ++p) {
+    for (std::int64_t row = pass.panel_row_begin[p]; row < pass.panel_row_begin[p + 1]; ++row) {
+      panel_of[static_cast<std::size_t>(row)] = static_cast<std::int64_t>(p);
+      work[p] += kWorkPerRow;
+    }
+  }
+  for (const RowTask& task : pass.tasks) {
+    const auto p = static_cast<std::size_t>(panel_of[static_cast<std::size_t>(task.row)]);
+    work[p] += (task.end - task.begin) * (pass.panel_row_begin[p + 1] - pass.panel_row_begin[p]);
+  }
+  std::vector<std::int64_t> cuts = cut_by_work(work, parts);
+  for (std::int64_t& cut : cuts) cut = pass.panel_row_begin[static_cast<std::size_t>(cut)];
+  return cuts;
 }
 
 }  // namespace fedpai

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -162,54 +163,72 @@ struct UnitMemory {
   std::int64_t size() const { return packed + staging; }
 };
 
-// Where the vectors of a register tile's row lie in the dest.
-void run_offsets(const TiledPass& pass, int lanes, std::int64_t columns, std::int64_t dest_column, std::int64_t* offsets);
+struct TaskRange {
+  std::int64_t begin, end;
 
-// Calls visit(rows, run, corner y, corner x) for every register tile of a patch.
+  bool empty() const { return begin == end; }
+};
+
+// The tasks of a channel block whose panels lie in rows [row_begin, row_end).
+TaskRange tasks_of(const TiledPass& pass, std::int64_t block, std::int64_t row_begin, std::int64_t row_end);
+
+// The same tasks by the height of their panels, less one.
+std::array<TaskRange, kMaxPanelHeight> split_by_height(const TiledPass& pass, const TaskRange& tasks);
+
+// Cuts the rows, between panels, into `parts` ranges of equal work: values, and a constant per row for its stores.
+std::vector<std::int64_t> cut_rows(const TiledPass& pass, std::int64_t parts);
+
+// Where the vectors of a patch's row lie in the dest.
+void run_offsets(const TiledPass& pass, int lanes, std::int64_t columns, std::int64_t dest_column,
+                 std::vector<std::int64_t>& offsets);
+
+// Calls visit(rows, run, y, vector) for every register tile of a patch: its size, and its first row and the first of its
+// vectors in the patch's rows.
 template <class F>
 void for_each_tile(const TiledPass& pass, const PatchBox& box, F&& visit) {
+  const std::int64_t vectors = box.width * pass.tiling.blocks;
+  const std::int64_t across = (vectors + pass.tiling.tile_run - 1) / pass.tiling.tile_run;
   for (std::int64_t ty = box.tile_y_begin; ty < box.tile_y_end; ++ty) {
     const std::int64_t y = pass.y.cuts[static_cast<std::size_t>(ty)];
     const std::int64_t rows = pass.y.cuts[static_cast<std::size_t>(ty) + 1] - y;
-    for (std::int64_t tx = box.tile_x_begin; tx < box.tile_x_end; ++tx) {
-      const std::int64_t x = pass.x.cuts[static_cast<std::size_t>(tx)];
-      const std::int64_t columns = pass.x.cuts[static_cast<std::size_t>(tx) + 1] - x;
-      visit(rows, columns, y, x);
+    for (std::int64_t i = 0; i < across; ++i) {
+      const std::int64_t begin = vectors * i / across, end = vectors * (i + 1) / across;
+      visit(rows, end - begin, y, begin);
     }
   }
 }
 
-// Runs a kernel of `tiles` on every register tile of every lane group of a unit: `args` is TileArgs or GradTileArgs, to
-// which this adds where the tile lies. `Dest` is const where the dest is read.
-template <class T, class Dest, class Args, class Kernel>
+// Calls run(height, rows, run, args) for every register tile of every lane group of a unit, and there for the tasks of
+// every panel height: `args` is TileArgs or GradTileArgs, to which this adds where the tile lies and which tasks. `Dest`
+// is const where the dest is read.
+template <class T, class Dest, class Args, class Run>
 void walk_tiles(const TiledPass& pass, int lanes, const Unit& unit, const T* packed, const Images<Dest>& dest,
-                Dest* staging, const Kernel (&tiles)[kMaxTileRows][kMaxTileRun], Args args) {
+                Dest* staging, const TaskRange& range, Args args, Run&& run) {
   const PatchBox& box = unit.box;
-  std::int64_t dest_run[kMaxTileRun];
+  const std::array<TaskRange, kMaxPanelHeight> by_height = split_by_height(pass, range);
+  static thread_local std::vector<std::int64_t> dest_run;
+  args.offset = pass.offset.data();
+  args.rows = pass.rows.data();
   args.source_row = pass.source_row;
-  args.dest_run = dest_run;
   for (std::int64_t group = 0; group < unit.groups(pass); ++group) {
     const DestView<Dest> view = dest_view(pass, dest, unit, staging, group);
-    run_offsets(pass, lanes, pass.tiling.tile_columns, view.column, dest_run);
+    run_offsets(pass, lanes, box.width, view.column, dest_run);
     args.dest_channel = view.channel;
     args.dest_row = view.row;
     const T* const source = packed + group * pass.group;
-    for_each_tile(pass, box, [&](std::int64_t rows, std::int64_t columns, std::int64_t y, std::int64_t x) {
-      args.source = source + (y - box.y) * pass.source_row + (x - box.x) * pass.lane_group;
-      args.dest = view.origin + y * view.row + x * view.column;
-      tiles[rows - 1][columns * pass.tiling.blocks - 1](args);
+    for_each_tile(pass, box, [&](std::int64_t rows, std::int64_t vectors, std::int64_t y, std::int64_t first) {
+      args.source = source + (y - box.y) * pass.source_row + first * lanes;
+      args.dest = view.origin + y * view.row + box.x * view.column;
+      args.dest_run = dest_run.data() + first;
+      for (int height = pass.tiling.height; height >= 1; --height) {
+        const TaskRange& tasks = by_height[static_cast<std::size_t>(height - 1)];
+        if (tasks.empty()) continue;
+        args.task = pass.tasks.data() + tasks.begin;
+        args.tasks = tasks.end - tasks.begin;
+        run(height, rows, vectors, args);
+      }
     });
   }
 }
-
-struct TaskRange {
-  std::int64_t begin, end;
-};
-
-// The tasks of a channel block whose dest channel lies in [channel_begin, channel_end).
-TaskRange tasks_of(const TiledPass& pass, std::int64_t block, std::int64_t channel_begin, std::int64_t channel_end);
-
-// Cuts the dest channels into `parts` ranges of equal work: entries, and a constant per channel for its stores.
-std::vector<std::int64_t> cut_channels(const TiledPass& pass, std::int64_t parts);
 
 }  // namespace fedpai

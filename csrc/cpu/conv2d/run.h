@@ -30,14 +30,17 @@ template <class T>
 void run_streamed_grad(const StreamPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch,
                        const Images<const T>& x, const Images<const T>& dy, T* values_grad, T* bias_grad, int threads);
 
-// Values in walking order: `values` itself or, gathered, `buffer`.
+// Values in walking order, with zeros where there is none: `values` itself or, gathered, `buffer`.
 template <class T>
 const T* ordered_values(const IndexVector& order, bool order_is_identity, const T* values, T* buffer,
                         int threads) {
   if (order_is_identity) return values;
   const auto entries = static_cast<std::int64_t>(order.size());
 #pragma omp parallel for num_threads(threads) schedule(static) if (entries > 65536)
-  for (std::int64_t j = 0; j < entries; ++j) buffer[j] = values[order[static_cast<std::size_t>(j)]];
+  for (std::int64_t j = 0; j < entries; ++j) {
+    const std::int32_t value = order[static_cast<std::size_t>(j)];
+    buffer[j] = value == kNoValue ? T(0) : values[value];
+  }
   return buffer;
 }
 

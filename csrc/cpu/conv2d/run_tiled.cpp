@@ -16,8 +16,7 @@ namespace {
 // Copies the staging patch of a lane group, the `nth` staged, to where the tensor has it.
 template <class T>
 void unpack_group(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Unit& unit, std::int64_t group,
-                  std::int64_t nth, const Images<T>& dest, std::int64_t channel_begin, std::int64_t channel_end,
-                  T* staging) {
+                  std::int64_t nth, const Images<T>& dest, std::int64_t row_begin, std::int64_t row_end, T* staging) {
   const PatchBox& box = unit.box;
   const DestView<T> view = dest_staged(pass, box, staging, nth);
   const DestView<T> target = dest_in_place(pass, dest, unit, group);
@@ -30,8 +29,8 @@ void unpack_group(const TiledPass& pass, const Conv2dKernels<T>& kernels, const 
   args.dest_row = target.row;
   args.dest_column = target.column;
   args.dest_lane = dest.batch;
-  args.channel_begin = channel_begin;
-  args.channel_end = channel_end;
+  args.channels = pass.rows.data() + row_begin;
+  args.channel_count = row_end - row_begin;
   args.rows = box.height;
   args.columns = box.width;
   args.blocks = pass.tiling.blocks;
@@ -39,29 +38,29 @@ void unpack_group(const TiledPass& pass, const Conv2dKernels<T>& kernels, const 
   kernels.unpack(args);
 }
 
-// The sums of one unit for the dest channels [channel_begin, channel_end).
+// The sums of one unit for the rows [row_begin, row_end).
 template <class T>
 void accumulate_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Unit& unit,
                      const Images<const T>& source, const NormMap<T>* norm, const T* values, const T* bias,
-                     const Images<T>& dest, std::int64_t channel_begin, std::int64_t channel_end, T* packed, T* staging) {
+                     const Images<T>& dest, std::int64_t row_begin, std::int64_t row_end, T* packed, T* staging) {
   TileArgs<T> args{};
-  args.offset = pass.offset.data();
   args.value = values;
   args.bias = bias;
 
   for (std::int64_t block = 0; block < pass.blocks(); ++block) {
-    const TaskRange range = tasks_of(pass, block, channel_begin, channel_end);
-    if (range.begin == range.end) continue;
+    const TaskRange range = tasks_of(pass, block, row_begin, row_end);
+    if (range.empty()) continue;
     pack_block(pass, kernels, block, unit, source, norm, packed);
-    args.task = pass.tasks.data() + range.begin;
-    args.tasks = range.end - range.begin;
     args.accumulate = block > 0;
-    walk_tiles(pass, kernels.lanes, unit, packed, dest, staging, kernels.tile, args);
+    walk_tiles(pass, kernels.lanes, unit, packed, dest, staging, range, args,
+               [&](int height, std::int64_t rows, std::int64_t run, const TileArgs<T>& tile) {
+                 kernels.tile[height - 1][rows - 1][run - 1](tile);
+               });
   }
 
   const std::int64_t staged = first_staged(pass, dest, unit);
   for (std::int64_t group = staged; group < unit.groups(pass); ++group) {
-    unpack_group(pass, kernels, unit, group, group - staged, dest, channel_begin, channel_end, staging);
+    unpack_group(pass, kernels, unit, group, group - staged, dest, row_begin, row_end, staging);
   }
 }
 
@@ -76,10 +75,10 @@ void run_tiled(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int6
   if (threads > 1 && units.count < 4 * threads && units.count % threads != 0) {
     parts = std::min<std::int64_t>(threads, pass.dest_channels);
   }
-  const std::vector<std::int64_t> cuts = cut_channels(pass, parts);
+  const std::vector<std::int64_t> cuts = cut_rows(pass, parts);
 
   const UnitMemory<T> unit_memory(pass, units, dest, batch);
-  const std::int64_t values_size = aligned_elements<T>(pass.entries());
+  const std::int64_t values_size = aligned_elements<T>(pass.values());
   static thread_local Scratch scratch;
   T* const memory = static_cast<T*>(
       scratch.reserve(sizeof(T) * static_cast<std::size_t>(values_size + threads * unit_memory.size())));

@@ -38,24 +38,30 @@ void stage_gradient(const TiledPass& pass, const Conv2dKernels<T>& kernels, cons
   kernels.pack(args);
 }
 
-// Adds one unit's products to the sums of the dest channels [channel_begin, channel_end).
+// Adds one unit's products to the sums of the rows [row_begin, row_end).
 template <class T>
 void grad_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Unit& unit, const Images<const T>& x,
-               const NormMap<T>* norm, const Images<const T>& dy, std::int64_t channel_begin, std::int64_t channel_end, T* sums, T* bias_sums,
+               const NormMap<T>* norm, const Images<const T>& dy, std::int64_t row_begin, std::int64_t row_end, T* sums, T* bias_sums,
                T* packed, T* staging) {
   stage_gradient(pass, kernels, unit, dy, staging);
 
   GradTileArgs<T> args{};
-  args.offset = pass.offset.data();
   args.sums = sums;
   for (std::int64_t block = 0; block < pass.blocks(); ++block) {
-    const TaskRange range = tasks_of(pass, block, channel_begin, channel_end);
-    if (range.begin == range.end) continue;
+    const TaskRange range = tasks_of(pass, block, row_begin, row_end);
+    if (range.empty()) continue;
     pack_block(pass, kernels, block, unit, x, norm, packed);
-    args.task = pass.tasks.data() + range.begin;
-    args.tasks = range.end - range.begin;
     args.bias_sums = block == 0 ? bias_sums : nullptr;
-    walk_tiles<T, const T>(pass, kernels.lanes, unit, packed, dy, staging, kernels.grad_tile, args);
+    walk_tiles<T, const T>(pass, kernels.lanes, unit, packed, dy, staging, range, args,
+                           [&](int height, std::int64_t rows, std::int64_t run, GradTileArgs<T>& tile) {
+                             if (pass.tiling.height == 1) {
+                               kernels.grad_tile[rows - 1][run - 1](tile);
+                               return;
+                             }
+                             tile.tile_rows = rows;
+                             tile.tile_run = run;
+                             kernels.grad_panel[height - 1](tile);
+                           });
   }
 }
 
@@ -66,18 +72,18 @@ void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std:
                      const NormMap<T>* norm, const Images<const T>& dy, T* values_grad, T* bias_grad, int threads) {
   const Units units(pass, batch, threads);
   const std::int64_t lanes = kernels.lanes;
-  const std::int64_t entries = pass.entries();
+  const std::int64_t count = pass.values();
 
-  // Threads share the units, each with sums of its own, or the dest channels, with one set of sums but every thread
+  // Threads share the units, each with sums of its own, or the rows, with one set of sums but every thread
   // packing every patch. The first costs an extra pass over the sums per thread, so it is for few non-zeros.
   constexpr std::int64_t kPrivateSumsBytes = 1 << 20;
-  const std::int64_t sums_bytes = entries * static_cast<std::int64_t>(sizeof(T));
+  const std::int64_t sums_bytes = count * static_cast<std::int64_t>(sizeof(T));
   const bool share_units = units.count >= threads && (sums_bytes <= kPrivateSumsBytes || pass.dest_channels < threads);
   const std::int64_t parts =
       share_units ? std::min<std::int64_t>(threads, units.count) : std::min<std::int64_t>(threads, pass.dest_channels);
-  const std::vector<std::int64_t> cuts = cut_channels(pass, share_units ? 1 : parts);
+  const std::vector<std::int64_t> cuts = cut_rows(pass, share_units ? 1 : parts);
 
-  const std::int64_t sums_size = aligned_elements<T>(entries);
+  const std::int64_t sums_size = aligned_elements<T>(count + kSumsBeyond);
   const std::int64_t bias_size = bias_grad != nullptr ? aligned_elements<T>(pass.dest_channels * lanes) : 0;
   const std::int64_t sum_sets = share_units ? parts : 1;
   const UnitMemory<T> unit_memory(pass, units, dy, batch);
@@ -104,11 +110,13 @@ void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std:
     }
   }
 
-#pragma omp parallel for num_threads(threads) schedule(static) if (entries > 65536)
-  for (std::int64_t j = 0; j < entries; ++j) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (count > 65536)
+  for (std::int64_t j = 0; j < count; ++j) {
+    const std::int32_t value = pass.order[static_cast<std::size_t>(j)];
+    if (value == kNoValue) continue;
     T total = sums[j];
     for (std::int64_t set = 1; set < sum_sets; ++set) total += sums[set * sums_size + j];
-    values_grad[pass.order[static_cast<std::size_t>(j)]] = total;
+    values_grad[value] = total;
   }
   if (bias_grad != nullptr) kernels.reduce(bias_sums, sum_sets, bias_size, nullptr, 0, pass.dest_channels, bias_grad);
 }

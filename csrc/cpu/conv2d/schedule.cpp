@@ -20,7 +20,7 @@ std::vector<PassAxes> axes_of(const Plan& plan, const ScheduleKey& key) {
   return {forward_axes(plan, key.geometry)};
 }
 
-VectorShape vector_of(const ScheduleKey& key) { return {key.lanes, key.accumulators, key.element_size}; }
+VectorShape vector_of(const ScheduleKey& key) { return {key.lanes, key.accumulators, key.element_size, key.panel}; }
 
 }  // namespace
 
@@ -39,7 +39,7 @@ ScheduleChoice choose_schedule(const Plan& plan, const ScheduleKey& key) {
     streamed.stream_blocks.push_back(stream.blocks);
     stream_cycles += stream.cycles;
     if (can && key.walk == Walk::kStreamed) continue;
-    tiled.tilings.push_back(choose_tiling(problem));
+    tiled.tilings.push_back(choose_tiling(problem, list, vector_of(key)));
     tiled_cycles += tiled.tilings.back().cycles;
   }
   // Tiled passes sweep over the dest one after the other, each touching a part of every line or page.
@@ -67,7 +67,7 @@ Schedule lay_out_schedule(const Plan& plan, const ScheduleKey& key, const Schedu
 
 bool may_share(const ScheduleKey& a, const ScheduleKey& b) {
   return a.direction != Direction::kInputGrad && b.direction != Direction::kInputGrad && a.geometry == b.geometry &&
-         a.lanes == b.lanes && a.element_size == b.element_size && a.adjacent == b.adjacent && a.source == b.source;
+         a.lanes == b.lanes && a.panel == b.panel && a.element_size == b.element_size && a.adjacent == b.adjacent && a.source == b.source;
 }
 
 Walk walk_in_force() { return forced_walk.load(std::memory_order_relaxed); }

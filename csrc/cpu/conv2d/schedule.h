@@ -24,7 +24,8 @@ struct ScheduleKey {
   Direction direction;
   Conv2dGeometry geometry;
   int lanes;
-  int accumulators;  // vectors that a register tile may have
+  int accumulators;  // vectors that a register tile may have,
+  int panel;         // and one of all rows of a panel
   std::int64_t element_size;
   bool adjacent;         // both tensors have adjacent images
   SourceStrides source;  // of the tensor that is read through the weights, where `adjacent`; else zeros
@@ -32,7 +33,7 @@ struct ScheduleKey {
 
   bool operator==(const ScheduleKey& o) const {
     return direction == o.direction && geometry == o.geometry && lanes == o.lanes && accumulators == o.accumulators &&
-           element_size == o.element_size && adjacent == o.adjacent && source == o.source && walk == o.walk;
+           panel == o.panel && element_size == o.element_size && adjacent == o.adjacent && source == o.source && walk == o.walk;
   }
 };
 

@@ -99,10 +99,33 @@ ChannelUse channel_use(const PassAxes& axes, const EntryList& list) {
   return use;
 }
 
-// The entries of `list` whose taps the pass has, cut into channel blocks. Offsets are relative to the block's patch.
-// A row's entries ascend by source channel, so each block has one range of them: counted first, then every row writes
-// its own.
-void lay_out_entries(TiledPass& pass, const PassAxes& axes, const EntryList& list) {
+// The rows of a pass, in the order of its panels.
+void lay_out_rows(TiledPass& pass, const Panels& panels) {
+  pass.rows = panels.rows;
+  pass.panel_row_begin.assign(panels.row_begin.begin(), panels.row_begin.end());
+  pass.height_begin.fill(static_cast<std::int64_t>(pass.rows.size()));
+  for (std::int64_t p = panels.count() - 1; p >= 0; --p) {
+    for (int height = panels.height(p); height <= kMaxPanelHeight; ++height) {
+      pass.height_begin[static_cast<std::size_t>(height - 1)] = panels.row_begin[static_cast<std::size_t>(p)];
+    }
+  }
+}
+
+// Where each tap lies in a channel's patch; negative where the pass has no such tap.
+std::vector<std::int64_t> tap_offsets(const TiledPass& pass) {
+  std::vector<std::int64_t> offsets;
+  for (const std::int64_t slot_y : pass.y.tap_slot) {
+    for (const std::int64_t slot_x : pass.x.tap_slot) {
+      offsets.push_back(slot_y < 0 || slot_x < 0 ? -1 : slot_y * pass.source_row + slot_x * pass.lane_group);
+    }
+  }
+  return offsets;
+}
+
+// The entries of `panels` whose taps the pass has, cut into channel blocks. Offsets are relative to the block's patch.
+// A panel's entries ascend by source channel, so each block has one range of them: counted first, then every panel
+// writes its own.
+void lay_out_entries(TiledPass& pass, const PassAxes& axes, const EntryList& list, const Panels& panels) {
   const ChannelUse use = channel_use(axes, list);
   std::vector<std::int32_t> position(use.used.size(), -1);
   for (std::size_t c = 0; c < use.used.size(); ++c) {
@@ -116,64 +139,69 @@ void lay_out_entries(TiledPass& pass, const PassAxes& axes, const EntryList& lis
   for (std::int64_t b = 0; b < blocks; ++b) pass.block_channel_begin.push_back(b * channel_block);
   pass.block_channel_begin.push_back(channel_count);
 
-  // Where each tap lies in a channel's patch; negative where the pass has no such tap. The same for the start of each
-  // source channel in its block.
-  std::vector<std::int64_t> tap_offset, channel_offset;
+  const std::vector<std::int64_t> tap_offset = tap_offsets(pass);
+  std::vector<std::int64_t> channel_offset;  // the start of each source channel in its block
   std::vector<std::int32_t> block_of;
-  for (const std::int64_t slot_y : pass.y.tap_slot) {
-    for (const std::int64_t slot_x : pass.x.tap_slot) {
-      tap_offset.push_back(slot_y < 0 || slot_x < 0 ? -1 : slot_y * pass.source_row + slot_x * pass.lane_group);
-    }
-  }
   for (const std::int32_t at : position) {
     channel_offset.push_back(at < 0 ? 0 : at % channel_block * pass.plane);
     block_of.push_back(at < 0 ? 0 : static_cast<std::int32_t>(at / channel_block));
   }
 
-  const std::int64_t rows = list.rows();
-  const auto at = [rows](std::int64_t block, std::int64_t row) { return static_cast<std::size_t>(block * rows + row); };
-  const auto row_begin = [&](std::int64_t row) {
-    return static_cast<std::size_t>(list.row_begin[static_cast<std::size_t>(row)]);
-  };
-  std::vector<std::int32_t> begin(static_cast<std::size_t>(blocks * rows) + 1, 0);
+  const std::int64_t count = panels.count();
+  const auto at = [count](std::int64_t block, std::int64_t panel) { return static_cast<std::size_t>(block * count + panel); };
+  // Per block and panel: where its entries and their values begin; one more at the end.
+  std::vector<std::int32_t> begin(static_cast<std::size_t>(blocks * count) + 1, 0);
 #pragma omp parallel for schedule(static) if (list.size() > kParallelEntries)
-  for (std::int64_t row = 0; row < rows; ++row) {
-    for (std::size_t j = row_begin(row); j < row_begin(row + 1); ++j) {
-      if (tap_offset[static_cast<std::size_t>(list.tap[j])] < 0) continue;
-      ++begin[at(block_of[static_cast<std::size_t>(list.column[j])], row) + 1];
+  for (std::int64_t p = 0; p < count; ++p) {
+    for (std::int32_t j = panels.entry_begin[p]; j < panels.entry_begin[p + 1]; ++j) {
+      if (tap_offset[static_cast<std::size_t>(panels.tap[j])] < 0) continue;
+      ++begin[at(block_of[static_cast<std::size_t>(panels.column[j])], p) + 1];
     }
   }
-  for (std::size_t i = 1; i < begin.size(); ++i) begin[i] += begin[i - 1];
-  pass.order.resize(static_cast<std::size_t>(begin.back()));
-  pass.offset.resize(pass.order.size() + kOffsetsAhead);
+  std::vector<std::int32_t> value_begin(begin.size(), 0);
+  for (std::size_t i = 1; i < begin.size(); ++i) {
+    value_begin[i] = value_begin[i - 1] + begin[i] * panels.height(static_cast<std::int64_t>(i - 1) % count);
+    begin[i] += begin[i - 1];
+  }
+  pass.order.resize(static_cast<std::size_t>(value_begin.back()));
+  pass.offset.resize(static_cast<std::size_t>(begin.back()) + kOffsetsAhead);
   std::fill(pass.offset.end() - kOffsetsAhead, pass.offset.end(), 0);
   bool identity = true;
-#pragma omp parallel for schedule(static) reduction(&& : identity) if (list.size() > kParallelEntries)
-  for (std::int64_t row = 0; row < rows; ++row) {
+  std::int64_t weights = 0;
+#pragma omp parallel for schedule(static) reduction(&& : identity) reduction(+ : weights) if (list.size() > kParallelEntries)
+  for (std::int64_t p = 0; p < count; ++p) {
+    const int height = panels.height(p);
     std::int64_t block = -1;
-    std::size_t to = 0;
-    for (std::size_t j = row_begin(row); j < row_begin(row + 1); ++j) {
-      const std::int64_t within = tap_offset[static_cast<std::size_t>(list.tap[j])];
+    std::size_t to = 0, value_to = 0;
+    const std::int32_t* value = panels.value + panels.value_begin[p];
+    for (std::int32_t j = panels.entry_begin[p]; j < panels.entry_begin[p + 1]; ++j, value += height) {
+      const std::int64_t within = tap_offset[static_cast<std::size_t>(panels.tap[j])];
       if (within < 0) continue;
-      const auto column = static_cast<std::size_t>(list.column[j]);
+      const auto column = static_cast<std::size_t>(panels.column[j]);
       if (block_of[column] != block) {
         block = block_of[column];
-        to = static_cast<std::size_t>(begin[at(block, row)]);
+        to = static_cast<std::size_t>(begin[at(block, p)]);
+        value_to = static_cast<std::size_t>(value_begin[at(block, p)]);
       }
-      pass.offset[to] = static_cast<std::int32_t>(channel_offset[column] + within);
-      pass.order[to] = list.value[j];
-      identity = identity && list.value[j] == static_cast<std::int32_t>(to);
-      ++to;
+      pass.offset[to++] = static_cast<std::int32_t>(channel_offset[column] + within);
+      for (int h = 0; h < height; ++h, ++value_to) {
+        pass.order[value_to] = value[h];
+        identity = identity && value[h] == static_cast<std::int32_t>(value_to);
+        weights += value[h] != kNoValue;
+      }
     }
   }
   pass.order_is_identity = identity;
+  pass.weights = weights;
 
   for (std::int64_t b = 0; b < blocks; ++b) {
     pass.block_task_begin.push_back(static_cast<std::int64_t>(pass.tasks.size()));
-    for (std::int64_t row = 0; row < rows; ++row) {
-      const std::int32_t first = begin[at(b, row)], last = begin[at(b, row) + 1];
+    for (std::int64_t p = 0; p < count; ++p) {
+      const std::int32_t first = begin[at(b, p)], last = begin[at(b, p) + 1];
       // The first block visits every dest channel, so that a channel without entries still gets its bias or zero.
-      if (b == 0 || last > first) pass.tasks.push_back({static_cast<std::int32_t>(row), first, last});
+      if (b > 0 && last == first) continue;
+      const std::int32_t row = panels.row_begin[static_cast<std::size_t>(p)];
+      pass.tasks.push_back({panels.rows[static_cast<std::size_t>(row)], row, first, last, value_begin[at(b, p)]});
     }
   }
   pass.block_task_begin.push_back(static_cast<std::int64_t>(pass.tasks.size()));
@@ -184,17 +212,21 @@ constexpr std::int64_t kCacheSets = 64;
 constexpr std::int64_t kCacheWays = 8;
 
 // The cache lines that one channel of a register tile's window touches.
-std::vector<std::int64_t> window_lines(const TiledPass& pass, std::int64_t line) {
+std::vector<std::int64_t> window_lines(const TiledPass& pass, std::int64_t lanes, std::int64_t line) {
+  const std::int64_t run = pass.tiling.tile_run * lanes;
   std::vector<std::int64_t> lines;
   for (const TiledAxis::Residue& y : pass.y.residues) {
     for (std::int64_t row = y.slot; row < y.slot + pass.tiling.tile_rows + y.halo; ++row) {
       for (const TiledAxis::Residue& x : pass.x.residues) {
-        const std::int64_t begin = row * pass.source_row + x.slot * pass.lane_group;
-        const std::int64_t end = begin + (pass.tiling.tile_columns + x.halo) * pass.lane_group;
-        for (std::int64_t l = begin / line; l * line < end; ++l) lines.push_back(l);
+        for (std::int64_t shift = 0; shift <= x.halo; ++shift) {
+          const std::int64_t begin = row * pass.source_row + (x.slot + shift) * pass.lane_group;
+          for (std::int64_t l = begin / line; l * line < begin + run; ++l) lines.push_back(l);
+        }
       }
     }
   }
+  std::sort(lines.begin(), lines.end());
+  lines.erase(std::unique(lines.begin(), lines.end()), lines.end());
   return lines;
 }
 
@@ -213,8 +245,8 @@ std::int64_t crowded_lines(const std::vector<std::int64_t>& lines, std::int64_t 
 // Elements from channel to channel of a packed patch. Multiples of large powers of two would crowd the channels of a
 // window into a few cache sets: up to 15 lines more, as few as crowd it least. Worth 8 to 18 % where 22 channels of
 // 8 x 18 pixels are 9 KiB apart.
-std::int64_t spread_plane(const TiledPass& pass, std::int64_t channels, std::int64_t line) {
-  const std::vector<std::int64_t> lines = window_lines(pass, line);
+std::int64_t spread_plane(const TiledPass& pass, std::int64_t channels, std::int64_t lanes, std::int64_t line) {
+  const std::vector<std::int64_t> lines = window_lines(pass, lanes, line);
   const auto per_channel = std::max<std::int64_t>(1, static_cast<std::int64_t>(lines.size()));  // none without taps
   // Beyond twice the cache, every choice is as bad.
   const std::int64_t counted = std::min(channels, 2 * kCacheSets * kCacheWays / per_channel + 1);
@@ -264,7 +296,7 @@ TiledPass tiled_pass(const PassAxes& axes, const EntryList& list, const VectorSh
   pass.x = with_residues(axes.x);
   pass.tiling = tiling;
   place_slots(pass.y, tiling.tile_rows, tiling.patch_rows);
-  place_slots(pass.x, tiling.tile_columns, tiling.patch_columns);
+  place_slots(pass.x, tiling.patch_width, 1);
   pass.dest_channels = list.rows();
   pass.lane_group = static_cast<std::int64_t>(tiling.blocks) * vector.lanes;
   pass.source_row = pass.x.slots * pass.lane_group;
@@ -276,13 +308,34 @@ TiledPass tiled_pass(const PassAxes& axes, const EntryList& list, const VectorSh
   }
   const std::int64_t line = kLineBytes / vector.element_size;
   const std::int64_t channels = std::min<std::int64_t>(tiling.channel_block, list.columns);
-  pass.plane = spread_plane(pass, channels, line);
+  pass.plane = spread_plane(pass, channels, vector.lanes, line);
   // Packing writes all lane groups at once: an odd number of cache lines apart, or their lines fall into the same cache
   // sets.
   const std::int64_t lines = (pass.plane * channels + line - 1) / line;
   pass.group = (lines | 1) * line;
-  lay_out_entries(pass, axes, list);
+  const Panels panels(list, tiling.height);
+  lay_out_rows(pass, panels);
+  lay_out_entries(pass, axes, list, panels);
   return pass;
+}
+
+Tiling choose_tiling(const TilingProblem& problem, const EntryList& list, const VectorShape& vector) {
+  constexpr double kWorthPanels = 0.1;  // of the weights in groups of rows
+  Tiling best = choose_tiling(problem);
+  const RowGroups& groups = list.groups;
+  if (static_cast<double>(groups.shared) < kWorthPanels * static_cast<double>(list.size())) return best;
+  TilingProblem panels = problem;
+  panels.height = static_cast<int>(std::min<std::int64_t>(kMaxPanelHeight, groups.largest));
+  panels.accumulators = vector.panel;
+  const PanelCounts counts = count_panels(list, panels.height);
+  // Of the taps that the pass has.
+  const double share = static_cast<double>(problem.entries) / static_cast<double>(std::max<std::int64_t>(1, list.size()));
+  for (int h = 0; h < kMaxPanelHeight; ++h) {
+    panels.panels[h] = counts.panels[h];
+    panels.panel_entries[h] = static_cast<std::int64_t>(share * static_cast<double>(counts.entries[h]));
+  }
+  const Tiling tiling = choose_tiling(panels);
+  return tiling.cycles < best.cycles ? tiling : best;
 }
 
 }  // namespace fedpai

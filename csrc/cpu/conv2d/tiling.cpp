@@ -14,21 +14,30 @@ namespace {
 
 // Cycles, on a core with two loads, one store and two FMAs per cycle; fitted to timings of random tilings
 // (lab/001_tiling_model).
-constexpr double kFma = 0.92;         // per vector, operand in L1; with the loads and the loop around it
-constexpr double kFetchL2 = 0.12;     // more, when a packed vector has to come from L2 again
-constexpr double kFetchL3 = 0.62;     // the same from further away
-constexpr double kEntryL2 = 0.47;     // per entry and tile, when the entries come from L2
-constexpr double kTask = 11.0;        // the loop exit is mispredicted once per row
-constexpr double kReload = 2.7;       // per dest vector and task after the first channel block: load and store again
-constexpr double kLoad = 2.0;         // per dest vector and task of a weight gradient
-constexpr double kLoadL3 = 0.2;       // more, when a unit's dest leaves L2 between channel blocks
-constexpr double kSum = 0.5;          // per entry and tile: fold its lanes, read and write its sum
-constexpr double kHalfLine = 1.0;     // per dest vector and task, when lane groups share a cache line
-constexpr double kSourceLine = 7.3;   // per cache line that packing reads
-constexpr double kDestLine = 15.9;    // per cache line of the dest
-constexpr double kSourceRun = 53.0;   // per row of a channel's patch: the prefetcher starts anew
-constexpr double kDestRun = 14.4;     // the same in the dest
-constexpr double kTile = 1200.0;      // per register tile and channel block: a call, cold predictors
+struct Constants {
+  double fma;          // per vector and value, operand in L1; with the loads and the loop around it
+  double fetch_l2;     // more, per vector and entry, when a packed vector has to come from L2 again
+  double fetch_l3;     // the same from further away
+  double entry_l2;     // per entry and tile, when the entries come from L2
+  double task;         // per panel and tile: the loop exit is mispredicted
+  double reload;       // per dest vector and task after the first channel block: load and store again
+  double load;         // per dest vector and task of a weight gradient
+  double load_l3;      // more, when a unit's dest leaves L2 between channel blocks
+  double sum;          // per value and tile of a weight gradient: fold its lanes, read and write its sum
+  double half_line;    // per dest vector and task, when lane groups share a cache line
+  double source_line;  // per cache line that packing reads
+  double dest_line;    // per cache line of the dest
+  double source_run;   // per row of a channel's patch: the prefetcher starts anew
+  double dest_run;     // the same in the dest
+  double tile;         // per register tile and channel block: a call, cold predictors
+};
+
+constexpr Constants kRows{0.92, 0.12, 0.62, 0.47, 11.0, 2.7, 2.0, 0.2, 0.5, 1.0, 7.3, 15.9, 53.0, 14.4, 1200.0};
+constexpr Constants kPanels{0.74, 0.35, 2.5, 0.21, 40.0, 4.5, 0, 0, 0, 1.9, 7.6, 10.4, 61.0, 0, 20.0};
+constexpr Constants kPanelGrads{0.80, 0.2, 1.5, 0.28, 40.0, 0, 1.1, 0.8, 3.0, 1.7, 4.0, 11.8, 153.0, 60.0, 20.0};
+
+// Sums that must be in flight for the FMAs not to wait for each other.
+constexpr double kChains = 8.0;
 
 constexpr double kLineBytes = 64;
 constexpr double kMostPackedBytes = 4e6;  // of several lane groups: every thread keeps that much
@@ -43,16 +52,39 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 // What the estimates of all tilings of one problem share.
 struct Costs {
   const TilingProblem& p;
-  double vector_bytes, entry_bytes, pairs, taps_per_pair;
+  const Constants& k;
+  double vector_bytes, taps_per_pair;
+  double values, entries, panels;  // walked; single rows are panels of one
 
   explicit Costs(const TilingProblem& problem)
       : p(problem),
+        k(problem.height == 1 ? kRows : problem.weight_grad ? kPanelGrads : kPanels),
         vector_bytes(static_cast<double>(p.element_size * p.lanes)),
-        entry_bytes(static_cast<double>(4 + p.element_size)) {
+        values(static_cast<double>(p.entries)),
+        entries(values),
+        panels(static_cast<double>(p.dest_channels)) {
     // A packed vector that left L1 is fetched once for all the taps of a channel pair that are next to each other.
-    pairs = static_cast<double>(p.dest_channels * std::max<std::int64_t>(1, p.source_channels));
+    const auto pairs = static_cast<double>(p.dest_channels * std::max<std::int64_t>(1, p.source_channels));
     const double taps = std::max(1e-6, static_cast<double>(p.entries) / pairs);
     taps_per_pair = std::max(1.0, 0.65 * taps / (1.0 - std::exp(-taps)));
+    if (p.height == 1) return;
+    values = entries = panels = 0;
+    for (int h = 1; h <= kMaxPanelHeight; ++h) {
+      values += static_cast<double>(h * p.panel_entries[h - 1]);
+      entries += static_cast<double>(p.panel_entries[h - 1]);
+      panels += static_cast<double>(p.panels[h - 1]);
+    }
+  }
+
+  // How often the products of all panels take `fma`: more where so few sums are in flight that each waits for itself.
+  double products(double vectors) const {
+    if (p.weight_grad) return values;
+    double sum = 0;
+    for (int h = 1; h <= kMaxPanelHeight; ++h) {
+      const double walked = p.height == 1 ? (h == 1 ? values : 0) : static_cast<double>(h * p.panel_entries[h - 1]);
+      sum += walked * std::max(1.0, kChains / (h * vectors));
+    }
+    return sum;
   }
 
   double cycles(const Tiling& t) const;
@@ -62,18 +94,18 @@ struct Costs {
     return vector_bytes * static_cast<double>(p.phases_h * p.phases_w) *
            static_cast<double>(t.blocks * t.groups * t.channel_block) *
            static_cast<double>(std::min(p.grid_h, t.tile_rows * t.patch_rows)) *
-           static_cast<double>(std::min(p.grid_w, t.tile_columns * t.patch_columns));
+           static_cast<double>(std::min(p.grid_w, t.patch_width));
   }
 };
 
 double Costs::cycles(const Tiling& t) const {
-  const std::int64_t rows = ceil_div(p.grid_h, t.tile_rows), columns = ceil_div(p.grid_w, t.tile_columns);
+  const std::int64_t rows = ceil_div(p.grid_h, t.tile_rows), across = ceil_div(p.grid_w, t.patch_width);
+  const std::int64_t columns = across * ceil_div(std::min(p.grid_w, t.patch_width) * t.blocks, t.tile_run);
   const std::int64_t groups = ceil_div(p.batch, static_cast<std::int64_t>(t.blocks) * p.lanes);
   const std::int64_t bundles = ceil_div(groups, t.groups);
-  const std::int64_t boxes = ceil_div(rows, t.patch_rows) * ceil_div(columns, t.patch_columns);
+  const std::int64_t boxes = ceil_div(rows, t.patch_rows) * across;
   const auto tiles = static_cast<double>(rows * columns * groups);
   const auto blocks = static_cast<double>(std::max<std::int64_t>(1, ceil_div(p.source_channels, t.channel_block)));
-  const auto entries = static_cast<double>(p.entries);
   const auto dest_channels = static_cast<double>(p.dest_channels);
   const auto pixels = static_cast<double>(p.grid_h * p.grid_w);
   const double dest_vectors = pixels * static_cast<double>(groups * t.blocks);
@@ -81,48 +113,52 @@ double Costs::cycles(const Tiling& t) const {
 
   const auto phases = static_cast<double>(p.phases_h * p.phases_w);
   const auto patch_h = static_cast<double>(std::min(p.grid_h, t.tile_rows * t.patch_rows));
-  const auto patch_w = static_cast<double>(std::min(p.grid_w, t.tile_columns * t.patch_columns));
+  const auto patch_w = static_cast<double>(std::min(p.grid_w, t.patch_width));
   const auto halo_h = static_cast<double>(p.halo_h), halo_w = static_cast<double>(p.halo_w);
   const double patch_pixels = phases * (patch_h + halo_h) * (patch_w + halo_w);
-  const double tile_pixels =
-      phases * (static_cast<double>(t.tile_rows) + halo_h) * (static_cast<double>(t.tile_columns) + halo_w);
+  // A tile's runs, shifted by every tap: they join where they are no shorter than a pixel.
+  const double tile_run = static_cast<double>(t.tile_run), pixel = static_cast<double>(t.blocks);
+  const double tile_vectors_read =
+      phases * (static_cast<double>(t.tile_rows) + halo_h) * (tile_run + halo_w * std::min(tile_run, pixel));
 
   // What is walked again: a tile's window and the block's entries for every dest channel, a patch for every tile, and
   // a unit's dest for every channel block.
   const double block_vector_bytes = static_cast<double>(t.channel_block * t.blocks) * vector_bytes;
-  const double block_entry_bytes = entries / blocks * entry_bytes;
-  const double window = spilled_l1(tile_pixels * block_vector_bytes + 0.5 * block_entry_bytes);
+  const double block_entry_bytes = (4.0 * entries + static_cast<double>(p.element_size) * values) / blocks;
+  const double window = spilled_l1(tile_vectors_read * static_cast<double>(t.channel_block) * vector_bytes +
+                                   0.5 * block_entry_bytes);
   const double patch = spilled_l2(patch_pixels * block_vector_bytes + block_entry_bytes);
   const double dest =
       spilled_l2(patch_h * patch_w * dest_channels * static_cast<double>(t.blocks * t.groups) * vector_bytes);
 
-  // The first channel block visits every dest channel, later ones those with entries in it.
-  const double revisits = dest_channels * (blocks - 1.0) * (1.0 - std::exp(-entries / (dest_channels * blocks)));
-  const double tasks = dest_channels + revisits;
+  // The first channel block visits every panel, later ones those with entries in it.
+  const double revisits = panels * (blocks - 1.0) * (1.0 - std::exp(-entries / (panels * blocks)));
+  const double tasks = panels + revisits, rows_per_task = dest_channels / panels;
 
   const double lines_per_pixel =
       std::max(1.0, static_cast<double>(t.blocks * t.groups) * vector_bytes / kLineBytes);
   const double dest_lines_per_pixel = std::max(1.0, static_cast<double>(t.blocks) * vector_bytes / kLineBytes);
   const auto source_patches = static_cast<double>(p.source_channels * boxes * bundles);
 
-  double cycles = entries * dest_vectors * (kFma + window / taps_per_pair * ((1.0 - patch) * kFetchL2 + patch * kFetchL3));
-  cycles += entries * tiles * spilled_l1(block_entry_bytes) * kEntryL2;
-  cycles += tasks * tiles * kTask + tiles * blocks * kTile;
-  cycles += source_patches * (patch_pixels * lines_per_pixel * kSourceLine +
-                              static_cast<double>(p.phases_h) * (patch_h + halo_h) * kSourceRun);
-  cycles += dest_channels * (pixels * static_cast<double>(groups) * dest_lines_per_pixel * kDestLine +
-                             static_cast<double>(boxes * bundles) * patch_h * kDestRun);
+  double cycles = dest_vectors * (products(tile_vectors) * k.fma + entries * window / taps_per_pair *
+                                                                       ((1.0 - patch) * k.fetch_l2 + patch * k.fetch_l3));
+  cycles += entries * tiles * spilled_l1(block_entry_bytes) * k.entry_l2;
+  cycles += tasks * tiles * k.task + tiles * blocks * k.tile;
+  cycles += source_patches * (patch_pixels * lines_per_pixel * k.source_line +
+                              static_cast<double>(p.phases_h) * (patch_h + halo_h) * k.source_run);
+  cycles += dest_channels * (pixels * static_cast<double>(groups) * dest_lines_per_pixel * k.dest_line +
+                             static_cast<double>(boxes * bundles) * patch_h * k.dest_run);
   if (static_cast<double>(t.blocks) * vector_bytes < kLineBytes && p.batch > p.lanes) {
-    cycles += tasks * tiles * tile_vectors * kHalfLine;
+    cycles += tasks * rows_per_task * dest_vectors * k.half_line;
   }
   if (p.weight_grad) {
-    cycles += tasks * tiles * tile_vectors * kLoad + revisits * dest_vectors * dest * kLoadL3 + entries * tiles * kSum;
+    cycles += rows_per_task * dest_vectors * (tasks * k.load + revisits * dest * k.load_l3) + values * tiles * k.sum;
   } else {
-    cycles += revisits * dest_vectors * kReload;
+    cycles += rows_per_task * revisits * dest_vectors * k.reload;
   }
   if (p.batch % (static_cast<std::int64_t>(t.blocks) * p.lanes) != 0) {
     // The last lane group goes through a staging patch: packed or unpacked, like the source.
-    cycles += pixels * dest_channels * dest_lines_per_pixel * kSourceLine;
+    cycles += pixels * dest_channels * dest_lines_per_pixel * k.source_line;
   }
   return cycles;
 }
@@ -132,6 +168,17 @@ std::vector<std::int64_t> powers_up_to(std::int64_t most) {
   std::vector<std::int64_t> sizes;
   for (std::int64_t size = 1; size < most; size *= 2) sizes.push_back(size);
   sizes.push_back(most);
+  return sizes;
+}
+
+// Vectors of images that a lane group may have.
+std::vector<std::int64_t> lane_groups(std::int64_t batch_vectors) {
+  constexpr std::int64_t kMost = 32;
+  std::vector<std::int64_t> sizes;
+  for (const std::int64_t size : {1, 2, 3, 4, 8, 16}) {
+    if (size < std::min(batch_vectors, kMost)) sizes.push_back(size);
+  }
+  sizes.push_back(std::min(batch_vectors, kMost));
   return sizes;
 }
 
@@ -145,61 +192,59 @@ std::int64_t balanced_size(std::int64_t extent, std::int64_t size) {
 Tiling choose_tiling(const TilingProblem& problem) {
   const Costs costs(problem);
   const std::int64_t batch_vectors = ceil_div(problem.batch, problem.lanes);
-  const int accumulators = problem.accumulators;
   Tiling best;
   best.cycles = std::numeric_limits<double>::infinity();
 
   // All source channels at once, or blocks whose windows stay in L1 or little beyond it.
-  const auto channel_blocks = [&](std::int64_t blocks, std::int64_t rows, std::int64_t columns) {
-    constexpr std::int64_t kWorthTrying[] = {12, 20, 32, 48, 80};  // KiB
+  const auto channel_blocks = [&](std::int64_t rows, double run, double blocks) {
+    constexpr double kWorthTrying[] = {12, 24, 48, 96};  // KiB
     const std::int64_t all = std::max<std::int64_t>(1, problem.source_channels);
-    const std::int64_t channel_bytes = (rows + problem.halo_h) * (columns + problem.halo_w) * problem.phases_h *
-                                       problem.phases_w * blocks * problem.lanes * problem.element_size;
+    const double channel_bytes = static_cast<double>((rows + problem.halo_h) * problem.phases_h * problem.phases_w) *
+                                 (run + static_cast<double>(problem.halo_w) * std::min(run, blocks)) * costs.vector_bytes;
     std::vector<std::int64_t> sizes;
-    for (const std::int64_t kib : kWorthTrying) {
-      const std::int64_t fitting = kib * 1024 / channel_bytes;
-      if (fitting < 1 || fitting >= all) continue;
-      const std::int64_t size = balanced_size(all, fitting);
+    for (const double kib : kWorthTrying) {
+      const double fitting = kib * 1024 / channel_bytes;
+      if (fitting < 1 || fitting >= static_cast<double>(all)) continue;
+      const std::int64_t size = balanced_size(all, static_cast<std::int64_t>(fitting));
       if (sizes.empty() || sizes.back() != size) sizes.push_back(size);
     }
     sizes.push_back(all);
     return sizes;
   };
-  const auto consider = [&](std::int64_t blocks, std::int64_t most_rows, std::int64_t most_columns) {
+  const auto consider = [&](std::int64_t blocks, std::int64_t groups, std::int64_t most_rows, std::int64_t width,
+                            std::int64_t most_run) {
     const std::int64_t rows = balanced_size(problem.grid_h, most_rows);
-    const std::int64_t columns = balanced_size(problem.grid_w, most_columns);
-    const std::int64_t down = ceil_div(problem.grid_h, rows);
-    const std::int64_t across = ceil_div(problem.grid_w, columns);
+    const std::int64_t run = balanced_size(width * blocks, most_run);
+    const std::vector<std::int64_t> sizes = channel_blocks(rows, static_cast<double>(run), static_cast<double>(blocks));
+    for (const std::int64_t patch_rows : powers_up_to(std::min<std::int64_t>(ceil_div(problem.grid_h, rows), 8))) {
+      for (const std::int64_t channel_block : sizes) {
+        Tiling tiling{static_cast<int>(blocks), static_cast<int>(groups), rows, run, patch_rows, width,
+                      channel_block, problem.height, 0};
+        if (groups > 1 && costs.packed_bytes(tiling) > kMostPackedBytes) break;  // larger blocks are larger still
+        tiling.cycles = costs.cycles(tiling);
+        if (tiling.cycles < best.cycles) best = tiling;
+      }
+    }
+  };
+  // A panel's weight gradient has its sums in registers and walks a patch as one tile.
+  const bool whole_patches = problem.height > 1 && problem.weight_grad;
+  const std::int64_t vectors = std::max(1, problem.accumulators / problem.height);
+  for (const std::int64_t blocks : lane_groups(batch_vectors)) {
     const std::int64_t lane_groups = ceil_div(batch_vectors, blocks);
-    const std::vector<std::int64_t> sizes = channel_blocks(blocks, rows, columns);
     for (const std::int64_t most_groups : powers_up_to(std::min<std::int64_t>(lane_groups, 8))) {
       const std::int64_t groups = balanced_size(lane_groups, most_groups);
       // Units of less than a cache line would fetch and dirty every line twice.
       if (groups < lane_groups && static_cast<double>(groups * blocks) * costs.vector_bytes < kLineBytes) continue;
-      for (const std::int64_t patch_rows : powers_up_to(std::min<std::int64_t>(down, 8))) {
-        for (const std::int64_t patch_columns : powers_up_to(std::min<std::int64_t>(across, 8))) {
-          for (const std::int64_t channel_block : sizes) {
-            Tiling tiling{static_cast<int>(blocks), static_cast<int>(groups), rows, columns, patch_rows, patch_columns,
-                          channel_block, 0};
-            if (groups > 1 && costs.packed_bytes(tiling) > kMostPackedBytes) break;  // larger blocks are larger still
-            tiling.cycles = costs.cycles(tiling);
-            if (tiling.cycles < best.cycles) best = tiling;
-          }
+      for (const std::int64_t parts : {1, 2, 4}) {
+        if (parts > problem.grid_w) break;
+        const std::int64_t width = ceil_div(problem.grid_w, parts);
+        const std::int64_t most_rows = whole_patches ? 8 : problem.height > 1 ? 1 : kMaxTileRows;
+        for (std::int64_t rows = 1; rows <= std::min(problem.grid_h, most_rows); ++rows) {
+          if (whole_patches && (rows & (rows - 1)) != 0 && rows != problem.grid_h) continue;
+          if (!whole_patches && rows > vectors) break;
+          consider(blocks, groups, rows, width, whole_patches ? width * blocks : vectors / rows);
         }
       }
-    }
-  };
-  const std::int64_t most_blocks = std::min<std::int64_t>(batch_vectors, accumulators);
-  for (std::int64_t blocks = 1; blocks <= most_blocks; ++blocks) {
-    // More blocks than four pay only where there are few pixels to share a register tile.
-    if (blocks > 4 && problem.grid_h * problem.grid_w > 4) break;
-    for (std::int64_t rows = 1; rows <= std::min<std::int64_t>(problem.grid_h, kMaxTileRows); ++rows) {
-      const std::int64_t most_columns = std::min<std::int64_t>(problem.grid_w, accumulators / (rows * blocks));
-      if (most_columns < 1) break;
-      consider(blocks, rows, most_columns);
-      // The next width that cuts the grid into another number of tiles.
-      const std::int64_t narrower = ceil_div(problem.grid_w, ceil_div(problem.grid_w, most_columns) + 1);
-      if (narrower < most_columns && rows * narrower * blocks * 2 >= accumulators) consider(blocks, rows, narrower);
     }
   }
   return best;

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "plan/row_groups.h"
+
 namespace fedpai {
 
 // What the choice depends on. One pass walks `entries` non-zeros for every pixel of a grid_h x grid_w dest grid.
@@ -20,22 +22,29 @@ struct TilingProblem {
   int accumulators;  // vectors that a register tile may have
   bool weight_grad;  // one running sum per entry instead of one per dest vector
   bool rows_join;    // neighbouring pixels of a row are neighbours on both sides: no steps between columns
+
+  // Where dest channels are walked in panels: the tallest's height, and by height - 1 how many panels there are and how
+  // many entries they have. `entries` counts those of single rows, as many as there are weights.
+  int height = 1;
+  std::int64_t panels[kMaxPanelHeight] = {};
+  std::int64_t panel_entries[kMaxPanelHeight] = {};
 };
 
 struct Tiling {
   int blocks = 1;                   // vectors of images per pixel: a lane group
   int groups = 1;                   // neighbouring lane groups packed together
-  std::int64_t tile_rows = 1;       // largest register tile, in pixels
-  std::int64_t tile_columns = 1;
-  std::int64_t patch_rows = 1;      // a patch, in register tiles
-  std::int64_t patch_columns = 1;
+  std::int64_t tile_rows = 1;       // largest register tile: rows of pixels,
+  std::int64_t tile_run = 1;        // and vectors in each, which need not be whole pixels
+  std::int64_t patch_rows = 1;      // a patch: rows of register tiles,
+  std::int64_t patch_width = 1;     // and pixels in each
   std::int64_t channel_block = 1;   // source channels packed at a time
+  int height = 1;                   // of the tallest panel
   double cycles = 0;                // the model's estimate for the whole pass on one core
 
   // Whether both lay out a pass alike.
   bool operator==(const Tiling& o) const {
-    return blocks == o.blocks && groups == o.groups && tile_rows == o.tile_rows && tile_columns == o.tile_columns &&
-           patch_rows == o.patch_rows && patch_columns == o.patch_columns && channel_block == o.channel_block;
+    return blocks == o.blocks && groups == o.groups && tile_rows == o.tile_rows && tile_run == o.tile_run &&
+           patch_rows == o.patch_rows && patch_width == o.patch_width && channel_block == o.channel_block && height == o.height;
   }
 };
 

@@ -9,6 +9,7 @@
 //     static constexpr int lanes      elements per register
 //     static constexpr int accumulators   registers a kernel may pin for sums; the rest hold operands
 //     static constexpr int pinned     registers it may pin for operands, when sums of its own take three more
+//     static constexpr int panel      registers it may pin for sums that share operands: three or four hold those
 //     zero() set1(x)
 //     load(p) store(p, v)             p aligned to the register
 //     loadu(p) storeu(p, v)           any p

@@ -25,6 +25,7 @@ struct Vec<float> {
   static constexpr int lanes = 8;
   static constexpr int accumulators = 14;  // 16 less the broadcast weight and one spare; loads fold into the FMA
   static constexpr int pinned = 12;
+  static constexpr int panel = 12;
 
   static FEDPAI_INLINE reg zero() { return _mm256_setzero_ps(); }
   static FEDPAI_INLINE reg set1(float x) { return _mm256_set1_ps(x); }
@@ -89,6 +90,7 @@ struct Vec<double> {
   static constexpr int lanes = 4;
   static constexpr int accumulators = 14;
   static constexpr int pinned = 12;
+  static constexpr int panel = 12;
 
   static FEDPAI_INLINE reg zero() { return _mm256_setzero_pd(); }
   static FEDPAI_INLINE reg set1(double x) { return _mm256_set1_pd(x); }

@@ -21,6 +21,7 @@ struct Vec<float> {
   static constexpr int lanes = 16;
   static constexpr int accumulators = 28;
   static constexpr int pinned = 26;
+  static constexpr int panel = 24;
 
   static FEDPAI_INLINE reg zero() { return _mm512_setzero_ps(); }
   static FEDPAI_INLINE reg set1(float x) { return _mm512_set1_ps(x); }
@@ -85,6 +86,7 @@ struct Vec<double> {
   static constexpr int lanes = 8;
   static constexpr int accumulators = 28;
   static constexpr int pinned = 26;
+  static constexpr int panel = 24;
 
   static FEDPAI_INLINE reg zero() { return _mm512_setzero_pd(); }
   static FEDPAI_INLINE reg set1(double x) { return _mm512_set1_pd(x); }

@@ -21,6 +21,7 @@ struct Vec<float> {
   static constexpr int lanes = 4;
   static constexpr int accumulators = 24;
   static constexpr int pinned = 22;
+  static constexpr int panel = 24;
 
   static FEDPAI_INLINE reg zero() { return vdupq_n_f32(0.0f); }
   static FEDPAI_INLINE reg set1(float x) { return vdupq_n_f32(x); }
@@ -80,6 +81,7 @@ struct Vec<double> {
   static constexpr int lanes = 2;
   static constexpr int accumulators = 24;
   static constexpr int pinned = 22;
+  static constexpr int panel = 24;
 
   static FEDPAI_INLINE reg zero() { return vdupq_n_f64(0.0); }
   static FEDPAI_INLINE reg set1(double x) { return vdupq_n_f64(x); }

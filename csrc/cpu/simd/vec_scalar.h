@@ -18,6 +18,7 @@ struct Vec {
   static constexpr int lanes = static_cast<int>(64 / sizeof(T));
   static constexpr int accumulators = 28;
   static constexpr int pinned = 26;
+  static constexpr int panel = 24;
   struct alignas(64) reg {
     T x[lanes];
   };

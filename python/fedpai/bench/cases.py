@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
@@ -17,6 +18,8 @@ from fedpai.bench.errors import BenchError
 
 Pair = tuple[int, int]
 KINDS = ("conv2d", "linear")
+TRANSFORMER = "transformer"
+"""The name of a list without a network: the linear layers of one block of ViT-Base (:func:`layers_of_transformer`)."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class LayerCase:
         in_channels, out_channels: also features of a linear layer.
         kernel, stride, padding, dilation: (vertical, horizontal); (1, 1), (1, 1), (0, 0), (1, 1) for linear.
         groups: of a convolution.
-        image: (height, width) of the input; (1, 1) for linear.
+        image: (height, width) of the input; (1, rows) for a linear layer, of which it is given so many for each image
+            of the batch: 1, or the tokens of a transformer.
         count: how many layers of the network have these sizes.
     """
 
@@ -44,6 +48,11 @@ class LayerCase:
     groups: int = 1
     image: Pair = (1, 1)
     count: int = 1
+
+    @property
+    def rows(self) -> int:
+        """How many inputs a linear layer is given for each image."""
+        return math.prod(self.image)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -64,22 +73,25 @@ class LayerCase:
         return h, w
 
     def input_shape(self, batch: int) -> tuple[int, ...]:
-        """Of a batch of inputs."""
+        """Of a batch of inputs; the rows of a linear layer are one dimension."""
         if self.kind == "linear":
-            return (batch, self.in_channels)
+            return (batch * self.rows, self.in_channels)
         return (batch, self.in_channels, *self.image)
 
     def output_shape(self, batch: int) -> tuple[int, ...]:
         """Of a batch of outputs."""
         if self.kind == "linear":
-            return (batch, self.out_channels)
+            return (batch * self.rows, self.out_channels)
         return (batch, self.out_channels, *self.output)
 
     @property
     def label(self) -> str:
-        """Sizes in one word, e.g. ``64-128 3x3/2 @32``: channels, kernel, stride unless 1, image."""
+        """Sizes in one word, e.g. ``64-128 3x3/2 @32``: channels, kernel, stride unless 1, image; or
+        ``192-768 linear x64``: features, rows for each image unless 1.
+        """
         if self.kind == "linear":
-            return f"{self.in_channels}-{self.out_channels} linear"
+            rows = "" if self.rows == 1 else f" x{self.rows}"
+            return f"{self.in_channels}-{self.out_channels} linear{rows}"
         stride = "" if self.stride == (1, 1) else f"/{_one_or_two(self.stride)}"
         groups = "" if self.groups == 1 else f" g{self.groups}"
         size = f"{self.kernel[0]}x{self.kernel[1]}{stride} @{_one_or_two(self.image)}"
@@ -143,8 +155,30 @@ def case_of(name: str, module: nn.Module, input_shape: Sequence[int]) -> LayerCa
             image,
         )
     if isinstance(module, nn.Linear):
-        return LayerCase(name, "linear", module.in_features, module.out_features)
+        rows = math.prod(int(size) for size in input_shape[1:-1])
+        return LayerCase(name, "linear", module.in_features, module.out_features, image=(1, rows))
     raise TypeError(f"layer {name}: expected nn.Conv2d or nn.Linear, got {type(module).__name__}")
+
+
+def layers_of_transformer() -> list[LayerCase]:
+    """Hidden layer and attention of ViT-Base (arXiv 2010.11929), 768 channels; the batch is images x tokens."""
+    return [
+        LayerCase("mlp.fc1", "linear", 768, 3072),
+        LayerCase("mlp.fc2", "linear", 3072, 768),
+        LayerCase("attention.qkv", "linear", 768, 2304),
+        LayerCase("attention.out", "linear", 768, 768),
+    ]
+
+
+def layers_named(model: str) -> list[LayerCase]:
+    """Of a network by name, of :data:`TRANSFORMER`, or of a CSV file.
+
+    Raises:
+        BenchError: an unknown name, or a file that is no list.
+    """
+    if model == TRANSFORMER:
+        return layers_of_transformer()
+    return read_csv(Path(model)) if model.endswith(".csv") else layers_of_network(model)
 
 
 def layers_of_network(name: str, in_channels: int = 3, image_size: int = 32) -> list[LayerCase]:

@@ -45,7 +45,7 @@ def _add_layers(kinds: argparse._SubParsersAction[Any]) -> None:
         type=_words,
         default=["resnet18"],
         metavar="NAME,..",
-        help="networks, or CSV files of layers (resnet18)",
+        help="networks, CSV files of layers, or transformer: linear layers of ViT-Base (resnet18)",
     )
     add(
         "--density",
@@ -125,6 +125,12 @@ def _add_common(parser: argparse.ArgumentParser, rivals: str) -> None:
         help="uniform, or a criterion: erk, grasp, magnitude, random, snip, synflow (uniform)",
     )
     add(
+        "--structure",
+        default="weight",
+        metavar="NAME",
+        help="which weights masks keep together: weight, 16x1 or any RxC, 16x1-taps, channel, 2:4, fan-in (weight)",
+    )
+    add(
         "--mask-data",
         default="fashion-mnist",
         metavar="NAME",
@@ -196,10 +202,11 @@ def _guarded(command: Callable[[argparse.Namespace], None]) -> Callable[[argpars
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    """What both commands do first: threads, and whether the results can be written."""
+    """What both commands do first: threads, the structure by its one name, and whether the results can be written."""
     import torch
 
     from fedpai.bench.errors import BenchError
+    from fedpai.bench.masks import check_structure
     from fedpai.bench.rows import check_writable
 
     if getattr(arguments, "profile", False):
@@ -216,6 +223,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         arguments.rivals = arguments.usual_rivals
     elif arguments.rivals == ["none"]:
         arguments.rivals = []
+    arguments.structure = str(check_structure(arguments.structure))
     if arguments.json is not None:
         check_writable(arguments.json)
     if arguments.threads is not None:
@@ -243,6 +251,7 @@ def _layers(arguments: argparse.Namespace) -> None:
         models=arguments.model,
         densities=arguments.density,
         mask=arguments.mask,
+        structure=arguments.structure,
         batch=arguments.batch,
         directions=arguments.directions,
         rivals=arguments.rivals,
@@ -274,6 +283,7 @@ def _step(arguments: argparse.Namespace) -> None:
         models=arguments.model,
         sparsities=arguments.sparsity,
         mask=arguments.mask,
+        structure=arguments.structure,
         batch=arguments.batch,
         rivals=arguments.rivals,
         compiled=arguments.compiled,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedpai.bench import masks as bench_masks
-from fedpai.bench.cases import LayerCase, layers_of_network, merged, read_csv, select
+from fedpai.bench.cases import TRANSFORMER, LayerCase, layers_named, merged, select
 from fedpai.bench.errors import BenchError
 from fedpai.bench.machine import MachineModel, identity, last_cache_bytes
 from fedpai.bench.rivals import CONTENDERS, DEFAULT_RIVALS, RIVALS, Contender, Problem, Unavailable
@@ -21,6 +21,7 @@ from fedpai.bench.rivals.base import TOLERANCE
 from fedpai.bench.rows import Result, Row, common, results_of
 from fedpai.bench.timing import Call, Effort, Timing, interleave
 from fedpai.bench.work import DIRECTIONS, passes_of, work_of
+from fedpai_kernels.structure import Block, describe
 
 MASK_SEED = 0
 
@@ -30,9 +31,10 @@ class Settings:
     """What to measure.
 
     Attributes:
-        models: networks by name, or CSV files of layers.
+        models: networks by name, CSV files of layers, or "transformer".
         densities: share of the weights that is kept, of each layer ("uniform") or of the network.
         mask: "uniform", or a criterion that allocates the network's weights to its layers.
+        structure: of the masks; a name of :mod:`fedpai_kernels.structure`.
         batch: images.
         directions: of :data:`fedpai.bench.work.DIRECTIONS`.
         rivals: of :data:`fedpai.bench.rivals.RIVALS`.
@@ -47,6 +49,7 @@ class Settings:
     models: Sequence[str]
     densities: Sequence[float]
     mask: str = "uniform"
+    structure: str = "weight"
     batch: int = 64
     directions: Sequence[str] = ("forward", "input-grad", "weight-grad", "train")
     rivals: Sequence[str] = DEFAULT_RIVALS
@@ -71,36 +74,51 @@ def prepare(settings: Settings) -> list[Group]:
     """What there is to measure.
 
     Raises:
-        BenchError: an unknown name, a file that is no layer list, or no layer left.
+        BenchError: an unknown name, a file that is no layer list, no layer left, or a structure that none can have.
     """
     _check_names(settings)
     bench_masks.check_kind(settings.mask)
     found = []
     for model in settings.models:
-        cases = read_csv(Path(model)) if model.endswith(".csv") else layers_of_network(model)
+        cases = layers_named(model)
         if settings.mask == "uniform":
             for case in select(merged(cases), settings.patterns, settings.kinds):
                 masks = {
-                    d: bench_masks.uniform_mask(case.weight_shape, d, MASK_SEED) for d in settings.densities
+                    d: bench_masks.uniform_mask(
+                        case.weight_shape, d, MASK_SEED, structure=settings.structure, groups=case.groups
+                    )
+                    for d in settings.densities
                 }
                 found.append(Group(Path(model).stem, case, masks))
         else:
             found += _by_criterion(model, select(cases, settings.patterns, settings.kinds), settings)
     if not found:
         raise BenchError(f"--layers: no layer of {', '.join(settings.models)} matches")
+    block = bench_masks.check_structure(settings.structure)
+    if isinstance(block, Block) and not any(_has_room(group.case, block) for group in found):
+        raise BenchError(f"--structure {block}: the block is larger than every layer that is measured")
     return found
+
+
+def _has_room(case: LayerCase, block: Block) -> bool:
+    return case.out_channels // case.groups >= block.rows and case.in_channels // case.groups >= block.columns
 
 
 def _by_criterion(model: str, cases: Sequence[LayerCase], settings: Settings) -> list[Group]:
     """Every layer has a mask of its own, so layers of equal sizes stay apart."""
     from fedpai import models
 
-    if model.endswith(".csv"):
+    if model.endswith(".csv") or model == TRANSFORMER:
         raise BenchError(f"--mask {settings.mask}: needs a network, and {model} is a list of layers")
     network = models.create(model, seed=MASK_SEED)
     masks = {
         density: bench_masks.network_masks(
-            network, settings.mask, 1 - density, data=settings.mask_data, seed=MASK_SEED
+            network,
+            settings.mask,
+            1 - density,
+            structure=settings.structure,
+            data=settings.mask_data,
+            seed=MASK_SEED,
         )[0]
         for density in settings.densities
     }
@@ -208,6 +226,8 @@ class _Bench:
             **start,
             "model": self.group.model,
             "mask": settings.mask,
+            "structure": settings.structure,
+            "structure_found": describe(problem.mask, case.groups),
             "density": round(problem.plan.density, 6),
             "batch": settings.batch,
             "layer": case.name,

@@ -22,11 +22,11 @@ def detail_tables(rows: Sequence[Row]) -> list[Table]:
 
 def _detail_table(model: str, rows: Sequence[Row]) -> Table:
     rivals = [name for name in rows[0]["results"] if name != "ours"]
-    head = ["layer", "sizes", "n", "density", "direction", "ours ms", "20-80 %"]
+    head = ["layer", "sizes", "structure", "n", "density", "direction", "ours ms", "20-80 %"]
     head += [f"{name} ms" for name in rivals] + [f"/ {name}" for name in rivals]
     head += ["bound ms", "GFLOP/s", "as dense", "choice"]
     title = f"{model}, {rows[0]['mask']} masks, batch {rows[0]['batch']}"
-    table = Table(head, left=2, title=title)
+    table = Table(head, left=3, title=title)
     order = {name: number for number, name in enumerate(dict.fromkeys(row["layer"] for row in rows))}
     for row in sorted(rows, key=lambda r: (order[r["layer"]], -r["target_density"])):
         ours = best_of(row, "ours")
@@ -39,6 +39,7 @@ def _detail_table(model: str, rows: Sequence[Row]) -> Table:
             [
                 row["layer"],
                 row["label"],
+                structure_of(row),
                 str(row["count"]),
                 kept(row),
                 row["direction"],
@@ -57,6 +58,11 @@ def _detail_table(model: str, rows: Sequence[Row]) -> Table:
 def kept(row: Row) -> str:
     """Density of a layer: as asked for where masks are uniform, else what the criterion gave it."""
     return f"{row['target_density'] if row['mask'] == 'uniform' else round(row['density'], 4):g}"
+
+
+def structure_of(row: Row) -> str:
+    """Of a layer's mask: as found in it, or in older rows as asked for."""
+    return str(row.get("structure_found", row["structure"]))
 
 
 def _speedup(row: Row, rival: str) -> str:

@@ -58,7 +58,9 @@ def _measure(
 ) -> Row:
     label = f"{model}, {settings.mask} {sparsity:g}"
     progress(f"{label}: masks")
-    task, data = bench_step.task_of(model, settings.mask, sparsity, settings.batch, settings.mask_data)
+    task, data = bench_step.task_of(
+        model, settings.mask, sparsity, settings.batch, settings.mask_data, settings.structure
+    )
     setting = bench_step.setting_of(settings, model, sparsity, task, data)
     progress(f"{label}: reference losses")
     expected = masked_losses(task)

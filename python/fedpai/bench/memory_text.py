@@ -20,9 +20,9 @@ _METHODS = {
 
 def memory_table(rows: Sequence[Row]) -> Table:
     """Every contender in each of its variants."""
-    head = ["model", "mask", "contender", "variant", "peak MB", "of dense", "live MB"]
+    head = ["model", "mask", "structure", "contender", "variant", "peak MB", "of dense", "live MB"]
     title = f"memory of training, batch {rows[0]['batch']}, {rows[0]['steps']} steps"
-    table = Table(head, left=4, title=title)
+    table = Table(head, left=5, title=title)
     for row in rows:
         for name, variants in row["peaks"].items():
             for variant, numbers in variants.items():
@@ -31,6 +31,7 @@ def memory_table(rows: Sequence[Row]) -> Table:
                     [
                         row["model"],
                         mask_label(row),
+                        row["structure"],
                         name,
                         variant,
                         digits(numbers["peak_bytes"] / 1e6),

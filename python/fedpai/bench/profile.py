@@ -91,7 +91,7 @@ def measure(
             label = f"{model}, {settings.mask} {sparsity:g}"
             progress(f"{label}: masks")
             task, data = bench_step.task_of(
-                model, settings.mask, sparsity, settings.batch, settings.mask_data
+                model, settings.mask, sparsity, settings.batch, settings.mask_data, settings.structure
             )
             progress(f"{label}: reference losses")
             trainer = _checked_trainer(task, label)
@@ -103,6 +103,7 @@ def measure(
             setting = {
                 "model": model,
                 "mask": settings.mask,
+                "structure": settings.structure,
                 "density": round(kept.density, 6),
                 "batch": settings.batch,
                 "sparsity": sparsity,

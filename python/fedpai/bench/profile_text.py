@@ -23,6 +23,7 @@ _MARKS = {
     "linear": ("L", "bright_magenta"),
     "norm forward": ("N", "bright_green"),
     "norm backward": ("n", "green"),
+    "attention": ("T", "bright_white"),
     "residual add": ("R", "yellow"),
     "activation": ("A", "bright_yellow"),
     "pooling": ("P", "magenta"),
@@ -45,7 +46,8 @@ def title(rows: Sequence[Row]) -> str:
     first = rows[0]
     step = first["step"]
     return (
-        f"{first['model']}, {mask_label(first)}, batch {first['batch']}: our step takes {digits(step['plain_ms'])} ms, "
+        f"{first['model']}, {mask_label(first)}, structure {first['structure']}, batch {first['batch']}: "
+        f"our step takes {digits(step['plain_ms'])} ms, "
         f"{digits(step['traced_ms'])} ms under the trace; medians of {step['samples']}"
     )
 

@@ -2,8 +2,9 @@
 """Result rows: one JSON object a line, complete in itself, so that files can be appended to and joined.
 
 Every row has ``schema``, ``row`` ("layer", "step", "profile" or "memory"), ``time``, ``machine``, ``software``,
-``commit``, ``threads``, ``isa``, ``machine_model``, ``model``, ``mask``, ``density``, ``batch``. Those of layers and
-steps have ``results``: for each contender
+``commit``, ``threads``, ``isa``, ``machine_model``, ``model``, ``mask``, ``structure`` (of the masks, as it was asked
+for; rows without it are read as "weight"), ``density``, ``batch``. Those of layers and steps have ``results``: for each
+contender
 
     {"status": "ok", "best": variant, "variants": {variant: {"median_ms": ..., "q20_ms": ..., ...}}}
     {"status": "wrong" | "unavailable", "reason": text}
@@ -11,7 +12,8 @@ steps have ``results``: for each contender
 and ``speedup``: {rival: its best variant's median over ours}. In a step row a variant has ``first_step_ms`` as well,
 and ours ``convert_ms``, what `sparsify_` took. A profile row is one part of our step, of one layer or
 (``layer`` null) of all: ``counted`` says whether it is an "operation", a "gap" between operations, or the "remainder"
-that the trace does not show, and ``step`` what holds for the whole. A memory row has ``peaks``: {contender: {variant:
+that the trace does not show, and ``step`` what holds for the whole. A layer row has ``structure_found``, what
+:func:`fedpai_kernels.structure.describe` says of its mask. A memory row has ``peaks``: {contender: {variant:
 {"peak_bytes": ..., "start_bytes": ..., ...}}}, as written in ``memory.py``.
 """
 
@@ -152,7 +154,7 @@ def read(paths: Iterable[Path]) -> Iterator[Row]:
                 problem = str(error)
             if problem:
                 raise BenchError(f"{path}, line {number}: {problem}")
-            yield row
+            yield {"structure": "weight", **row}
 
 
 def check(row: object) -> str:

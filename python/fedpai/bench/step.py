@@ -32,6 +32,7 @@ class Settings:
         models: networks of :mod:`fedpai.models`, by name.
         sparsities: shares of the weights that are removed.
         mask: "uniform", or another criterion or allocation of :func:`fedpai.pruning.criteria`.
+        structure: of the masks; a name of :mod:`fedpai_kernels.structure`.
         batch: images.
         rivals: of :data:`RIVALS`.
         compiled: whether dense torch is tried compiled as well.
@@ -43,6 +44,7 @@ class Settings:
     models: Sequence[str]
     sparsities: Sequence[float]
     mask: str = "uniform"
+    structure: str = "weight"
     batch: int = 64
     rivals: Sequence[str] = RIVALS
     compiled: bool = True
@@ -81,11 +83,18 @@ def measure(
 
 
 def task_of(
-    model: str, mask: str, sparsity: float, batch: int, mask_data: str = bench_masks.SCORING_DATA
+    model: str,
+    mask: str,
+    sparsity: float,
+    batch: int,
+    mask_data: str = bench_masks.SCORING_DATA,
+    structure: str = "weight",
 ) -> tuple[Task, str | None]:
     """A network with masked weights and one batch of random images, and the data its masks were scored with."""
     network = network_of(model, seed=SEED)
-    masks, data = bench_masks.network_masks(network, mask, sparsity, data=mask_data, seed=SEED)
+    masks, data = bench_masks.network_masks(
+        network, mask, sparsity, structure=structure, data=mask_data, seed=SEED
+    )
     return task_with(network, masks, batch), data
 
 
@@ -124,6 +133,7 @@ def setting_of(settings: Settings, model: str, sparsity: float, task: Task, data
     return {
         "model": model,
         "mask": settings.mask,
+        "structure": settings.structure,
         "density": round(kept.density, 6),
         "batch": settings.batch,
         "sparsity": sparsity,
@@ -137,7 +147,9 @@ def setting_of(settings: Settings, model: str, sparsity: float, task: Task, data
 def _measure(settings: Settings, model: str, sparsity: float, progress: Callable[[str], None]) -> Row:
     label = f"{model}, {settings.mask} {sparsity:g}"
     progress(f"{label}: masks")
-    task, data = task_of(model, settings.mask, sparsity, settings.batch, settings.mask_data)
+    task, data = task_of(
+        model, settings.mask, sparsity, settings.batch, settings.mask_data, settings.structure
+    )
     setting = setting_of(settings, model, sparsity, task, data)
     task = replace(task, bf16=settings.bf16)
     progress(f"{label}: reference losses")

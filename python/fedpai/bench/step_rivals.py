@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedpai.bench.rivals.sparseprop import installed
+from fedpai.bench.cases import case_of
+from fedpai.bench.rivals.sparseprop import installed, unsupported
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
 CHECKED_STEPS = 3
@@ -151,10 +152,15 @@ def _sparseprop(task: Task, compiled: bool) -> dict[str, Build]:
         from sparseprop.modules import SparseConv2d, SparseLinear
         from sparseprop.utils import swap_modules_with_sparse
 
+        # What it would convert wrongly, or not at all, stays dense.
+        convs = ((n, m) for n, m in task.network.named_modules() if isinstance(m, nn.Conv2d))
+        skipped = [name for name, conv in convs if unsupported(case_of(name, conv, task.images.shape))]
         # It chooses between dense and sparse by one timed call, so the first conversion only warms up.
         for _ in range(2):
             with contextlib.redirect_stdout(io.StringIO()):
-                network: nn.Module = swap_modules_with_sparse(task.network, tuple(task.images.shape))
+                network: nn.Module = swap_modules_with_sparse(
+                    task.network, tuple(task.images.shape), skip_modules=",".join(skipped)
+                )
         swapped = sum(isinstance(module, SparseConv2d | SparseLinear) for module in network.modules())
         if not swapped:
             return "it swapped no layer"

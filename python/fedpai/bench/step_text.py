@@ -11,21 +11,21 @@ from fedpai.bench.table import Table, digits, ratio
 
 def step_table(rows: Sequence[Row]) -> Table:
     """Every contender in each of its variants; the best variant of each is marked."""
-    head = ["model", "mask", "contender", "variant", "ms/step", "20-80 %", "first", "ms/image", "ours is"]
-    table = Table(head, left=4, title=f"whole training step, batch {rows[0]['batch']}")
+    head = ["model", "mask", "structure", "contender", "variant", "ms/step", "20-80 %", "first", "ms/image", "ours is"]
+    table = Table(head, left=5, title=f"whole training step, batch {rows[0]['batch']}")
     for row in rows:
         ours = best_of(row, "ours")
+        what = [row["model"], mask_label(row), row["structure"]]
         for name, result in row["results"].items():
             if result["status"] != "ok":
-                table.rows.append([row["model"], mask_label(row), name, result["status"], *["-"] * 5])
+                table.rows.append([*what, name, result["status"], *["-"] * 5])
                 continue
             for variant, numbers in result["variants"].items():
                 faster = None if ours is None or name == "ours" else numbers["median_ms"] / ours["median_ms"]
                 best = " *" if variant == result["best"] and len(result["variants"]) > 1 else ""
                 table.rows.append(
                     [
-                        row["model"],
-                        mask_label(row),
+                        *what,
                         name,
                         variant + best,
                         digits(numbers["median_ms"]),

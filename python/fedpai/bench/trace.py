@@ -33,6 +33,8 @@ PARTS = {
     "linear backward": OPERATION,
     "norm forward": OPERATION,
     "norm backward": OPERATION,
+    "attention forward": OPERATION,
+    "attention backward": OPERATION,
     "residual add": OPERATION,
     "activation": OPERATION,
     "pooling forward": OPERATION,
@@ -170,12 +172,17 @@ _BEGINNINGS = (
     (("fedpai::batch_norm", "_BatchNorm", "aten::batch_norm"), "norm forward"),
     (("fedpai::group_norm_backward", "_GroupNormBackward", "NativeGroupNormBackward"), "norm backward"),
     (("fedpai::group_norm", "_GroupNorm", "aten::group_norm"), "norm forward"),
+    (("aten::layer_norm",), "norm forward"),
+    (("NativeLayerNormBackward",), "norm backward"),
+    (("aten::scaled_dot_product_attention",), "attention forward"),
+    (("ScaledDotProduct",), "attention backward"),
     # What is left of a norm and its convolution in one, once the convolution's own operations are taken out.
     (("_NormConv2dBackward",), "norm backward"),
     (("_NormConv2d",), "norm forward"),
     (("aten::cross_entropy", "aten::log_softmax", "aten::nll_loss"), "loss"),
     (("aten::_log_softmax", "LogSoftmaxBackward", "NllLossBackward"), "loss"),
     (("aten::relu", "aten::threshold", "aten::dropout", "ReluBackward", "aten::native_dropout"), "activation"),
+    (("aten::gelu", "GeluBackward"), "activation"),
 )
 _POOLING = ("pool2d", "_Average", "_Max", "MaxPool2D", "AvgPool2D", "Pool2dWith")
 _ENGINE = "autograd::engine::evaluate_function: "

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from fedpai.federation.config import (
+    BUDGETS,
     DENSE_FORMATS,
     MASK_MODES,
     PRESETS,
@@ -55,6 +56,17 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     what.add_argument("--width", type=float, metavar="X", help="factor on the network's channel counts (1.0)")
     what.add_argument(
         "--sparsity", type=float, metavar="S", help="share of conv and linear weights removed (0.98)"
+    )
+    what.add_argument(
+        "--budget",
+        metavar="WHAT",
+        help=f"what the sparsity is a share of: {' or '.join(BUDGETS)}, the multiply-adds of one image (weights)",
+    )
+    what.add_argument(
+        "--structure",
+        metavar="NAME",
+        help="what is kept or removed together: weight, a block such as 16x1 or 8x8-taps, channel, 2:4, fan-in "
+        "(weight)",
     )
     what.add_argument("--criterion", metavar="NAME", help="how weights are scored before training (grasp)")
     what.add_argument(

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 MASK_MODES = ("shared", "personal")
+BUDGETS = ("weights", "flops")
 DENSE_FORMATS = ("channels_last", "contiguous")
 
 
@@ -26,6 +27,9 @@ class RunConfig:
         data, data_root: data set name and the folder to look in (None: the loader's own search).
         sparsity: share of the conv and linear weights that is removed.
         criterion: how weights are scored before training (methods that prune on data).
+        structure: what is kept or removed together: "weight", a block such as "16x1" or "8x8-taps", "channel",
+            "2:4" or "fan-in" (see docs/structure.md).
+        budget: what the sparsity is a share of: "weights", or "flops" for the multiply-adds of one image.
         mask_mode: "shared" (one mask for everybody) or "personal" (each client its own).
         clients, sample: number of clients, and how many of them train in a round.
         rounds, local_epochs, batch: length of the run, passes per round, images per step.
@@ -45,6 +49,8 @@ class RunConfig:
     data_root: str | None = None
     sparsity: float = 0.98
     criterion: str = "grasp"
+    structure: str = "weight"
+    budget: str = "weights"
     mask_mode: str = "shared"
     clients: int = 10
     sample: int = 10
@@ -83,6 +89,8 @@ class RunConfig:
         if self.alpha is not None:
             _positive("alpha", self.alpha)
         one_of("mask-mode", self.mask_mode, MASK_MODES)
+        one_of("budget", self.budget, BUDGETS)
+        _structure(self.structure)
         one_of("dense-format", self.dense_format, DENSE_FORMATS)
         if self.baseline == self.method:
             raise ConfigError(f"--baseline {self.baseline} is the method itself; name another one")
@@ -170,6 +178,16 @@ def one_of(name: str, value: object, known: tuple[str, ...] | list[str]) -> None
     """Raises ConfigError unless the value is one of the known ones."""
     if value not in known:
         raise ConfigError(f"unknown {option(name)} {value!r}, expected one of: {', '.join(known)}")
+
+
+def _structure(name: str) -> None:
+    # Here, because a parser of command lines must not wait for torch.
+    from fedpai_kernels.structure import parse
+
+    try:
+        parse(name)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
 
 
 def _at_least(name: str, value: object, least: int) -> None:

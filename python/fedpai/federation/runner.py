@@ -23,6 +23,7 @@ from fedpai.federation.layout import Layout
 from fedpai.federation.progress import Progress
 from fedpai.federation.seeds import derive, generator
 from fedpai.federation.server import Server
+from fedpai.methods.fixed import chooser
 
 LOCAL_DATA = Path("data")
 """Where `make data` unpacks files on a machine that it may not install packages on."""
@@ -77,7 +78,10 @@ class Run:
         self.progress = progress or Progress()
         self.data = load_data(config) if data is None else data
         self.partition = split(config, self.data)
-        self.layout = Layout.of(create_model(config, self.data))
+        model = create_model(config, self.data)
+        self.layout = Layout.of(model)
+        if any("structure" in methods.METHODS[name].uses for name in config.arms):
+            chooser(config, model)  # masks that cannot be are refused before anything is written
         self.pool = self._pool()
         self.evaluator = Evaluator(self.data, config.eval_images, config.seed)
         self.arms = [self._arm(name) for name in config.arms]

@@ -15,12 +15,11 @@ from __future__ import annotations
 from fedpai import pruning
 from fedpai.federation.aggregate import weighted_mean
 from fedpai.federation.client import Client, ClientError
-from fedpai.federation.config import ConfigError
 from fedpai.federation.layout import MaskSet
 from fedpai.federation.payload import PayloadError
 from fedpai.federation.server import Server, Update
 from fedpai.methods.base import Method, MethodError, only
-from fedpai.methods.fixed import prune_at_server
+from fedpai.methods.fixed import chooser, prune_at_server, refusal
 
 PER_CLASS = 10
 SCORED_ON_DATA = frozenset({"grasp", "snip"})
@@ -32,7 +31,7 @@ class FedPaiU(Method):
 
     name = "fedpai-u"
     summary = "weights chosen by --criterion on the clients before training, --mask-mode shared or personal"
-    uses = frozenset({"sparsity", "criterion", "mask_mode"})
+    uses = frozenset({"sparsity", "criterion", "mask_mode", "structure", "budget"})
 
     @property
     def personal(self) -> bool:
@@ -60,21 +59,32 @@ class FedPaiU(Method):
             if not self.personal:
                 scores = pruning.scores(client.model(), config.criterion, data=data, seed=seed)
                 return [client.scores_message(client.layout.from_layers(scores))]
-            masks = pruning.prune(client.model(), config.sparsity, config.criterion, data=data, seed=seed)
+            masks = pruning.prune(
+                client.model(),
+                config.sparsity,
+                config.criterion,
+                data=data,
+                seed=seed,
+                structure=config.structure,
+                budget=config.budget,
+            )
         except ValueError as error:
             raise ClientError(f"scoring failed: {error}") from None
         client.memory.mask = MaskSet.from_masks(client.layout, masks)
         return [client.mask_message(client.memory.mask)]
 
     def accept_proposal(self, server: Server, client: int, messages: list[bytes]) -> Update:
-        """Scores, or a mask of the agreed size."""
+        """Scores, or a mask of the agreed size and structure."""
         if not self.personal:
             return server.read_scores(client, only(messages))
         update = server.read_mask(client, only(messages))
-        wanted = pruning.kept_count(server.layout.weight_count, self.config.sparsity)
-        if update.mask is None or update.mask.kept != wanted:
-            kept = 0 if update.mask is None else update.mask.kept
-            raise PayloadError(f"payload mask keeps {kept} weights, the agreed sparsity keeps {wanted}")
+        if update.mask is None:
+            raise PayloadError(f"client {client} sent no mask")
+        choice = chooser(self.config, server.model())
+        try:
+            choice.check(update.mask.masks())
+        except ValueError as error:
+            raise PayloadError(f"payload {error}") from None
         return update
 
     def agree(self, server: Server, updates: list[Update]) -> None:
@@ -90,8 +100,9 @@ class FedPaiU(Method):
             [update.scores for update in scored if update.scores is not None],
             [update.examples for update in scored],
         )
+        choice = chooser(self.config, server.model())
         try:
-            chosen = pruning.masks_from_scores(server.layout.by_layer(mean), self.config.sparsity)
+            chosen = choice.masks(server.layout.by_layer(mean))
         except ValueError as error:
-            raise ConfigError(f"--sparsity {self.config.sparsity}: {error}") from None
+            raise refusal(self.config, error) from None
         server.set_mask(MaskSet.from_masks(server.layout, chosen))

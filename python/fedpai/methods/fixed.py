@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from torch import nn
+
 from fedpai import pruning
-from fedpai.federation.config import ConfigError
+from fedpai.federation.config import ConfigError, RunConfig, option
 from fedpai.federation.layout import MaskSet
 from fedpai.federation.seeds import derive
 from fedpai.federation.server import Server
@@ -16,7 +18,7 @@ from fedpai.methods.base import Method
 class FixedMask(Method):
     """Base of methods whose criterion needs no data. The mask travels once; values travel packed."""
 
-    uses = frozenset({"sparsity"})
+    uses = frozenset({"sparsity", "structure", "budget"})
     criterion: ClassVar[str]
 
     def choose_masks(self, server: Server) -> None:
@@ -28,11 +30,37 @@ def prune_at_server(server: Server, criterion: str) -> MaskSet:
     """A mask over the server's model, by a criterion that needs no data.
 
     Raises:
-        ConfigError: a sparsity that the model cannot have.
+        ConfigError: a sparsity or structure that the model cannot have.
     """
     config = server.config
     try:
-        masks = pruning.prune(server.model(), config.sparsity, criterion, seed=derive(config.seed, "mask"))
+        masks = pruning.prune(
+            server.model(),
+            config.sparsity,
+            criterion,
+            seed=derive(config.seed, "mask"),
+            structure=config.structure,
+            budget=config.budget,
+        )
     except ValueError as error:
-        raise ConfigError(f"--sparsity {config.sparsity}: {error}") from None
+        raise refusal(config, error) from None
     return MaskSet.from_masks(server.layout, masks)
+
+
+def chooser(config: RunConfig, model: nn.Module) -> pruning.Chooser:
+    """What turns scores of a run's model into masks, and checks the masks that clients send.
+
+    Raises:
+        ConfigError: a sparsity or structure that the model cannot have.
+    """
+    try:
+        return pruning.chooser(model, config.sparsity, structure=config.structure, budget=config.budget)
+    except ValueError as error:
+        raise refusal(config, error) from None
+
+
+def refusal(config: RunConfig, error: ValueError) -> ConfigError:
+    """What pruning refused, under the option that it speaks of."""
+    spoken = str(error).split(":", 1)[0]
+    key = {"structure": "structure", "budget": "budget", "allocation": "criterion"}.get(spoken, "sparsity")
+    return ConfigError(f"{option(key)} {getattr(config, key)}: {error}")

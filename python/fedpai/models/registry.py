@@ -14,6 +14,7 @@ from fedpai.models.init import Network
 from fedpai.models.resnet import ResNet
 from fedpai.models.small import MLP, Conv4, LeNet5
 from fedpai.models.vgg import VGG
+from fedpai.models.vit import ViT
 from fedpai.models.wideresnet import WideResNet
 
 # Fully convolutional: any image that survives the halvings; the smallest allowed side is beside each.
@@ -33,6 +34,8 @@ _SIZED: dict[str, Callable[..., Network]] = {
     "conv4": Conv4,
     "conv4-nonorm": partial(Conv4, batch_norm=False),
     "mlp": MLP,
+    "vit-tiny": partial(ViT, "tiny"),
+    "vit-small": partial(ViT, "small"),
 }
 _WIDE = re.compile(r"wrn(\d{1,4})x(\d{1,3})")
 
@@ -57,7 +60,7 @@ def create(
         name: one of :func:`names`, or ``wrn<depth>x<widen>``.
         num_classes: outputs.
         in_channels: channels of the image (1 for Fashion-MNIST).
-        width: factor on all hidden channel and unit counts.
+        width: factor on all hidden channel and unit counts, of a transformer on its heads.
         image_size: side of the square image.
         seed: draw the weights from this seed and leave torch's global generator alone; ``None`` draws from
             the global generator.

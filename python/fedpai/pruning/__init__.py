@@ -16,22 +16,27 @@ can make that mask.
 
 from fedpai.data.sampling import balanced_batch
 from fedpai.pruning.allocation import allocate, kept_count
+from fedpai.pruning.choose import BUDGETS, Chooser, chooser, structured_masks
 from fedpai.pruning.layers import prunable_layers
 from fedpai.pruning.masks import average_scores, masks_from_scores
 from fedpai.pruning.prune import criteria, prune, scores
 from fedpai.pruning.summary import LayerSummary, Summary, summary
 
 __all__ = [
+    "BUDGETS",
+    "Chooser",
     "LayerSummary",
     "Summary",
     "allocate",
     "average_scores",
     "balanced_batch",
+    "chooser",
     "criteria",
     "kept_count",
     "masks_from_scores",
     "prunable_layers",
     "prune",
     "scores",
+    "structured_masks",
     "summary",
 ]

@@ -24,7 +24,7 @@ def kept_count(total: int, sparsity: float) -> int:
     return round((1 - sparsity) * total)
 
 
-def budget(shapes: Shapes, sparsity: float, keep_layers_alive: bool) -> int:
+def checked_count(shapes: Shapes, sparsity: float, keep_layers_alive: bool) -> int:
     """:func:`kept_count` over all layers, checked to be enough for them.
 
     Raises:
@@ -62,34 +62,56 @@ def allocate(
     Raises:
         ValueError: an unknown name, a sparsity out of range, counts that do not fit layers or total.
     """
-    kept = budget(shapes, sparsity, keep_layers_alive)
-    sizes = np.array([int(np.prod(shape)) for shape in shapes.values()], np.int64)
-    least = 1 if keep_layers_alive else 0
+    kept = checked_count(shapes, sparsity, keep_layers_alive)
+    sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+    return shares(shapes, allocation, sizes, kept, dict.fromkeys(shapes, int(keep_layers_alive)))
+
+
+def shares(
+    shapes: Shapes, allocation: Allocation, costs: Mapping[str, int], kept: int, least: Mapping[str, int]
+) -> dict[str, int]:
+    """Budgets of the layers, which add up to ``kept``; otherwise as :func:`allocate`.
+
+    Args:
+        shapes: weight shape by layer name.
+        allocation: as for :func:`allocate`; the counts are then of the costs' unit.
+        costs: what each layer costs with all its weights: their number, or their multiply-adds.
+        kept: the budget, at least the sum of ``least`` and at most that of ``costs``.
+        least: what each layer gets at least.
+
+    Raises:
+        ValueError: an unknown name, counts that do not fit layers or total.
+    """
     if not isinstance(allocation, str):
-        return _checked(allocation, dict(zip(shapes, sizes.tolist(), strict=True)), kept, least)
+        return _checked(allocation, costs, kept, least)
     if allocation == "uniform":
-        weights = sizes.astype(np.float64)
+        weights = [float(cost) for cost in costs.values()]
     elif allocation == "erk":
-        weights = np.array([float(sum(shape)) for shape in shapes.values()])
+        weights = [costs[n] * sum(shape) / int(np.prod(shape)) for n, shape in shapes.items()]
     else:
         raise ValueError(f"allocation: got {allocation!r}, expected 'uniform', 'erk' or counts by layer name")
-    return dict(zip(shapes, _apportion(weights, sizes, kept, least).tolist(), strict=True))
+    all_of_it, some = (np.array([values[n] for n in shapes], np.int64) for values in (costs, least))
+    return dict(zip(shapes, _apportion(np.array(weights), all_of_it, kept, some).tolist(), strict=True))
 
 
-def _checked(counts: Mapping[str, int], sizes: Mapping[str, int], kept: int, least: int) -> dict[str, int]:
+def _checked(
+    counts: Mapping[str, int], sizes: Mapping[str, int], kept: int, least: Mapping[str, int]
+) -> dict[str, int]:
     """Counts that somebody else chose."""
     if set(counts) != set(sizes):
         odd = sorted(set(counts) ^ set(sizes))
         raise ValueError(f"allocation: layers {', '.join(odd)} are missing or unknown")
     for name, size in sizes.items():
-        if not least <= counts[name] <= size:
-            raise ValueError(f"allocation: {name} gets {counts[name]} weights, expected {least} to {size}")
+        if not least[name] <= counts[name] <= size:
+            raise ValueError(
+                f"allocation: {name} gets {counts[name]} weights, expected {least[name]} to {size}"
+            )
     if sum(counts.values()) != kept:
         raise ValueError(f"allocation: counts add up to {sum(counts.values())}, the sparsity asks for {kept}")
     return {name: int(counts[name]) for name in sizes}
 
 
-def _apportion(weights: npt.NDArray[np.float64], sizes: _Ints, kept: int, least: int) -> _Ints:
+def _apportion(weights: npt.NDArray[np.float64], sizes: _Ints, kept: int, least: _Ints) -> _Ints:
     """Integers between ``least`` and ``sizes``, proportional to ``weights`` where neither bound holds
     them."""
     low, high = 0.0, float((sizes / weights).max())

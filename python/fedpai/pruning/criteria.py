@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedpai.pruning.layers import Tensors
 
@@ -69,16 +70,17 @@ def grasp(model: nn.Module, layers: Layers, batches: Sequence[Batch], loss: Loss
         for total, part in zip(gradient, _gradients(value, weights), strict=True):
             total.add_(part)
     product = [torch.zeros_like(weight) for weight in weights]
-    for x, y in _halves(batches):
-        value = loss(model(x) / GRASP_TEMPERATURE, y)
-        flow = torch.stack(
-            [
-                torch.sum(g * part)
-                for g, part in zip(gradient, _gradients(value, weights, create_graph=True), strict=True)
-            ]
-        ).sum()
-        for total, part in zip(product, _gradients(flow, weights), strict=True):
-            total.add_(part)
+    with sdpa_kernel(SDPBackend.MATH):  # torch's fused attention has no second derivative
+        for x, y in _halves(batches):
+            value = loss(model(x) / GRASP_TEMPERATURE, y)
+            flow = torch.stack(
+                [
+                    torch.sum(g * part)
+                    for g, part in zip(gradient, _gradients(value, weights, create_graph=True), strict=True)
+                ]
+            ).sum()
+            for total, part in zip(product, _gradients(flow, weights), strict=True):
+                total.add_(part)
     return _by_name(layers, [w.detach() * hg for w, hg in zip(weights, product, strict=True)])
 
 

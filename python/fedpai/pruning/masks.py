@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedpai.pruning.allocation import Allocation, allocate, budget
+from fedpai.pruning.allocation import Allocation, allocate, checked_count
+from fedpai.pruning.criteria import Layers
 from fedpai.pruning.layers import Tensors
 
 Scores = Mapping[str, torch.Tensor]
@@ -47,8 +48,7 @@ def masks_from_scores(
 ) -> Tensors:
     """Keep the weights with the highest scores, exactly ``round((1 - sparsity) * total)`` of them.
 
-    Equal scores: the earlier layer, then the lower row-major index, wins. With ``keep_layers_alive`` every
-        layer
+    Equal scores: the earlier layer, then the lower row-major index, wins. With ``keep_layers_alive`` every layer
     keeps at least its best weight; the worst of the others make room, so the total stays exact.
 
     Args:
@@ -75,7 +75,7 @@ def masks_from_scores(
         counts = allocate(shapes, sparsity, chosen, keep_layers_alive=keep_layers_alive)
         return masks_from_counts(scores, counts, within)
     candidates = {name: _Candidates.of(name, score, within) for name, score in scores.items()}
-    kept = budget(shapes, sparsity, keep_layers_alive)
+    kept = checked_count(shapes, sparsity, keep_layers_alive)
     if keep_layers_alive:
         for name, layer in candidates.items():
             if len(layer.values) == 0:
@@ -149,6 +149,27 @@ def check_finite(name: str, score: torch.Tensor) -> None:
     bad = int((~torch.isfinite(score)).sum())
     if bad:
         raise ValueError(f"scores: {name} has {bad} of {score.numel()} scores that are NaN or infinite")
+
+
+def checked_score(scores: Scores, name: str, layers: Layers) -> torch.Tensor:
+    """The scores of one layer.
+
+    Raises:
+        ValueError: they are missing, of another shape, not floating point or not finite.
+    """
+    score, shape = scores.get(name), layers[name].weight.shape
+    if score is None or not score.is_floating_point() or score.shape != shape:
+        found = "missing" if score is None else f"{score.dtype} {tuple(score.shape)}"
+        raise ValueError(f"scores: {name} is {found}, expected floating-point scores {tuple(shape)}")
+    check_finite(name, score)
+    return score
+
+
+def check_budget(masks: Scores, prices: Mapping[str, int], budget: int) -> None:
+    """Raises a ValueError if masks cost more than the budget, at these prices of a weight."""
+    kept = sum(int(mask.sum()) * prices[name] for name, mask in masks.items())
+    if kept > budget:
+        raise ValueError(f"mask keeps {kept}, the agreed sparsity at most {budget}")
 
 
 def average_scores(clients: Sequence[Scores], weights: Sequence[float] | None = None) -> Tensors:

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn import functional
 
 from fedpai.pruning import criteria as criterion_scores
-from fedpai.pruning.allocation import Allocation, allocate, budget
+from fedpai.pruning.allocation import Allocation
+from fedpai.pruning.choose import chooser
 from fedpai.pruning.criteria import Batch, Layers, Loss, normalised
 from fedpai.pruning.layers import Exclude, Shape, Tensors, input_shape_of, prunable_layers, scoring_copy
-from fedpai.pruning.masks import check_finite, masks_from_counts, masks_from_scores, resolve_allocation
+from fedpai.pruning.masks import check_finite
 from fedpai.pruning.synflow import ITERATIONS, SynFlow, synflow_masks
 
 Data = Batch | Iterable[Batch]
@@ -97,12 +98,19 @@ def prune(
     input_shape: Shape | None = None,
     iterations: int | None = None,
     loss: Loss = functional.cross_entropy,
+    structure: str = "weight",
+    budget: str = "weights",
 ) -> Tensors:
-    """Masks that keep exactly ``round((1 - sparsity) * weights)`` weights.
+    """Masks that keep exactly ``round((1 - sparsity) * weights)`` weights; of other structures, see below.
+
+    With a structure, the blocks or channels with the highest mean score are kept, and the masks keep at most the
+    budget: the ranking is gone down once, and what still fits is kept. With blocks of one size in all layers that is
+    ``budget // size`` of them.
 
     Args:
         model: scored on a copy; left as it is.
-        sparsity: share of the prunable weights that goes, in [0, 1).
+        sparsity: share of the prunable weights (of their multiply-adds, with budget ``"flops"``) that goes, in
+            [0, 1).
         criterion: ``"random"``, ``"magnitude"``, ``"snip"``, ``"grasp"``, ``"synflow"``; ``"erk"`` and
             ``"uniform"`` are random weights under that allocation.
         scope: ``"global"`` (default) or ``"layer"``; see :func:`masks_from_scores`.
@@ -110,16 +118,20 @@ def prune(
         data: for SNIP and GraSP: (images, labels), or an iterable of such batches.
         seed: of everything random.
         exclude: layers to leave dense: names, or a function of (name, module); they get no mask.
-        keep_layers_alive: every layer keeps at least its best weight.
-        input_shape: for SynFlow; see :func:`scores`.
+        keep_layers_alive: every layer keeps at least its best weight or block.
+        input_shape: for SynFlow and budget ``"flops"``; see :func:`scores`.
         iterations: of SynFlow, 100 by default; the other criteria have no such choice.
         loss: of (outputs, labels); a mean over images.
+        structure: what is kept or dropped together, a name of :mod:`fedpai_kernels.structure`. Blocks are cut off at
+            the edges of a layer. ``"channel"`` removes channels from all layers that write or read them, under
+            allocation ``"global"`` or ``"uniform"``. Of N:M masks the sparsity must be 1 - N / M.
+        budget: ``"weights"``, or ``"flops"`` for the multiply-adds of the forward pass of one image.
 
     Returns:
         ``{module name: bool tensor of the weight's shape}`` in module order; true = kept.
 
     Raises:
-        ValueError: as :func:`scores` and :func:`masks_from_scores`.
+        ValueError: as :func:`scores`, :func:`masks_from_scores` and :func:`chooser`.
     """
     if criterion in _RANDOM_UNDER:
         if allocation not in (None, criterion) or scope == "global":
@@ -129,29 +141,28 @@ def prune(
         criterion, allocation = "random", criterion
     if iterations is not None and (criterion != "synflow" or iterations < 1):
         raise ValueError(f"iterations: got {iterations}, expected at least 1 and criterion 'synflow' only")
-    chosen = resolve_allocation(scope, allocation)
-    layers = prunable_layers(model, exclude)
-    shapes = {name: tuple(module.weight.shape) for name, module in layers.items()}
+    batches = _batches(data, criterion)
+    if input_shape is None and batches:
+        input_shape = tuple(batches[0][0].shape[1:])
     # Impossible requests fail here, before the long part.
-    budget(shapes, sparsity, keep_layers_alive)
-    counts = None
-    if chosen != "global":
-        counts = allocate(shapes, sparsity, chosen, keep_layers_alive=keep_layers_alive)
+    choice = chooser(
+        model,
+        sparsity,
+        scope=scope,
+        allocation=allocation,
+        structure=structure,
+        budget=budget,
+        exclude=exclude,
+        keep_layers_alive=keep_layers_alive,
+        input_shape=input_shape,
+    )
+    if criterion == "random":
+        return choice.random(seed)
     if criterion == "synflow":
-        shape = _checked_input_shape(model, layers, input_shape, _batches(data, criterion))
+        shape = _checked_input_shape(model, prunable_layers(model, exclude), input_shape, [])
         with _gradients_on():
-            return synflow_masks(
-                *scoring_copy(model, exclude),
-                shape,
-                sparsity,
-                counts,
-                iterations=iterations or ITERATIONS,
-                keep_layers_alive=keep_layers_alive,
-            )
-    ranked = scores(model, criterion, data=data, seed=seed, exclude=exclude, loss=loss)
-    if counts is None:
-        return masks_from_scores(ranked, sparsity, keep_layers_alive=keep_layers_alive)
-    return masks_from_counts(ranked, counts)
+            return synflow_masks(*scoring_copy(model, exclude), shape, choice, iterations or ITERATIONS)
+    return choice.masks(scores(model, criterion, data=batches or None, seed=seed, exclude=exclude, loss=loss))
 
 
 @contextlib.contextmanager

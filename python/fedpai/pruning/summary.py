@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from fedpai.pruning.layers import Shape, input_shape_of
+from fedpai_kernels.structure import describe
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One convolution or linear layer. Multiply-adds are of the forward pass of one image, border
-    included."""
+    """One convolution or linear layer. Multiply-adds are of the forward pass of one image, border included;
+    the structure is the coarsest that its mask has."""
 
     name: str
     kind: str
@@ -25,6 +26,7 @@ class LayerSummary:
     kept: int
     total: int
     macs: int
+    structure: str
 
     @property
     def density(self) -> float:
@@ -80,12 +82,14 @@ class Summary:
         return {"rows": rows, **{name: getattr(self, name) for name in totals}}
 
     def __str__(self) -> str:
-        """A table: layer, shape, weights kept, density, multiply-adds kept, share of all that are kept."""
-        head = ("layer", "shape", "kept", "density", "MACs kept", "share")
+        """A table: layer, shape, structure, weights kept, density, multiply-adds kept, share of all that are
+        kept."""
+        head = ("layer", "shape", "structure", "kept", "density", "MACs kept", "share")
         body = [
             (
                 row.name,
                 "x".join(map(str, row.shape)),
+                row.structure,
                 f"{row.kept:,}",
                 f"{row.density:.4f}",
                 f"{row.kept_macs / 1e6:.2f} M",
@@ -96,6 +100,7 @@ class Summary:
         last = (
             "total",
             "",
+            "",
             f"{self.kept:,}",
             f"{self.density:.4f}",
             f"{self.kept_macs / 1e6:.2f} M",
@@ -105,7 +110,7 @@ class Summary:
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         return "\n".join(
             "  ".join(
-                cell.ljust(width) if column < 2 else cell.rjust(width)
+                cell.ljust(width) if column < 3 else cell.rjust(width)
                 for column, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in lines
@@ -142,19 +147,21 @@ def summary(
     shape = input_shape_of(model, input_shape)
     if image_size is not None:
         shape = (shape[0], image_size, image_size)
-    positions = _positions(model, shape)
+    positions = output_positions(model, shape)
     rows = []
     for name, module in layers.items():
         total = module.weight.numel()
-        kept = int(masks[name].sum()) if name in masks else total
+        kept, structure = total, "dense"
+        if name in masks:
+            kept = int(masks[name].sum())
+            structure = describe(masks[name], int(getattr(module, "groups", 1)))
         kind = "conv2d" if isinstance(module, nn.Conv2d) else "linear"
-        rows.append(
-            LayerSummary(name, kind, tuple(module.weight.shape), kept, total, total * positions.get(name, 0))
-        )
+        macs = total * positions.get(name, 0)
+        rows.append(LayerSummary(name, kind, tuple(module.weight.shape), kept, total, macs, structure))
     return Summary(tuple(rows))
 
 
-def _positions(model: nn.Module, shape: Shape) -> dict[str, int]:
+def output_positions(model: nn.Module, shape: Shape) -> dict[str, int]:
     """How often each layer's weight is applied to one image: pixels of its output, or rows of its input."""
     duplicate = copy.deepcopy(model).eval()
     counts: dict[str, int] = {}

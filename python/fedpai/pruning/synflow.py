@@ -6,7 +6,8 @@ every parameter is replaced by its absolute value. After step t of n the weights
 up ``rho^(t/n)`` of all, rho the final density; then the survivors are scored anew.
 
 Batch norm is in eval mode with its running mean taken as 0: a positive factor ``|gamma| / sqrt(var + eps)``
-and a shift ``|beta|`` a channel. At initialisation that is the identity, as in the published code.
+and a shift ``|beta|`` a channel. At initialisation that is the identity, as in the published code. Layer norm
+subtracts the mean of its input, so that R is no sum over positive paths: transformers are refused.
 
 Range: R multiplies the weight sums of all layers, about 1e28 for ResNet-18. Passes run in float32 while R is
 well inside its range and in float64 otherwise; scores are then divided by their sum. (Rescaling single layers
@@ -17,15 +18,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedpai.pruning.choose import Chooser
 from fedpai.pruning.criteria import Layers, absolute_sum
 from fedpai.pruning.layers import Shape, Tensors
-from fedpai.pruning.masks import masks_from_counts, masks_from_scores
 
 ITERATIONS = 100
 # Within these bounds every activation, gradient and score of a float32 pass stays a normal number.
@@ -91,44 +91,22 @@ class SynFlow:
 
 
 def synflow_masks(
-    model: nn.Module,
-    layers: Layers,
-    input_shape: Shape,
-    sparsity: float,
-    counts: Mapping[str, int] | None,
-    *,
-    iterations: int = ITERATIONS,
-    keep_layers_alive: bool = True,
+    model: nn.Module, layers: Layers, input_shape: Shape, chooser: Chooser, iterations: int = ITERATIONS
 ) -> Tensors:
     """Score, prune a little, score the survivors, ``iterations`` times.
 
     Args:
         model, layers, input_shape: as for :class:`SynFlow`.
-        sparsity: share of all weights that goes in the end.
-        counts: what each layer keeps in the end; each layer then shrinks geometrically towards its own count.
-            ``None`` ranks all layers together.
+        chooser: makes masks of the scores, on the geometric way from all weights to its budget.
         iterations: at least 1.
-        keep_layers_alive: as for ``masks_from_scores``.
     """
     flow = SynFlow(model, layers, input_shape)
     masks: Tensors | None = None
     for step in range(1, iterations + 1):
-        ranked = flow.scores(masks)
-        if counts is None:
-            # The last step takes the sparsity itself: 1 - (1 - s) may round to another count.
-            gone = sparsity if step == iterations else 1 - (1 - sparsity) ** (step / iterations)
-            masks = masks_from_scores(ranked, gone, keep_layers_alive=keep_layers_alive, within=masks)
-        else:
-            now = {n: _towards(counts[n], s.numel(), step / iterations) for n, s in ranked.items()}
-            masks = masks_from_counts(ranked, now, within=masks)
+        masks = chooser.masks(flow.scores(masks), masks, step / iterations)
     if masks is None:
         raise ValueError(f"iterations: got {iterations}, expected at least 1")
     return masks
-
-
-def _towards(final: int, size: int, part: float) -> int:
-    """The count on the geometric way from ``size`` to ``final``; never rises as ``part`` does."""
-    return final if part == 1 else max(final, round(size ** (1 - part) * final**part))
 
 
 def _fits_float32(flow: float) -> bool:
@@ -136,7 +114,14 @@ def _fits_float32(flow: float) -> bool:
 
 
 def _linearise(model: nn.Module) -> None:
-    """Absolute values, eval mode, batch norm as a positive factor and shift."""
+    """Absolute values, eval mode, batch norm as a positive factor and shift.
+
+    Raises:
+        ValueError: a layer norm.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            raise ValueError(f"synflow: {name} is a LayerNorm, whose outputs are no sums over positive paths")
     model.eval()
     device = next(model.parameters()).device
     with torch.no_grad():

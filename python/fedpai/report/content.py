@@ -28,7 +28,7 @@ class Content:
         methods: totals, the method first, then the baseline.
         ratios: the method against the baseline, if there is one.
         notes: what `sparsify_` said about the modules around the layers.
-        layers: one row per conv and linear layer of the sparse network: density, kernel, why, and, where
+        layers: one row per conv and linear layer of the sparse network: density, structure, kernel, why, and, where
             they were timed, milliseconds dense and sparse.
     """
 
@@ -81,7 +81,7 @@ def layer_profile(run: Run, file: Path) -> list[dict[str, Any]]:
 
 
 def _layer_rows(run: Run) -> list[dict[str, Any]]:
-    """Density, kernel and reason of each layer, as `sparsify_` reported them."""
+    """Density, structure, kernel and reason of each layer, as `sparsify_` reported them."""
     server = _sparse_server(run)
     if server is None:
         return []
@@ -93,6 +93,7 @@ def _layer_rows(run: Run) -> list[dict[str, Any]]:
             "shape": list(row.shape),
             "nnz": row.nnz,
             "density": row.density,
+            "structure": row.structure,
             "kernel": row.kernel,
             "reason": row.reason,
         }

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from benchmarks import write_layers
 from fedpai.bench import BenchError
-from fedpai.bench.cases import LayerCase, layers_of_network, merged, read_csv, select, to_csv
+from fedpai.bench.cases import LayerCase, layers_named, layers_of_network, merged, read_csv, select, to_csv
 from fedpai.bench.masks import uniform_mask
 from fedpai.bench.work import DIRECTIONS, work_of
 
@@ -23,10 +23,11 @@ CASES = [
     LayerCase("dilated", "conv2d", 4, 4, (3, 2), (1, 2), (2, 0), (2, 1), image=(6, 5)),
     LayerCase("grouped", "conv2d", 4, 6, (3, 3), (1, 1), (1, 1), groups=2, image=(2, 2)),
     LayerCase("linear", "linear", 7, 5),
+    LayerCase("tokens", "linear", 7, 5, image=(1, 3)),
 ]
 
 
-@pytest.mark.parametrize("name", write_layers.NETWORKS)
+@pytest.mark.parametrize("name", write_layers.LISTS)
 def test_committed_lists_are_those_of_the_networks(name: str) -> None:
     committed = write_layers.path_of(name).read_text()
     assert committed == write_layers.rendered(name), "run python benchmarks/write_layers.py"
@@ -40,6 +41,25 @@ def test_layers_of_a_network() -> None:
     assert sizes["64-64 3x3 @32"] == 4
     assert sizes["256-512 1x1/2 @8"] == 1
     assert sum(sizes.values()) == 21
+
+
+def test_rows_of_linear_layers_are_images_times_tokens() -> None:
+    cases = {case.name: case for case in layers_of_network("vit-tiny")}
+    assert len(cases) == 2 + 12 * 4
+    qkv, last = cases["blocks.3.attention.qkv"], cases["classifier"]
+    assert (qkv.image, qkv.label) == ((1, 64), "192-576 linear x64")
+    assert (qkv.input_shape(4), qkv.output_shape(4)) == ((256, 192), (256, 576))
+    assert (last.image, last.label, last.input_shape(4)) == ((1, 1), "192-10 linear", (4, 192))
+    assert cases["patches"].label == "3-192 4x4/4 @32"
+    assert layers_of_network("vit-tiny", 1, 28)[1].input_shape(2) == (2 * 49, 192)
+
+
+def test_layers_of_a_transformer() -> None:
+    cases = layers_named("transformer")
+    assert [case.weight_shape for case in cases] == [(3072, 768), (768, 3072), (2304, 768), (768, 768)]
+    assert {case.input_shape(2048)[0] for case in cases} == {2048}
+    assert layers_named(str(write_layers.path_of("transformer"))) == cases
+    assert layers_named("mlp") == layers_of_network("mlp")
 
 
 def test_csv_and_back(tmp_path: Path) -> None:
@@ -69,7 +89,7 @@ def test_bad_csv_names_its_line(tmp_path: Path, change: tuple[str, str], words: 
 def test_selection() -> None:
     assert [c.name for c in select(CASES, ["3x3"], ["conv2d"])] == ["same", "strided", "grouped"]
     assert [c.name for c in select(CASES, ["s*", "1x1"], ["conv2d"])] == ["same", "strided", "point"]
-    assert [c.name for c in select(CASES, [], ["linear"])] == ["linear"]
+    assert [c.name for c in select(CASES, [], ["linear"])] == ["linear", "tokens"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -79,7 +99,7 @@ def test_work_counts_products_inside_the_image(case: LayerCase) -> None:
 
     def products(weight: torch.Tensor) -> int:
         if case.kind == "linear":
-            return batch * int(weight.sum())
+            return int(functional.linear(torch.ones(case.input_shape(batch)), weight).sum())
         x = torch.ones(case.input_shape(batch))
         return int(
             functional.conv2d(x, weight, None, case.stride, case.padding, case.dilation, case.groups).sum()
@@ -100,11 +120,3 @@ def test_bytes_leave_out_what_no_weight_touches() -> None:
     assert work_of(case, mask, batch, "forward").bytes == 4 * (x + kept + y)
     assert work_of(case, mask, batch, "input-grad").bytes == 4 * (dy + kept + dx)
     assert work_of(case, mask, batch, "weight-grad").bytes == 4 * (x + dy + kept)
-
-
-def test_uniform_masks_are_exact_and_repeatable() -> None:
-    mask = uniform_mask((8, 4, 3, 3), 0.1)
-    assert int(mask.sum()) == 29
-    assert torch.equal(mask, uniform_mask((8, 4, 3, 3), 0.1))
-    assert not torch.equal(mask, uniform_mask((8, 4, 3, 3), 0.1, seed=1))
-    assert int(uniform_mask((2, 2), 0.001).sum()) == 1

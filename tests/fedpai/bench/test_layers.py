@@ -23,6 +23,7 @@ SQUARE = LayerCase("square", "conv2d", 4, 6, (3, 3), (1, 1), (1, 1), image=(6, 6
 POINT = LayerCase("point", "conv2d", 4, 6, (1, 1), (2, 2), image=(6, 6))
 GROUPED = LayerCase("grouped", "conv2d", 4, 6, (3, 3), (1, 1), (1, 1), groups=2, image=(6, 6))
 LINEAR = LayerCase("linear", "linear", 12, 5)
+TOKENS = LayerCase("tokens", "linear", 12, 5, image=(1, 3))
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_cold_caches(bench: Bench, layers: str) -> None:
     assert row["results"]["ours"]["variants"]["sparse"]["inner"] == 1
 
 
-@pytest.mark.parametrize("case", [SQUARE, POINT, GROUPED, LINEAR], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [SQUARE, POINT, GROUPED, LINEAR, TOKENS], ids=lambda case: case.name)
 @pytest.mark.parametrize("name", ["ours", *RIVALS])
 def test_contenders_agree_with_the_reference(name: str, case: LayerCase) -> None:
     """Also those that the command would refuse, were they wrong."""

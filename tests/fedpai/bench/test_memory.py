@@ -68,13 +68,15 @@ def test_ours_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(memory, "run_child", figures)
     arguments = ("--model", "mlp,lenet5", "--sparsity", "0.9,0.8", "--batch", "4", "--rivals", "none")
+    arguments += ("--structure", "2x1")
     rows = bench("step", "--memory", *arguments)
     assert [(row["model"], row["sparsity"]) for row in rows] == [
         ("mlp", 0.9), ("mlp", 0.8), ("lenet5", 0.9), ("lenet5", 0.8)
     ]  # fmt: skip
     assert [list(row["peaks"]) for row in rows] == [["ours"]] * 4
     assert jobs[:2] == [("mlp, uniform 0.9", v, 4, 1) for v in ("sparsify_", "sparsify_, fuse=False")]
-    assert memory_table(rows).rows[0][4:] == ["5.00", "-", "-"]
+    assert {row["structure"] for row in rows} == {memory_table(rows).rows[0][2]} == {"2x1"}
+    assert memory_table(rows).rows[0][5:] == ["5.00", "-", "-"]
     assert "of_dense" not in rows[0]["peaks"]["ours"]["sparsify_"]
 
 

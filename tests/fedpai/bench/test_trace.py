@@ -139,6 +139,27 @@ def test_parts_of_a_step(thread: int) -> None:
     assert parts.keys() <= PARTS.keys()
 
 
+def test_parts_of_a_transformer() -> None:
+    events = [
+        Event(STEP, 0, 100),
+        Event("aten::layer_norm", 0, 10), Event("aten::native_layer_norm", 2, 8),
+        Event("aten::scaled_dot_product_attention", 10, 30),
+        Event("aten::_scaled_dot_product_flash_attention_for_cpu", 12, 28),
+        Event("aten::gelu", 30, 35),
+        Event(ENGINE + "GeluBackward0", 50, 60), Event("aten::gelu_backward", 51, 59),
+        Event(ENGINE + "ScaledDotProductFlashAttentionForCpuBackward0", 60, 80),
+        Event("aten::_scaled_dot_product_flash_attention_for_cpu_backward", 61, 79),
+        Event(ENGINE + "NativeLayerNormBackward0", 80, 90), Event("aten::native_layer_norm_backward", 81, 89),
+    ]  # fmt: skip
+    parts = spent(take_apart(events, []))
+    assert parts["norm forward"] == 10
+    assert parts["attention forward"] == 20
+    assert parts["activation"] == 5 + 8
+    assert parts["attention backward"] == 18
+    assert parts["norm backward"] == 8
+    assert "other operations" not in parts
+
+
 def test_traffic_counts_what_is_read_and_written() -> None:
     step, image = take_apart(a_step(), LAYERS), 4 * 8 * 4 * 6 * 6
     found = {part: step.spent[Key(part)] for part in ("norm forward", "norm backward", "residual add")}

@@ -64,6 +64,13 @@ def test_method_against_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert all(layer["dense_ms"] > 0 and layer["sparse_ms"] > 0 and layer["reason"] for layer in layers)
 
 
+def test_structure_and_budget_are_recorded(tmp_path: Path) -> None:
+    words = ["--method", "magnitude", "--structure", "4x1", "--budget", "flops", "--sparsity", "0.9"]
+    assert cli.main(["run", *words, *TINY, "--rounds", "1", "--out", str(tmp_path)]) == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["structure"], config["budget"]) == ("4x1", "flops")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -86,6 +93,21 @@ def test_method_against_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ),
         (["--method", "fedavg", "--criterion", "snip"], "--criterion means nothing to fedavg"),
         (["--method", "random", "--mask-mode", "personal"], "--mask-mode means nothing to random"),
+        (
+            ["--structure", "0x4"],
+            "--structure: got '0x4', expected 'weight', a block such as '16x1' or '8x8-taps'",
+        ),
+        (
+            ["--structure", "512x1"],
+            "--structure 512x1: structure: a block of 512x1 is larger than every layer",
+        ),
+        (["--structure", "2:4"], "--sparsity 0.98: sparsity: got 0.98, but structure 2:4 removes 0.5"),
+        (
+            ["--structure", "channel", "--sparsity", "0.9999"],
+            "--sparsity 0.9999: sparsity: 0.9999 keeps 4 of 38216, less than the 111 of one",
+        ),
+        (["--budget", "time"], "unknown --budget 'time', expected one of: weights, flops"),
+        (["--method", "fedavg", "--structure", "16x1"], "--structure means nothing to fedavg"),
         (["--baseline", "fedpai-u"], "--baseline fedpai-u is the method itself"),
         (["--sparsity", "1.0"], "--sparsity must lie in [0.0, 1.0), got 1.0"),
         (["--sparsity", "nan"], "--sparsity must lie in [0.0, 1.0), got nan"),

@@ -10,6 +10,7 @@ from torch.nn.utils import prune as torch_prune
 
 from fedpai import data, models, pruning
 from fedpai.data import Dataset
+from fedpai_kernels.structure import check, parse
 
 CRITERIA = pruning.criteria()
 
@@ -114,6 +115,44 @@ def test_allocation_and_criterion_are_separate(
         assert mask.all() or weight[mask].min() >= weight[~mask].max()
     if allocation == "uniform":
         assert equal(masks, prune(model, criterion, scope="layer", data=batch))
+
+
+@pytest.mark.parametrize(
+    ("structure", "criterion"),
+    [
+        (structure, criterion)
+        for structure in ("4x1", "4x4-taps", "channel", "2:4", "fan-in")
+        for criterion in CRITERIA
+        if criterion != "erk" or structure not in ("channel", "2:4")
+    ],
+)
+def test_every_criterion_at_every_granularity(
+    structure: str, criterion: str, model: nn.Module, batch: tuple
+) -> None:
+    sparsity = 0.5 if structure == "2:4" else 0.8
+    masks = prune(model, criterion, sparsity, data=batch, structure=structure)
+    kind = parse(structure)
+    for name, mask in masks.items():
+        assert mask.any()
+        if mask.shape[1] >= 4:  # wide enough for whole blocks and runs
+            assert name != "conv1"
+            check(mask, kind)
+    total, kept = sum(m.numel() for m in masks.values()), sum(int(m.sum()) for m in masks.values())
+    if structure == "2:4":
+        assert kept == sum(m.numel() * -(-m.shape[1] // 2) // m.shape[1] for m in masks.values())
+    else:
+        assert 0 <= round(0.2 * total) - kept < (300 if structure == "channel" else 20 * 16)
+    again = prune(model, criterion, sparsity, data=batch, structure=structure)
+    assert equal(masks, again)
+
+
+def test_structure_of_a_score_is_the_sum_over_the_block(model: nn.Module, batch: tuple) -> None:
+    """The blocks of SNIP are those of its summed scores, not of its best weights."""
+    scores = pruning.scores(model, "snip", data=batch)["layer4.1.conv2"]
+    sums = scores.double().unflatten(0, (-1, 4)).sum(1)
+    masks = prune(model, "snip", 0.8, data=batch, structure="4x1")
+    kept = masks["layer4.1.conv2"].unflatten(0, (-1, 4))[:, 0]
+    assert sums[kept].min() >= sums[~kept].max()
 
 
 def test_layers_may_be_emptied_when_asked(model: nn.Module) -> None:
@@ -273,6 +312,9 @@ X, Y = torch.randn(4, 3, 32, 32), torch.arange(4)
         ({"criterion": "magnitude", "iterations": 3}, "iterations: got 3"),
         ({"criterion": "synflow", "iterations": 0}, "iterations: got 0"),
         ({"criterion": "random", "allocation": "time"}, "allocation: got 'time'"),
+        ({"criterion": "random", "structure": "4:2"}, "structure: got '4:2', expected 'weight'"),
+        ({"criterion": "random", "structure": "2:4"}, "sparsity: got 0.9, but structure 2:4 removes 0.5"),
+        ({"criterion": "random", "budget": "params"}, "budget: got 'params'"),
     ],
 )
 def test_refusals(kwargs: dict, message: str, model: nn.Module) -> None:

@@ -24,10 +24,10 @@ def test_counts(model: nn.Module) -> None:
     mask = torch.zeros(4, 2, 3, 3, dtype=torch.bool)
     mask.view(-1)[:18] = True
     result = pruning.summary({"0": mask}, model, image_size=16)
-    assert [(r.name, r.kind, r.shape, r.kept, r.total, r.macs) for r in result.rows] == [
-        ("0", "conv2d", (4, 2, 3, 3), 18, 72, 72 * 64),
-        ("1", "conv2d", (4, 2, 3, 3), 72, 72, 72 * 64),
-        ("3", "linear", (5, 256), 1280, 1280, 1280),
+    assert [(r.name, r.kind, r.shape, r.kept, r.total, r.macs, r.structure) for r in result.rows] == [
+        ("0", "conv2d", (4, 2, 3, 3), 18, 72, 72 * 64, "channel"),
+        ("1", "conv2d", (4, 2, 3, 3), 72, 72, 72 * 64, "dense"),
+        ("3", "linear", (5, 256), 1280, 1280, 1280, "dense"),
     ]
     assert result.rows[0].density == 0.25
     assert (result.kept, result.total) == (1370, 1424)
@@ -35,7 +35,8 @@ def test_counts(model: nn.Module) -> None:
     assert result.mac_share == result.kept_macs / (144 * 64 + 1280)
     assert json.loads(json.dumps(result.to_json()))["rows"][0]["kept_macs"] == 18 * 64
     lines = str(result).splitlines()
-    assert lines[0].split()[0] == "layer"
+    assert lines[0].split()[:4] == ["layer", "shape", "structure", "kept"]
+    assert lines[1].split()[:4] == ["0", "4x2x3x3", "channel", "18"]
     assert "0.2500" in lines[1]
     assert lines[-1].startswith("total")
 
@@ -54,6 +55,20 @@ def test_model_is_left_alone(model: nn.Module) -> None:
     pruning.summary({}, model, image_size=16)
     assert model.training
     assert not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize("structure", ["weight", "2x1", "1x1-taps", "channel"])
+def test_structure_of_pruned_networks(structure: str) -> None:
+    model = models.create("vgg11", width=0.125, seed=0)
+    masks = pruning.prune(model, 0.8, "random", structure=structure)
+    rows = pruning.summary(masks, model).rows
+    assert {row.structure for row in rows[1:-1]} == {structure}
+
+
+def test_groups_are_looked_at(model: nn.Module) -> None:
+    mask = torch.ones(4, 2, 3, 3, dtype=torch.bool)
+    mask[:2, 0] = mask[2:, 1] = False
+    assert pruning.summary({"1": mask}, model, image_size=16).rows[1].structure == "channel"
 
 
 @pytest.mark.parametrize(

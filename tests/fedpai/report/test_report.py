@@ -94,6 +94,7 @@ def test_page_is_one_file_with_everything(finished: Run, tmp_path: Path) -> None
     for layer in layers:
         assert layer["name"] in text
         assert layer["kernel"] in text
+        assert f'<td class="left">{layer["structure"]}</td>' in text
     machine = content.machine
     for fact in (machine["machine"]["cpu"], machine["software"]["torch"], machine["isa"], machine["commit"]):
         assert fact is None or f"<dd>{fact}</dd>" in text
@@ -107,7 +108,7 @@ def test_page_is_one_file_with_everything(finished: Run, tmp_path: Path) -> None
 def test_profile_is_kept_and_not_measured_again(finished: Run, tmp_path: Path) -> None:
     first = report.layer_profile(finished, tmp_path / "profile.json")
     assert report.layer_profile(finished, tmp_path / "profile.json") == first
-    assert {"name", "density", "kernel", "reason", "dense_ms", "sparse_ms"} <= first[0].keys()
+    assert {"name", "density", "structure", "kernel", "reason", "dense_ms", "sparse_ms"} <= first[0].keys()
 
 
 def test_dense_run_has_no_layer_table(

@@ -14,6 +14,7 @@ import importlib.util
 
 from torch import Tensor
 
+from fedpai.bench.cases import LayerCase
 from fedpai.bench.rivals.base import Contender, Problem, Unavailable
 from fedpai_kernels import to_batch_last
 
@@ -38,13 +39,20 @@ def build(problem: Problem, contiguous: bool = False) -> list[Contender]:
     case = problem.case
     if case.kind == "linear":
         return [_linear(problem)]
-    if case.groups != 1:
-        raise Unavailable("has no groups")
-    if case.kernel[0] != case.kernel[1] or case.padding[0] != case.padding[1] or case.dilation != (1, 1):
-        raise Unavailable("has square kernels, one padding and no dilation only")
-    if case.stride not in ((1, 1), (2, 2)):
-        raise Unavailable("has strides 1 and 2 only")
+    if reason := unsupported(case):
+        raise Unavailable(reason)
     return [_conv2d(problem, over_width, contiguous) for over_width in (False, True)]
+
+
+def unsupported(case: LayerCase) -> str:
+    """Why it cannot compute a convolution; empty if it can."""
+    if case.groups != 1:
+        return "has no groups"
+    if case.kernel[0] != case.kernel[1] or case.padding[0] != case.padding[1] or case.dilation != (1, 1):
+        return "has square kernels, one padding and no dilation only"
+    if case.stride not in ((1, 1), (2, 2)):
+        return "has strides 1 and 2 only"
+    return ""
 
 
 def _conv2d(problem: Problem, over_width: bool, contiguous: bool) -> Contender:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpai.federation.config import ConfigError
 from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, Slot
 from fedpai_kernels import sparsify_
 from fedpai_kernels.nn import parts_of
@@ -111,9 +110,6 @@ class ModelPool:
         """The model for a mask (None: dense). Its values are whatever the last user left there.
 
         Channels that the mask leaves without any weight are removed from it, and keep the values that were loaded.
-
-        Raises:
-            ConfigError: a mask that the model cannot have, such as one that disconnects it.
         """
         key = None if mask is None else mask.digest
         bound = self._kept.get(key)
@@ -144,8 +140,8 @@ class ModelPool:
         masks = mask.masks()
         try:
             report = sparsify_(model, masks)
-        except ValueError as error:
-            raise ConfigError(f"a mask that this model cannot have: {error}") from None
+        except ValueError:  # no path through the network, as scores may have it; anything else is raised again
+            return BoundModel(model, self.layout, mask, sparsify_(model, masks, compact=False))
         asides = (parts_of(model.get_submodule(name), "weight")[1:] for name in masks)
         if any(len(positions) for aside in asides for positions, _ in aside):
             # Kept weights without effect under this mask: they are sent and merged, so they must decay as others do.

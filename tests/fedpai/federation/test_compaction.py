@@ -10,10 +10,10 @@ import torch
 
 from fedpai import pruning
 from fedpai.data import Dataset
-from fedpai.federation.bound import ModelPool
-from fedpai.federation.config import ConfigError, RunConfig
+from fedpai.federation.config import RunConfig
 from fedpai.federation.layout import MaskSet
 from fedpai.federation.runner import Run, create_model
+from fedpai_kernels import sparsify_
 from fedpai_kernels.nn import PackedWeight, parts_of
 from tests.fedpai.methods.test_methods import restated
 
@@ -90,10 +90,12 @@ def test_kept_weights_without_effect_stay_in_the_model(images: Dataset, tiny: Ma
 
 
 def test_a_mask_that_disconnects_the_network(images: Dataset, tiny: Make) -> None:
+    """Scores may choose one; what is left trains as it is, biases and norms."""
     run = Run(tiny(), data=images)
     masks = channel_masks(run)
     masks["fc2"][:] = False
     masks["fc2"][0, 1] = True  # fc1 keeps no weight of this unit
-    pool = ModelPool(lambda: create_model(run.config, run.data), run.layout, torch.contiguous_format)
-    with pytest.raises(ConfigError, match=r"a mask that this model cannot have: masks: no path of .* 'fc2'"):
-        pool.get(MaskSet.from_masks(run.layout, masks))
+    bound = run.pool.get(MaskSet.from_masks(run.layout, masks))
+    assert all(row.original_shape is None for row in bound.report)
+    with pytest.raises(ValueError, match="no path of kept weights leads through 'fc2'"):
+        sparsify_(create_model(run.config, run.data), masks)

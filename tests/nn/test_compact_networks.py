@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 import fedpai_kernels as fk
+from fedpai import pruning
+from fedpai.models.resnet import ResNet
 from fedpai_kernels.nn import PackedWeight, parts_of
 from fedpai_kernels.nn.removed import original_shape
-from tests.nn.compaction import NETWORKS, check_same, check_tensors, network, step, train
+from tests.nn.compaction import NETWORKS, apply, check_same, check_tensors, network, step, train
 
 EVERY = pytest.mark.parametrize("name", NETWORKS)
 
@@ -149,8 +151,6 @@ def test_in_single_with_rounded_activations() -> None:
 
 def test_whole_networks_of_channel_masks_become_dense_and_small() -> None:
     """Masks that keep the first quarter of all channels: what is left is the narrow network."""
-    from fedpai.models.resnet import ResNet
-
     model, narrow = ResNet(18, width=0.5), ResNet(18, width=0.125)
     shapes = {name: m.weight.shape for name, m in narrow.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     masks = {}
@@ -162,3 +162,18 @@ def test_whole_networks_of_channel_masks_become_dense_and_small() -> None:
     assert [p.numel() for p in model.parameters()] == [p.numel() for p in narrow.parameters()]
     total = sum(2 ** (stage + 5) * (4 + (stage > 0)) for stage in range(4)) + 32
     assert f"compacted: {3 * total // 4} of {total + 10} channels removed in 20 of 21 layers" in report.notes
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11", "conv4", "mlp"])
+def test_channel_masks_of_a_criterion_leave_full_layers(name: str) -> None:
+    _, _, x = network(name)
+    dense = NETWORKS[name]()
+    masks = pruning.prune(dense, 0.9, "magnitude", structure="channel", seed=1)
+    apply(dense.double(), masks)
+    compacted = copy.deepcopy(dense)
+    report = fk.sparsify_(compacted, masks)
+    assert {row.density for row in report} == {1.0}
+    assert {row.structure for row in report if row.original_shape is not None} == {"channel"}
+    assert sum(row.nnz for row in report) == sum(int(mask.sum()) for mask in masks.values())
+    check_same(dense, compacted, x, rtol=1e-9, atol=1e-9)
+    check_state(fk.densify_(fk.sparsify(dense, masks)).state_dict(), dense.state_dict())

@@ -98,7 +98,7 @@ def _left_alone(model: nn.Module, wanted: Filter) -> set[nn.Module]:
     return {
         module
         for name, module in model.named_modules()
-        if not wanted(module, name)
+        if (not module._modules and not wanted(module, name))
         or _is_watched(module)
         or "forward" in vars(module)
         or not {*module._parameters, *module._buffers} <= _TENSORS

@@ -35,8 +35,8 @@ struct Constants {
 };
 
 constexpr Constants kRows{0.92, 0.12, 0.62, 0.47, 11.0, 2.7, 0, 2.0, 0.2, 0.5, 1.0, 7.3, 15.9, 53.0, 14.4, 0, 1200.0};
-constexpr Constants kPanels{0.74, 0.35, 2.5, 0.21, 40.0, 4.5, 6.0, 0, 0, 0, 1.9, 7.6, 10.4, 61.0, 150.0, 35.0, 20.0};
-constexpr Constants kPanelGrads{0.80, 0.2, 1.5, 0.28, 40.0, 0, 0, 1.1, 0.8, 3.0, 1.7, 4.0, 11.8, 153.0, 60.0, 0, 20.0};
+constexpr Constants kPanels{0.65, 0.15, 0.9, 0.21, 40.0, 4.5, 6.0, 0, 0, 0, 1.9, 7.6, 10.4, 61.0, 60.0, 35.0, 20.0};
+constexpr Constants kPanelGrads{0.70, 0.1, 0.6, 0.28, 40.0, 0, 0, 1.1, 0.8, 3.0, 1.7, 4.0, 11.8, 153.0, 60.0, 0, 20.0};
 
 // Sums that must be in flight for the FMAs not to wait for each other.
 constexpr double kChains = 8.0;

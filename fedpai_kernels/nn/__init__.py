@@ -9,6 +9,7 @@ from .linear import MaskedLinear, SparseLinear
 from .norm import AbsorbedReLU, BatchLastBatchNorm2d, BatchLastBatchNormReLU2d
 from .packed import PackedWeight
 from .pool import BatchLastAdaptiveAvgPool2d, BatchLastAvgPool2d, BatchLastMaxPool2d
+from .removed import parts_of
 
 __all__ = [
     "AbsorbedReLU",
@@ -30,4 +31,5 @@ __all__ = [
     "SparseConv2d",
     "SparseLinear",
     "choose_kernel",
+    "parts_of",
 ]

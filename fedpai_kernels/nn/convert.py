@@ -22,44 +22,24 @@ from ..memory import trim_heap
 from ..plan import Plan
 from ..tuning import BreakEvens, break_evens
 from .choice import KernelChoice, LayerInfo, choose_kernel
+from .compact import Cuts, find_cuts, may_cut
 from .conv2d import BatchLastConv2d, MaskedConv2d, SparseConv2d
-from .deferred import DeferrableBatchNorm2d, attach, detach
-from .fuse import Fusions, copy_memo, find_fusions
-from .group_norm import BatchLastGroupNorm, BatchLastGroupNormReLU, BatchLastInstanceNorm2d
+from .deferred import detach
+from .fuse import Fusions, find_fusions
 from .linear import MaskedLinear, SparseLinear
 from .masks import checked_mask, is_pruned, mask_of, remove_pruning, unpruned_weight
-from .norm import AbsorbedReLU, BatchLastBatchNorm2d, BatchLastBatchNormReLU2d
 from .packed import PackedWeight
-from .pool import BatchLastAdaptiveAvgPool2d, BatchLastAvgPool2d, BatchLastMaxPool2d
+from .removed import Cut, Restored, original_mask, original_shape, restore_, shrink_
 from .report import LayerRow, Report
 from .storing import check_float32, short_name, tell_activation_dtype
+from .surround import PLAIN, surround_
+from .trace import copy_memo, trace_modes
 
 __all__ = ["densify_", "sparsify", "sparsify_"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]
 
-# Exact types: a subclass may compute something else.
-_BATCH_LAST: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm2d: BatchLastBatchNorm2d,
-    nn.GroupNorm: BatchLastGroupNorm,
-    nn.InstanceNorm2d: BatchLastInstanceNorm2d,
-    nn.MaxPool2d: BatchLastMaxPool2d,
-    nn.AvgPool2d: BatchLastAvgPool2d,
-    nn.AdaptiveAvgPool2d: BatchLastAdaptiveAvgPool2d,
-    nn.Conv2d: BatchLastConv2d,
-}
-_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
-    **{ours: theirs for theirs, ours in _BATCH_LAST.items()},
-    BatchLastBatchNormReLU2d: nn.BatchNorm2d,
-    BatchLastGroupNormReLU: nn.GroupNorm,
-    DeferrableBatchNorm2d: nn.BatchNorm2d,
-    AbsorbedReLU: nn.ReLU,
-}
-_WITH_RELU: dict[type[nn.Module], type[nn.Module]] = {
-    BatchLastBatchNorm2d: BatchLastBatchNormReLU2d,
-    BatchLastGroupNorm: BatchLastGroupNormReLU,
-}
 _KIND: dict[type[nn.Module], Literal["conv2d", "linear"]] = {
     nn.Conv2d: "conv2d",
     BatchLastConv2d: "conv2d",
@@ -77,6 +57,8 @@ class _Layer:
 
     name: str
     module: nn.Module
+    mask: Tensor  # of the original shape
+    cut: Cut | None
     plan: Plan
     choice: KernelChoice
 
@@ -86,6 +68,7 @@ def sparsify_(
     masks: Mapping[str, Tensor] | None = None,
     *,
     fuse: bool = True,
+    compact: bool = True,
     filter_fn: Filter | None = None,
     activation_dtype: torch.dtype | None = None,
 ) -> Report:
@@ -113,6 +96,10 @@ def sparsify_(
             reads it. Where that is so is proven by tracing the model with `torch.fx` (:func:`find_fusions`); the
             report names every norm that stays by itself, and why. The modules' forwards run as they are; under
             hooks on the norm, its activation or that convolution the steps are separate.
+        compact: first removes the channels that the masks leave without use, through layers, norms, residual sums and
+            the classifier (:mod:`fedpai_kernels.nn.compact`, docs/compaction.md). Parameters, buffers and `.mask` are
+            those of the smaller layers then. State dicts, and masks for a later call, keep the original shapes;
+            :func:`densify_` gives everything back.
         filter_fn: called as ``filter_fn(module, name)``; a module for which it returns False is left as it
         is.
         activation_dtype: `torch.bfloat16` keeps what the converted layers need for the backward pass rounded: half
@@ -127,25 +114,37 @@ def sparsify_(
         TypeError: a mask that is no tensor, or one for a module that is no plain Conv2d or Linear; an
             `activation_dtype` for a model with float64 layers.
         ValueError: a mask for a missing module (with the nearest name), of another shape, with entries other
-            than 0 and 1 (NaN, infinity), or that keeps nothing; no masks at all; a parameter shared by layers
-            of different masks; an `activation_dtype` other than bfloat16; FEDPAI_TUNING names a file that cannot be
+            than 0 and 1 (NaN, infinity), or that keeps nothing; no masks at all; with `compact`, masks that leave no
+            path from the input to the output (with the layer where it breaks off); a parameter shared by layers of
+            different masks; an `activation_dtype` other than bfloat16; FEDPAI_TUNING names a file that cannot be
             used. The model is unchanged then.
     """
     wanted = filter_fn if filter_fn is not None else _everything
     figures = break_evens()
-    layers = _planned(model, masks, wanted, figures)
     names = dict(_named(model))
-    batch_last = any(
-        type(module) is SparseConv2d and module not in {layer.module for layer in layers}
-        for module in names.values()
-    ) or any(layer.choice.kernel == "sparse" and layer.plan.kind == "conv2d" for layer in layers)
-    groups = _shared_parameters(model, layers)
-    check_float32(names, wanted, activation_dtype)
-    fusions = find_fusions(model, _sparse_convs(names, layers)) if fuse and batch_last else Fusions()
+    with Restored(model) as restored:
+        found = _masks_of(model, masks, wanted)
+        every: dict[nn.Module, Tensor] = {m: m.mask for m in names.values() if isinstance(m, PackedWeight)}
+        every.update({module: mask for _, module, mask in found})
+        traces = trace_modes(model) if compact and may_cut(every) else None
+        cuts = find_cuts(model, every, wanted, traces) if traces is not None else Cuts()
+        layers = [_planned(*layer, cuts.of.get(layer[1]), figures) for layer in found]
+        batch_last = any(
+            type(module) is SparseConv2d and module not in {layer.module for layer in layers}
+            for module in names.values()
+        ) or any(layer.choice.kernel == "sparse" and layer.plan.kind == "conv2d" for layer in layers)
+        groups = _shared_parameters(model, layers)
+        check_float32(names, wanted, activation_dtype)
+        convs = _sparse_convs(names, layers)
+        fusions = find_fusions(model, convs, traces) if fuse and batch_last else Fusions()
 
     for group in groups:
         _convert(group)
-    notes = _surround(names, wanted, fusions, figures) if batch_last else []
+    for module in cuts.of.keys() - {layer.module for layer in layers}:
+        if not restored.take_back(module, cuts.of[module]):
+            shrink_(module, cuts.of[module])
+    notes = cuts.notes
+    notes += surround_(names, wanted, fusions, figures) if batch_last else []
     notes += tell_activation_dtype(names, wanted, activation_dtype)
     trim_heap()  # what the dense weights took
     return Report(_rows(names, {id(layer.module): layer for layer in layers}, wanted), notes)
@@ -156,6 +155,7 @@ def sparsify(
     masks: Mapping[str, Tensor] | None = None,
     *,
     fuse: bool = True,
+    compact: bool = True,
     filter_fn: Filter | None = None,
     activation_dtype: torch.dtype | None = None,
 ) -> Model:
@@ -163,14 +163,17 @@ def sparsify(
     ...)``.
     """
     copied = copy.deepcopy(model, copy_memo(model))
-    sparsify_(copied, masks, fuse=fuse, filter_fn=filter_fn, activation_dtype=activation_dtype)
+    sparsify_(
+        copied, masks, fuse=fuse, compact=compact, filter_fn=filter_fn, activation_dtype=activation_dtype
+    )
     return copied
 
 
 def densify_(model: Model) -> Model:
     """Turns every module of this package in `model` back into torch's own, in place, and returns `model`.
 
-    Weights are bit-equal, with exact zeros outside of the masks. Make the optimiser afterwards.
+    Weights are bit-equal, with exact zeros outside of the masks; removed channels are back with what they had. Make
+    the optimiser afterwards.
     """
     weights: dict[int, nn.Parameter] = {}  # by the id of the packed parameter, for layers that share one
     for module in list(model.modules()):
@@ -178,10 +181,11 @@ def densify_(model: Model) -> Model:
         if isinstance(module, PackedWeight):
             shared, key = weights.get(id(module.values)), id(module.values)
             weights[key] = module.retype_dense(shared)._parameters["weight"]  # type: ignore[assignment]
-        elif type(module) in _PLAIN:
-            module.__class__ = _PLAIN[type(module)]
+        elif type(module) in PLAIN:
+            module.__class__ = PLAIN[type(module)]
             for added in ("full_fan_in", "activation_dtype"):  # by the conversion
                 module.__dict__.pop(added, None)
+        restore_(module)
     return model
 
 
@@ -198,22 +202,24 @@ def _named(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(model.named_modules())
 
 
-def _planned(
-    model: nn.Module, masks: Mapping[str, Tensor] | None, wanted: Filter, figures: BreakEvens
-) -> list[_Layer]:
-    found = _given(model, masks) if masks is not None else _carried(model)
-    layers = []
-    for name, module, mask in found:
-        if not wanted(module, name):
-            continue
-        weight, groups = _weight(module), int(getattr(module, "groups", 1))
-        plan = Plan.from_mask(mask, groups=groups)
-        layers.append(_Layer(name, module, plan, _choice(module, plan, weight, figures)))
-    if not layers and masks is None and not any(isinstance(m, PackedWeight) for m in model.modules()):
+def _masks_of(
+    model: nn.Module, masks: Mapping[str, Tensor] | None, wanted: Filter
+) -> list[tuple[str, nn.Module, Tensor]]:
+    """The layers that get a mask: name, module, mask."""
+    every = _given(model, masks) if masks is not None else _carried(model)
+    found = [(name, module, mask) for name, module, mask in every if wanted(module, name)]
+    if not found and masks is None and not any(isinstance(m, PackedWeight) for m in model.modules()):
         raise ValueError(
             "masks: none given, and no layer carries one (torch.nn.utils.prune, or exact zeros in a weight)"
         )
-    return layers
+    return found
+
+
+def _planned(name: str, module: nn.Module, mask: Tensor, cut: Cut | None, figures: BreakEvens) -> _Layer:
+    kept = mask if cut is None else cut.of_weight(mask)
+    groups = int(getattr(module, "groups", 1))
+    plan = Plan.from_mask(kept, groups=groups if cut is None or groups == 1 else len(kept))
+    return _Layer(name, module, mask, cut, plan, _choice(module, plan, _weight(module), figures))
 
 
 def _given(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[str, nn.Module, Tensor]]:
@@ -331,52 +337,14 @@ def _convert(group: list[_Layer]) -> None:
         elif is_pruned(module):
             remove_pruning(module)
         module.__class__ = nn.Conv2d if layer.plan.kind == "conv2d" else nn.Linear
+        if layer.cut is not None:
+            shrink_(module, layer.cut, layer.mask)
         sparse = layer.choice.kernel == "sparse"
         if layer.plan.kind == "conv2d":
             target: type[PackedWeight] = SparseConv2d if sparse else MaskedConv2d
         else:
             target = SparseLinear if sparse else MaskedLinear
         values = target.retype(module, layer.plan, values).values
-
-
-def _surround(
-    names: dict[str, nn.Module], wanted: Filter, fusions: Fusions, figures: BreakEvens
-) -> list[str]:
-    """Gives the modules around sparse convolutions their batch-last forms; what it did, for the report."""
-    name_of = {id(module): name for name, module in names.items()}
-    counts: dict[str, int] = {}
-    for name, module in names.items():
-        if isinstance(module, MaskedConv2d):
-            module.batch_last = True
-        elif type(module) in _BATCH_LAST and wanted(module, name):
-            counts[type(module).__name__] = counts.get(type(module).__name__, 0) + 1
-            module.__class__ = _BATCH_LAST[type(module)]
-            if isinstance(module, BatchLastConv2d) and module.full_fan_in != figures.full_fan_in:
-                module.full_fan_in = figures.full_fan_in
-    notes = [f"batch-last: {', '.join(f'{n} {kind}' for kind, n in counts.items())}"] if counts else []
-    fused: dict[str, int] = {}
-    alone = dict(fusions.others)
-
-    def may(what: str, norm: nn.Module, *others: nn.Module) -> bool:
-        if not all(wanted(module, name_of[id(module)]) for module in (norm, *others)):
-            alone[name_of[id(norm)]] = "left out by filter_fn"
-            return False
-        title = f"{'group' if isinstance(norm, nn.GroupNorm) else 'batch'} norms with {what}"
-        fused[title] = fused.get(title, 0) + 1
-        return True
-
-    for norm, relu in fusions.pairs:
-        if may("the ReLU", norm, relu):
-            norm.__class__, relu.__class__ = _WITH_RELU[type(norm)], AbsorbedReLU
-    for owner, site in fusions.sites:
-        if may(site.what, *site.computed(owner)):
-            attach(owner, site)
-    notes += [f"fused: {n} {title} after them" for title, n in fused.items()]
-    if fusions.untraced:
-        return [*notes, f"norms not fused: {fusions.untraced}"]
-    if alone:
-        notes.append("not fused: " + ", ".join(f"{name} ({reason})" for name, reason in alone.items()))
-    return notes
 
 
 def _rows(names: dict[str, nn.Module], planned: dict[int, _Layer], wanted: Filter) -> list[LayerRow]:
@@ -388,13 +356,13 @@ def _rows(names: dict[str, nn.Module], planned: dict[int, _Layer], wanted: Filte
         if kind is None:
             continue
         if layer is not None:
-            rows.append(LayerRow.of_plan(name, layer.plan, *layer.choice, keeps))
+            rows.append(LayerRow.of_plan(name, layer.plan, *layer.choice, keeps, original_mask(module)))
         elif isinstance(module, PackedWeight):
             kernel = "sparse" if isinstance(module, (SparseConv2d, SparseLinear)) else "dense"
-            rows.append(LayerRow.of_plan(name, module.plan, kernel, "as it was", keeps))
+            rows.append(LayerRow.of_plan(name, module.plan, kernel, "as it was", keeps, original_mask(module)))
         elif "weight" in module._parameters or is_pruned(module):
-            weight = unpruned_weight(module)
+            weight, before = unpruned_weight(module), original_shape(module)
             reason = "no mask" if wanted(module, name) else "left out by filter_fn"
             shape, nnz = tuple(weight.shape), weight.numel()
-            rows.append(LayerRow(name, kind, shape, nnz, 1.0, "dense", "dense", reason, keeps))
+            rows.append(LayerRow(name, kind, shape, nnz, 1.0, "dense", "dense", reason, keeps, before))
     return rows

@@ -39,7 +39,7 @@ from ..plan import Plan
 from .norm import BatchLastBatchNorm2d, Settings
 from .sites import Site, Surroundings, back_in, is_watched_by_torch, reads_pending_norms, surroundings
 
-__all__ = ["DeferrableBatchNorm2d", "PendingNorm", "Site", "attach", "detach"]
+__all__ = ["DeferrableBatchNorm2d", "PendingNorm", "Site", "attach", "detach", "has_foreign_hooks"]
 
 
 # values, plan, bias, stride, padding, dilation, groups, as `sparse_conv2d` takes them after x.
@@ -76,7 +76,7 @@ class _Permit:
             return
         try:
             norm = owner.get_submodule(self.site.norm)
-            if any(_has_hooks(m) or "forward" in vars(m) for m in self.site.watched(owner)):
+            if any(has_foreign_hooks(m) or "forward" in vars(m) for m in self.site.watched(owner)):
                 return
             if self.site.conv and not reads_pending_norms(owner.get_submodule(self.site.conv)):
                 return
@@ -107,7 +107,8 @@ class _Withdraw:
         return tree_map_only(PendingNorm, lambda y: y.computed() if y._site == self.site else y, output)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_foreign_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks other than those of :func:`attach`."""
     if module._backward_hooks or module._backward_pre_hooks:
         return True
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())

@@ -8,22 +8,19 @@ convolution that alone reads the norm or the norm's activation. Of a group norm,
 
 from __future__ import annotations
 
-import copy
-import itertools
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.parameter import is_lazy
+from torch import fx, nn
 
 from ..ops.activation import NONE, RELU, Activation, activation_of_call, activation_of_module
 from .packed import PackedWeight
-from .sites import Site, surroundings
+from .sites import Site
+from .trace import Traces, has_hooks, trace_modes
 
-__all__ = ["Fusions", "copy_memo", "find_fusions"]
+__all__ = ["Fusions", "find_fusions"]
 
 
 @dataclass
@@ -43,20 +40,9 @@ class Fusions:
     untraced: str = ""
 
 
-def copy_memo(model: nn.Module) -> dict[int, Any]:
-    """For `copy.deepcopy`: copies of the tensors that modules hold as plain attributes.
-
-    Those may be results of a computation (`torch.nn.utils.prune` keeps one), which `deepcopy` refuses.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return memo
-
-
-def find_fusions(model: nn.Module, sparse: Collection[nn.Module] = ()) -> Fusions:
+def find_fusions(
+    model: nn.Module, sparse: Collection[nn.Module] = (), traces: Traces | None = None
+) -> Fusions:
     """What can be computed in one pass with each BatchNorm2d and GroupNorm of `model`, in training and in evaluation
     mode alike.
 
@@ -65,28 +51,17 @@ def find_fusions(model: nn.Module, sparse: Collection[nn.Module] = ()) -> Fusion
     another tensor, in any spelling (``+``, ``+=``, `torch.add`), and an activation, function or module; or one of the
     convolutions `sparse`, after the norm or after its activation. What comes last must be called by the forward of one
     module, which the norm is a part of and is called from, directly or through other modules. The model is
-    traced as a copy, without its hooks, and not changed.
+    not changed; `traces` are those of the model, where somebody has made them before.
     """
     by_name = dict(model.named_modules())
     convs = {name for name, m in model.named_modules(remove_duplicate=False) if any(m is c for c in sparse)}
     norms = [name for name, m in by_name.items() if type(m) in _NORMS]
     if not norms:
         return Fusions()
-    found: list[dict[str, _Found]] = []
-    try:
-        with torch.random.fork_rng(devices=[]):
-            for training in (True, False):
-                traced = copy.deepcopy(model, copy_memo(model)).train(training)
-                for module in traced.modules():
-                    _clear_hooks(module)
-                try:
-                    found.append(_Reading(traced, convs).found)
-                finally:
-                    _drop_tensors(traced, model)
-    except Exception as error:  # tracing runs the user's forward, which may raise anything
-        reason = str(error).strip().splitlines()
-        untraced = f"torch.fx cannot trace the model ({type(error).__name__}: {reason[0] if reason else ''})"
-        return Fusions(others=dict.fromkeys(norms, "not traced"), untraced=untraced)
+    traces = trace_modes(model) if traces is None else traces
+    if traces.failure:
+        return Fusions(others=dict.fromkeys(norms, "not traced"), untraced=traces.failure)
+    found = [_Reading(graph, model, convs).found for graph in traces.graphs]
     fusions = Fusions()
     for name in norms:
         what, again = (modes.get(name, "not called") for modes in found)
@@ -96,7 +71,7 @@ def find_fusions(model: nn.Module, sparse: Collection[nn.Module] = ()) -> Fusion
             fusions.others[name] = what
         elif isinstance(what, _Pair):
             pair = (by_name[name], by_name[what.relu])
-            if any(_has_hooks(m) for m in pair):
+            if any(has_hooks(m) for m in pair):
                 fusions.others[name] = "has hooks"
             else:
                 fusions.pairs.append(pair)
@@ -106,80 +81,9 @@ def find_fusions(model: nn.Module, sparse: Collection[nn.Module] = ()) -> Fusion
 
 
 _NORMS = (nn.BatchNorm2d, nn.GroupNorm)
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-)
-
-
-def _clear_hooks(module: nn.Module) -> None:
-    for name in _HOOKS:
-        getattr(module, name).clear()
-
-
-def _drop_tensors(traced: nn.Module, model: nn.Module) -> None:
-    """Frees what the parameters and buffers of the traced copy hold, the size of the dense model.
-
-    A trace is full of reference cycles, so the copy itself lives until some later garbage collection.
-    """
-    kept = {id(t) for t in itertools.chain(model.parameters(), model.buffers())}
-    for t in itertools.chain(traced.parameters(), traced.buffers()):
-        if id(t) not in kept and not is_lazy(t):  # a tensor may copy itself as itself
-            t.data = t.data.new_empty(0)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in _HOOKS)
-
 
 # ---- reading a trace
 # ----------------------------------------------------------------------------------------------------------------
-
-# The modules whose forward was running, outermost first: path, and which call of all.
-Calls = tuple[tuple[str, int], ...]
-
-
-class _Proxy(fx.Proxy):
-    """torch.fx would take ``x += y`` for ``x = x + y``, but it changes x."""
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-
-class _Tracer(fx.Tracer):
-    """Looks into every module but torch's own and this package's; notes who called what, and in which surroundings."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._calls: Calls = (("", 0),)
-        self._count = itertools.count(1)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m).__module__.startswith("fedpai_kernels.nn") or super().is_leaf_module(
-            m, module_qualified_name
-        )
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        path, before = self.path_of_module(m), self._calls
-        if not self.is_leaf_module(m, path):
-            self._calls = (*before, (path, next(self._count)))
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        finally:
-            self._calls = before
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
-        node.meta["calls"], node.meta["surroundings"] = self._calls, surroundings()
-        return node
 
 
 @dataclass(frozen=True)
@@ -202,8 +106,7 @@ _ADDS_IN_PLACE = {operator.iadd, "add_"}
 class _Reading:
     """What one trace says about each norm: `found`, by name."""
 
-    def __init__(self, model: nn.Module, convs: Collection[str]) -> None:
-        graph = _Tracer().trace(model)
+    def __init__(self, graph: fx.Graph, model: nn.Module, convs: Collection[str]) -> None:
         self._convs = convs
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._order = {node: i for i, node in enumerate(graph.nodes)}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..plan import Plan
 from .masks import is_pruned, plan_for, remove_pruning, unpruned_weight
+from .removed import TensorCut, cut_of, restore_
 
 __all__ = ["PackedWeight"]
 
@@ -30,6 +31,9 @@ class PackedWeight(nn.Module):
     `state_dict` holds a dense `weight` (zeros outside of the mask) in place of `values`, and so loads into
     the dense layer and back. Loading a weight that is not zero outside of the mask is an error. Unlike the
     dense layer's, the tensor in a state dict is a copy.
+
+    Where the conversion removed channels (:mod:`fedpai_kernels.nn.compact`), `values`, `bias`, `plan`, `weight` and
+    `mask` are those of the smaller layer; the state dict and :meth:`to_dense` have the original shapes.
     """
 
     dense_type: ClassVar[type[nn.Module]]
@@ -99,7 +103,9 @@ class PackedWeight(nn.Module):
 
     def to_dense(self) -> nn.Module:
         """A new dense layer with the same weights, exact zeros outside of the mask."""
-        return _independent_copy(self).retype_dense()
+        dense: nn.Module = _independent_copy(self).retype_dense()
+        restore_(dense)
+        return dense
 
     # ---- the dense face
     # ---------------------------------------------------------------------------------------
@@ -139,20 +145,28 @@ class PackedWeight(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws new weights and bias as the dense layer does, and keeps those within the mask."""
-        weight = torch.empty(self.plan.mask_shape, dtype=self.values.dtype, device=self.values.device)
+        removed = cut_of(self, "weight")
+        shape = self.plan.mask_shape if removed is None else removed.shape
+        weight = torch.empty(shape, dtype=self.values.dtype, device=self.values.device)
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         with torch.no_grad():
-            self.values.copy_(self.plan.pack(weight))
+            self.values.copy_(self.plan.pack(weight if removed is None else removed.load(weight)))
         if self.bias is not None:
-            fan_in = math.prod(self.plan.mask_shape[1:])
-            nn.init.uniform_(self.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+            bound = 1 / math.sqrt(math.prod(shape[1:]))
+            nn.init.uniform_(self.bias, -bound, bound)
 
-    def _misfit(self, weight: Tensor) -> str:
-        """What is wrong with a dense weight for this layer; empty if nothing is."""
-        if tuple(weight.shape) != self.plan.mask_shape:
-            return f"expected shape {self.plan.mask_shape}, got {tuple(weight.shape)}"
-        outside = int(torch.count_nonzero(weight.detach()).item())
-        outside -= int(torch.count_nonzero(self.plan.pack(weight.detach())).item())
+    def _misfit(self, weight: Tensor, removed: TensorCut | None = None) -> str:
+        """What is wrong with a dense weight for this layer, as it was before channels were `removed`; empty if nothing
+        is."""
+        shape = self.plan.mask_shape if removed is None else removed.shape
+        if tuple(weight.shape) != shape:
+            return f"expected shape {shape}, got {tuple(weight.shape)}"
+        weight = weight.detach()
+        outside = int(torch.count_nonzero(weight).item())
+        if removed is not None:
+            outside -= int(torch.count_nonzero(removed.outside(weight)).item())
+            weight = removed.inside(weight)
+        outside -= int(torch.count_nonzero(self.plan.pack(weight)).item())
         if outside:
             return f"{outside} of its entries outside of the mask are not zero: a checkpoint of another mask"
         return ""
@@ -187,10 +201,10 @@ class PackedWeight(nn.Module):
         if weight is None:
             if strict:
                 missing_keys.append(prefix + "weight")
-        elif problem := self._misfit(weight):
+        elif problem := self._misfit(weight, removed := cut_of(self, "weight")):
             error_msgs.append(f"{prefix}weight: {problem}")
         else:
-            packed = self.plan.pack(weight)
+            packed = self.plan.pack(weight if removed is None else removed.load(weight))
         own[prefix + "values"] = packed
         super()._load_from_state_dict(
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -203,6 +217,8 @@ def _independent_copy(module: nn.Module) -> Any:
     for name, value in module.__dict__.items():
         # The registries of parameters, buffers and hooks; sharing them would tie the modules together.
         copied.__dict__[name] = copy.copy(value) if isinstance(value, dict) else value
+    if "_removed" in copied.__dict__:
+        copied.__dict__["_removed"] = copy.deepcopy(copied.__dict__["_removed"])
     for name, parameter in copied._parameters.items():
         if parameter is not None:
             copied._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)

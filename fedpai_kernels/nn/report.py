@@ -7,7 +7,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
+from torch import Tensor
+
 from ..plan import Plan
+from ..structure import describe
 
 __all__ = ["LayerRow", "Report"]
 
@@ -22,10 +25,13 @@ class LayerRow:
         shape: of the weight.
         nnz: surviving weights.
         density: their share.
-        structure: how they are arranged, as :func:`fedpai_kernels.structure.describe` names it; "dense" without a mask.
+        structure: how they were arranged before channels were removed, as :func:`fedpai_kernels.structure.describe`
+            names it; "dense" without a mask.
         kernel: "sparse", or "dense" (with a masked weight where there is a mask).
         reason: why that kernel.
         activation_dtype: "bfloat16" where the input is kept so for the backward pass; None: as it is.
+        original_shape: of the weight, where channels were removed; else None. `shape`, `nnz` and `density` are those of
+            what is left.
     """
 
     name: str
@@ -37,15 +43,23 @@ class LayerRow:
     kernel: str
     reason: str
     activation_dtype: str | None = None
+    original_shape: tuple[int, ...] | None = None
 
     @classmethod
     def of_plan(
-        cls, name: str, plan: Plan, kernel: str, reason: str, activation_dtype: str | None
+        cls,
+        name: str,
+        plan: Plan,
+        kernel: str,
+        reason: str,
+        activation_dtype: str | None,
+        original: tuple[Tensor, int] | None = None,
     ) -> LayerRow:
-        """Of a layer with a mask."""
-        structure = plan.structure
-        counts = plan.nnz, plan.density
-        return cls(name, plan.kind, plan.mask_shape, *counts, structure, kernel, reason, activation_dtype)
+        """Of a layer with a mask; `original` is that mask and its groups, before channels were removed."""
+        structure = plan.structure if original is None else describe(*original)
+        counts, before = (plan.nnz, plan.density), None if original is None else tuple(original[0].shape)
+        head = name, plan.kind, plan.mask_shape, *counts, structure
+        return cls(*head, kernel, reason, activation_dtype, before)
 
 
 @dataclass
@@ -77,7 +91,7 @@ class Report:
             (
                 row.name,
                 row.kind,
-                "x".join(map(str, row.shape)),
+                _sizes(row.shape) + (f" of {_sizes(row.original_shape)}" if row.original_shape else ""),
                 str(row.nnz),
                 f"{row.density:.4f}",
                 row.structure,
@@ -100,3 +114,7 @@ class Report:
             for line in (head, *body)
         ]
         return "\n".join([*lines, *self.notes])
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

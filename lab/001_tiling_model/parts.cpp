@@ -43,55 +43,54 @@ int main(int argc, char** argv) {
   const Conv2dKernels<float>& kernels = conv2d_kernels<float>();
   std::mt19937 random(1);
   std::vector<std::uint8_t> mask(static_cast<std::size_t>(channels * channels * 9));
-  for (auto& bit : mask) bit = random() % 100000 < density * 100000;
+  const std::int64_t block = argc > 4 ? std::atoll(argv[4]) : 1;  // output channels that keep the same weights
+  const auto row = static_cast<std::ptrdiff_t>(channels * 9);
+  for (std::int64_t o = 0; o < channels; ++o) {
+    const auto begin = mask.begin() + o * row;
+    if (o % block != 0) std::copy(begin - row, begin, begin);
+    else std::for_each(begin, begin + row, [&](auto& bit) { bit = random() % 100000 < density * 100000; });
+  }
   const CompiledPlan plan(mask.data(), {channels, channels, 3, 3, 1});
   const Conv2dGeometry geometry{batch, image, image, image, image, 1, 1, 1, 1, 1, 1};
-  const VectorShape vector{kernels.lanes, kernels.accumulators, 4};
+  const VectorShape vector{kernels.lanes, kernels.accumulators, 4, kernels.panel};
   const PassAxes axes = forward_axes(plan.plan, geometry);
   const EntryList& list = plan.plan.by_output();
-  const TiledPass pass = tiled_pass(axes, list, vector, choose_tiling(tiling_problem(axes, list, batch, vector, false)));
+  const Tiling tiling = choose_tiling(tiling_problem(axes, list, batch, vector, false), list, vector);
+  const TiledPass pass = tiled_pass(axes, list, vector, tiling);
 
   const Images<const float> source{images(batch * channels * pixels), 1, pixels * batch, image * batch, batch};
   const Images<float> dest{images(batch * channels * pixels), 1, pixels * batch, image * batch, batch};
-  const std::int64_t small_row = pass.tiling.tile_columns * pass.lane_group;
-  const Images<float> small{dest.data, 1, pass.tiling.tile_rows * small_row, small_row, pass.lane_group};
+  const std::int64_t small_row = pass.tiling.tile_run * kernels.lanes;
+  const Images<float> small{dest.data, 1, pass.tiling.tile_rows * small_row, small_row, kernels.lanes};
   const Units units(pass, batch, 1);
   float* const packed = images(UnitMemory<float>(pass, units, dest, batch).size());
-  const std::vector<float> values(static_cast<std::size_t>(pass.entries()) + kOffsetsAhead, 0.01f);
+  const std::vector<float> values(static_cast<std::size_t>(pass.values()), 0.01f);
 
   const auto run = [&](std::size_t variant) {
     const double start = seconds();
     const bool packs = variant == 0 || variant == 3, walks = variant != 3, one_dest = variant == 2;
     Unit unit;
+    std::vector<std::int64_t> run_at;
+    for (std::int64_t k = 0; k < kMaxTileRun * 64; ++k) run_at.push_back(k * kernels.lanes);
     TileArgs<float> args{};
-    args.offset = pass.offset.data();
     args.value = values.data();
     for (std::int64_t i = 0; i < units.count; ++i) {
       move_to(unit, i, units, pass, batch, source);
       for (std::int64_t block = 0; block < pass.blocks(); ++block) {
-        const TaskRange range = tasks_of(pass, block, 0, channels);
         if (packs) pack_block(pass, kernels, block, unit, source, static_cast<const NormMap<float>*>(nullptr), packed);
         if (!walks) continue;
-        args.task = pass.tasks.data() + range.begin;
-        args.tasks = range.end - range.begin;
         args.accumulate = block > 0;
-        if (!one_dest) {
-          walk_tiles(pass, kernels.lanes, unit, packed, dest, static_cast<float*>(nullptr), kernels.tile, args);
-          continue;
-        }
-        std::int64_t run_at[kMaxTileRun];
-        run_offsets(pass, kernels.lanes, pass.tiling.tile_columns, pass.lane_group, run_at);
-        args.source_row = pass.source_row;
-        args.dest_run = run_at;
-        args.dest_channel = small.channel;
-        args.dest_row = small.row;
-        args.dest = small.data;
-        for (std::int64_t group = 0; group < unit.groups(pass); ++group) {
-          for_each_tile(pass, unit.box, [&](std::int64_t rows, std::int64_t columns, std::int64_t y, std::int64_t x) {
-            args.source = packed + group * pass.group + (y - unit.box.y) * pass.source_row + (x - unit.box.x) * pass.lane_group;
-            kernels.tile[rows - 1][columns * pass.tiling.blocks - 1](args);
-          });
-        }
+        walk_tiles(pass, kernels.lanes, unit, packed, dest, static_cast<float*>(nullptr), tasks_of(pass, block, 0, channels),
+                   args, [&](int height, const TileStrip& strip, TileArgs<float>& tile) {
+                     tile.tiles = strip.tiles;
+                     if (one_dest) {
+                       tile.dest = small.data;
+                       tile.dest_channel = small.channel;
+                       tile.dest_row = small.row;
+                       tile.dest_run = run_at.data();
+                     }
+                     kernels.tile[height - 1][strip.rows - 1][strip.run - 1](tile);
+                   });
       }
     }
     return seconds() - start;

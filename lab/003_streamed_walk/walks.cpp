@@ -62,14 +62,14 @@ int main(int argc, char** argv) {
       const CompiledPlan plan(mask.data(), {l.out, l.in, l.kernel, l.kernel, 1});
       std::vector<float> values(static_cast<std::size_t>(plan.plan.nnz()), 0.5F), grad(values.size());
       const std::function<void()> directions[] = {
-          [&] { conv2d_forward<float>(plan, geometry, read(x), values.data(), nullptr, y, threads); },
+          [&] { conv2d_forward<float>(plan, geometry, read(x), nullptr, values.data(), nullptr, y, threads); },
           [&] { conv2d_input_grad<float>(plan, geometry, read(y), values.data(), dx, threads); },
-          [&] { conv2d_weight_grad<float>(plan, geometry, read(x), read(y), grad.data(), nullptr, threads); }};
+          [&] { conv2d_weight_grad<float>(plan, geometry, read(x), nullptr, read(y), grad.data(), nullptr, threads); }};
       const auto chosen = [&](Direction direction, const Images<float>& source) {
         const Conv2dKernels<float>& kernels = conv2d_kernels<float>();
         const ScheduleChoice choice = choose_schedule(
             plan.plan, {direction, geometry, kernels.lanes,
-                        direction == Direction::kWeightGrad ? kernels.pinned : kernels.accumulators, sizeof(float), true,
+                        direction == Direction::kWeightGrad ? kernels.pinned : kernels.accumulators, kernels.panel, sizeof(float), true,
                         {source.channel, source.row, source.column}, Walk::kChoose});
         return choice.streamed() ? "streamed" : "tiled";
       };

@@ -49,7 +49,7 @@ def compare(dense: nn.Module, sparse: nn.Module, masks: dict[str, Tensor]) -> No
 def test_what_becomes_what() -> None:
     model, masks = masked_model()
     dense = copy.deepcopy(model)
-    report = fk.sparsify_(model, masks)
+    report = fk.sparsify_(model, masks, compact=False)
     expected = {
         "stem": MaskedConv2d,
         "norm1": BatchLastBatchNormReLU2d,
@@ -128,7 +128,7 @@ def test_a_layer_with_a_hook_is_not_fused() -> None:
 def test_fuse_off() -> None:
     model, masks = masked_model()
     dense = copy.deepcopy(model)
-    fk.sparsify_(model, masks, fuse=False)
+    fk.sparsify_(model, masks, fuse=False, compact=False)
     assert type(model.norm1) is BatchLastBatchNorm2d
     assert type(model.relu1) is nn.ReLU
     compare(dense, model, masks)
@@ -158,7 +158,7 @@ def test_masks_from_exact_zeros() -> None:
     model, masks = masked_model()
     nn.init.zeros_(model.plain.weight)  # an initialisation, not a mask
     dense = copy.deepcopy(model)
-    report = fk.sparsify_(model)
+    report = fk.sparsify_(model, compact=False)
     assert {row.name for row in report if row.density < 1} == set(DENSITY)
     compare(dense, model, masks)
 
@@ -210,16 +210,16 @@ def test_masks_of_ones_and_zeros(dtype: torch.dtype) -> None:
 
 def test_a_new_mask_for_a_sparse_layer() -> None:
     model, masks = masked_model()
-    fk.sparsify_(model, masks)
+    fk.sparsify_(model, masks, compact=False)
     before = model.conv.weight.detach().clone()
     new = torch.rand(before.shape) < 0.2
-    report = fk.sparsify_(model, {"conv": new})
+    report = fk.sparsify_(model, {"conv": new}, compact=False)
     assert torch.equal(model.conv.mask, new)
     assert torch.equal(model.conv.weight, before * new)
     assert torch.equal(model.hidden.mask, masks["hidden"])
     assert report["hidden"].reason == "as it was"
     denser = torch.ones_like(new)
-    fk.sparsify_(model, {"conv": denser})
+    fk.sparsify_(model, {"conv": denser}, compact=False)
     assert isinstance(model.conv, MaskedConv2d)
     assert model.conv.batch_last is False or fk.is_batch_last(model.conv(torch.randn(2, 8, 4, 4).double()))
 
@@ -235,7 +235,7 @@ def test_twice_changes_nothing() -> None:
 def test_a_copy() -> None:
     model, masks = masked_model()
     before = fingerprint(model)
-    converted = fk.sparsify(model, masks)
+    converted = fk.sparsify(model, masks, compact=False)
     assert fingerprint(model) == before
     assert isinstance(converted.conv, SparseConv2d)
     compare(model, converted, masks)

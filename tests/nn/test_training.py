@@ -44,7 +44,7 @@ def pair(dtype: torch.dtype = torch.float32) -> tuple[Net, Net, dict[str, Tensor
     with torch.no_grad():
         for name, mask in masks.items():
             dense.get_submodule(name).weight.mul_(mask)
-    sparse = fk.sparsify(dense, masks)
+    sparse = fk.sparsify(dense, masks, compact=False)
     # The case needs a layer that is left to torch, and one with a mask that it must respect.
     assert isinstance(sparse.conv1, fk.nn.MaskedConv2d)
     return dense, sparse, masks

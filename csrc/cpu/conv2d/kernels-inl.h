@@ -31,51 +31,55 @@ void accumulate_tile(const TileArgs<T>& a) {
   using reg = typename V::reg;
   static_assert(Rows * Run <= V::accumulators, "the tile must fit the registers, or every FMA spills");
 
-  const T* source[Rows];
-  for (int r = 0; r < Rows; ++r) source[r] = a.source + r * a.source_row;
   // Copies: the compiler must assume that vector stores change what `a` points to.
-  const std::int64_t dest_row = a.dest_row;
-  const std::int64_t* const dest_run = a.dest_run;
+  const std::int64_t dest_row = a.dest_row, tiles = a.tiles;
+  const std::int32_t* const offsets = a.offset;
 
   for (std::int64_t t = 0; t < a.tasks; ++t) {
     const RowTask task = a.task[t];
     T* const dest = a.dest + task.channel * a.dest_channel;
     const T* const values = a.value + (task.value - task.begin);
+    const std::int64_t* dest_run = a.dest_run;
+    const T* corner = a.source;
+    for (std::int64_t i = 0; i < tiles; ++i, dest_run += Run, corner += Run * V::lanes) {
+      const T* source[Rows];
+      for (int r = 0; r < Rows; ++r) source[r] = corner + r * a.source_row;
 
-    reg sum[Rows][Run];
-    if (a.accumulate) {
+      reg sum[Rows][Run];
+      if (a.accumulate) {
 FEDPAI_UNROLL
-      for (int r = 0; r < Rows; ++r) {
+        for (int r = 0; r < Rows; ++r) {
 FEDPAI_UNROLL
-        for (int k = 0; k < Run; ++k) sum[r][k] = V::loadu(dest + r * dest_row + dest_run[k]);
-      }
-    } else {
-      const reg start = a.bias != nullptr ? V::set1(a.bias[task.channel]) : V::zero();
+          for (int k = 0; k < Run; ++k) sum[r][k] = V::loadu(dest + r * dest_row + dest_run[k]);
+        }
+      } else {
+        const reg start = a.bias != nullptr ? V::set1(a.bias[task.channel]) : V::zero();
 FEDPAI_UNROLL
-      for (int r = 0; r < Rows; ++r) {
+        for (int r = 0; r < Rows; ++r) {
 FEDPAI_UNROLL
-        for (int k = 0; k < Run; ++k) sum[r][k] = start;
-      }
-    }
-
-    std::int64_t next = a.offset[task.begin];
-    for (std::int64_t j = task.begin; j < task.end; ++j) {
-      const reg value = V::set1(values[j]);
-      const std::int64_t offset = next;
-      next = a.offset[j + 1];
-FEDPAI_UNROLL
-      for (int r = 0; r < Rows; ++r) {
-FEDPAI_UNROLL
-        for (int k = 0; k < Run; ++k) {
-          sum[r][k] = V::fma(value, V::load(source[r] + offset + k * V::lanes), sum[r][k]);
+          for (int k = 0; k < Run; ++k) sum[r][k] = start;
         }
       }
-    }
+
+      std::int64_t next = offsets[task.begin];
+      for (std::int64_t j = task.begin; j < task.end; ++j) {
+        const reg value = V::set1(values[j]);
+        const std::int64_t offset = next;
+        next = offsets[j + 1];
+FEDPAI_UNROLL
+        for (int r = 0; r < Rows; ++r) {
+FEDPAI_UNROLL
+          for (int k = 0; k < Run; ++k) {
+            sum[r][k] = V::fma(value, V::load(source[r] + offset + k * V::lanes), sum[r][k]);
+          }
+        }
+      }
 
 FEDPAI_UNROLL
-    for (int r = 0; r < Rows; ++r) {
+      for (int r = 0; r < Rows; ++r) {
 FEDPAI_UNROLL
-      for (int k = 0; k < Run; ++k) V::storeu(dest + r * dest_row + dest_run[k], sum[r][k]);
+        for (int k = 0; k < Run; ++k) V::storeu(dest + r * dest_row + dest_run[k], sum[r][k]);
+      }
     }
   }
 }

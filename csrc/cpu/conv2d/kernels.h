@@ -32,7 +32,6 @@ constexpr int kMaxTileRows = 4;
 constexpr int kMaxTileRun = 28;
 // Kernels read so many offsets beyond a task's: those of the next tasks, or zeros after the last.
 constexpr int kOffsetsAhead = 4;
-constexpr int kSumsBeyond = 3;
 
 // Entries [begin, end) of the stream belong to one panel of dest channels, whose first is `channel`.
 struct RowTask {
@@ -47,6 +46,7 @@ template <class T>
 struct TileArgs {
   const T* source;  // packed patch at the tile's corner, aligned to a vector
   std::int64_t source_row;
+  std::int64_t tiles;  // as many of this size, one after the other in their row: all of them for a task before the next
   const std::int32_t* offset;  // per entry, elements
   const T* value;              // by RowTask::value (forward direction only)
   const std::int32_t* rows;    // dest channels by RowTask::row
@@ -73,7 +73,7 @@ struct GradTileArgs {
   std::int64_t dest_channel;
   std::int64_t dest_row;
   const std::int64_t* dest_run;
-  T* sums;          // by RowTask::value, added to; kSumsBeyond more elements may be written
+  T* sums;          // by RowTask::value, added to
   T* bias_sums;     // [channel][lane] or null; always added to
 };
 

@@ -26,75 +26,79 @@ void accumulate_panel(const TileArgs<T>& a) {
   static_assert(Height * Rows * Run <= V::panel, "the tiles of a panel must fit the registers");
   constexpr int kVectors = Rows * Run;
 
-  const std::int64_t source_row = a.source_row, dest_row = a.dest_row;
-  const std::int64_t* const dest_run = a.dest_run;
+  const std::int64_t source_row = a.source_row, dest_row = a.dest_row, tiles = a.tiles;
   const std::int32_t* const offsets = a.offset;
-  const T* const source = a.source;
 
   for (std::int64_t t = 0; t < a.tasks; ++t) {
     const RowTask task = a.task[t];
     const std::int32_t* const channel = a.rows + task.row;
     T* dest[Height];
     for (int h = 0; h < Height; ++h) dest[h] = a.dest + channel[h] * a.dest_channel;
-
-    reg sum[Height][kVectors];
+    const std::int64_t* dest_run = a.dest_run;
+    const T* source = a.source;
+    for (std::int64_t i = 0; i < tiles; ++i, dest_run += Run, source += Run * V::lanes) {
+      reg sum[Height][kVectors];
 FEDPAI_UNROLL
-    for (int h = 0; h < Height; ++h) {
-      const reg start = a.bias != nullptr ? V::set1(a.bias[channel[h]]) : V::zero();
-FEDPAI_UNROLL
-      for (int k = 0; k < kVectors; ++k) {
-        sum[h][k] = a.accumulate ? V::loadu(dest[h] + k / Run * dest_row + dest_run[k % Run]) : start;
-      }
-    }
-
-    const T* value = a.value + task.value;
-    std::int64_t next = offsets[task.begin];
-    for (std::int64_t j = task.begin; j < task.end; ++j, value += Height) {
-      const T* const from = source + next;
-      next = offsets[j + 1];
-      // The side with fewer vectors stays in registers, the other passes through one.
-      if constexpr (kVectors <= Height) {
-        reg x[kVectors];
-FEDPAI_UNROLL
-        for (int k = 0; k < kVectors; ++k) x[k] = V::load(from + k / Run * source_row + k % Run * V::lanes);
-FEDPAI_UNROLL
-        for (int h = 0; h < Height; ++h) {
-          const reg w = V::set1(value[h]);
-FEDPAI_UNROLL
-          for (int k = 0; k < kVectors; ++k) sum[h][k] = V::fma(w, x[k], sum[h][k]);
-        }
-      } else {
-        reg w[Height];
-FEDPAI_UNROLL
-        for (int h = 0; h < Height; ++h) w[h] = V::set1(value[h]);
+      for (int h = 0; h < Height; ++h) {
+        const reg start = a.bias != nullptr ? V::set1(a.bias[channel[h]]) : V::zero();
 FEDPAI_UNROLL
         for (int k = 0; k < kVectors; ++k) {
-          const reg x = V::load(from + k / Run * source_row + k % Run * V::lanes);
-FEDPAI_UNROLL
-          for (int h = 0; h < Height; ++h) sum[h][k] = V::fma(w[h], x, sum[h][k]);
+          sum[h][k] = a.accumulate ? V::loadu(dest[h] + k / Run * dest_row + dest_run[k % Run]) : start;
         }
       }
-    }
+
+      const T* value = a.value + task.value;
+      std::int64_t next = offsets[task.begin];
+      for (std::int64_t j = task.begin; j < task.end; ++j, value += Height) {
+        const T* const from = source + next;
+        next = offsets[j + 1];
+        // The side with fewer vectors stays in registers, the other passes through one.
+        if constexpr (kVectors <= Height) {
+          reg x[kVectors];
+FEDPAI_UNROLL
+          for (int k = 0; k < kVectors; ++k) x[k] = V::load(from + k / Run * source_row + k % Run * V::lanes);
+FEDPAI_UNROLL
+          for (int h = 0; h < Height; ++h) {
+            const reg w = V::set1(value[h]);
+FEDPAI_UNROLL
+            for (int k = 0; k < kVectors; ++k) sum[h][k] = V::fma(w, x[k], sum[h][k]);
+          }
+        } else {
+          reg w[Height];
+FEDPAI_UNROLL
+          for (int h = 0; h < Height; ++h) w[h] = V::set1(value[h]);
+FEDPAI_UNROLL
+          for (int k = 0; k < kVectors; ++k) {
+            const reg x = V::load(from + k / Run * source_row + k % Run * V::lanes);
+FEDPAI_UNROLL
+            for (int h = 0; h < Height; ++h) sum[h][k] = V::fma(w[h], x, sum[h][k]);
+          }
+        }
+      }
 
 FEDPAI_UNROLL
-    for (int h = 0; h < Height; ++h) {
+      for (int h = 0; h < Height; ++h) {
 FEDPAI_UNROLL
-      for (int k = 0; k < kVectors; ++k) V::storeu(dest[h] + k / Run * dest_row + dest_run[k % Run], sum[h][k]);
+        for (int k = 0; k < kVectors; ++k) V::storeu(dest[h] + k / Run * dest_row + dest_run[k % Run], sum[h][k]);
+      }
     }
   }
 }
 
-// Adds the lanes of one entry's products to its sums, one per row.
+// Adds the lanes of one entry's products to its sums, one per row. No more than those may be touched: what follows may be
+// another thread's.
 template <class T, int Height>
 FEDPAI_INLINE void add_products(T* sums, const typename Vec<T>::reg (&product)[Height]) {
   using V = Vec<T>;
   if constexpr (Height == 1) {
     *sums += V::reduce_add(product[0]);
+  } else if constexpr (Height == 4) {
+    V::add_folded(sums, V::fold(product[0], product[1]), V::fold(product[2], product[3]));
   } else {
-    // What is added beyond the panel's rows is zero.
-    typename V::reg p[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-    for (int h = 0; h < Height; ++h) p[h] = product[h];
-    V::add_folded(sums, V::fold(p[0], p[1]), V::fold(p[2], p[3]));
+    alignas(64) T total[4] = {};
+    const typename V::reg last = Height == 3 ? product[Height - 1] : V::zero();
+    V::add_folded(total, V::fold(product[0], product[1]), V::fold(last, V::zero()));
+    for (int h = 0; h < Height; ++h) sums[h] += total[h];
   }
 }
 

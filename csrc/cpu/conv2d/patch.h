@@ -182,25 +182,30 @@ std::vector<std::int64_t> cut_rows(const TiledPass& pass, std::int64_t parts);
 void run_offsets(const TiledPass& pass, int lanes, std::int64_t columns, std::int64_t dest_column,
                  std::vector<std::int64_t>& offsets);
 
-// Calls visit(rows, run, y, vector) for every register tile of a patch: its size, and its first row and the first of its
-// vectors in the patch's rows.
+// Calls visit(tile) for every strip of register tiles of a patch.
+struct TileStrip {
+  std::int64_t rows, run;  // of each tile
+  std::int64_t tiles;      // one after the other
+  std::int64_t y, vector;  // first row, and first vector in the patch's rows
+};
+
 template <class F>
-void for_each_tile(const TiledPass& pass, const PatchBox& box, F&& visit) {
-  const std::int64_t vectors = box.width * pass.tiling.blocks;
-  const std::int64_t across = (vectors + pass.tiling.tile_run - 1) / pass.tiling.tile_run;
+void for_each_strip(const TiledPass& pass, const PatchBox& box, F&& visit) {
+  const std::int64_t vectors = box.width * pass.tiling.blocks, run = std::min(pass.tiling.tile_run, vectors);
+  const std::int64_t whole = vectors / run;
   for (std::int64_t ty = box.tile_y_begin; ty < box.tile_y_end; ++ty) {
     const std::int64_t y = pass.y.cuts[static_cast<std::size_t>(ty)];
     const std::int64_t rows = pass.y.cuts[static_cast<std::size_t>(ty) + 1] - y;
-    for (std::int64_t i = 0; i < across; ++i) {
-      const std::int64_t begin = vectors * i / across, end = vectors * (i + 1) / across;
-      visit(rows, end - begin, y, begin);
+    for (std::int64_t i = 0; i < whole; i += pass.tiling.strip) {
+      visit(TileStrip{rows, run, std::min(pass.tiling.strip, whole - i), y, i * run});
     }
+    if (whole * run < vectors) visit(TileStrip{rows, vectors - whole * run, 1, y, whole * run});
   }
 }
 
-// Calls run(height, rows, run, args) for every register tile of every lane group of a unit, and there for the tasks of
-// every panel height: `args` is TileArgs or GradTileArgs, to which this adds where the tile lies and which tasks. `Dest`
-// is const where the dest is read.
+// Calls run(height, strip, args) for every strip of register tiles of every lane group of a unit, and there for the tasks
+// of every panel height: `args` is TileArgs or GradTileArgs, to which this adds where the tiles lie and which tasks.
+// `Dest` is const where the dest is read.
 template <class T, class Dest, class Args, class Run>
 void walk_tiles(const TiledPass& pass, int lanes, const Unit& unit, const T* packed, const Images<Dest>& dest,
                 Dest* staging, const TaskRange& range, Args args, Run&& run) {
@@ -216,16 +221,16 @@ void walk_tiles(const TiledPass& pass, int lanes, const Unit& unit, const T* pac
     args.dest_channel = view.channel;
     args.dest_row = view.row;
     const T* const source = packed + group * pass.group;
-    for_each_tile(pass, box, [&](std::int64_t rows, std::int64_t vectors, std::int64_t y, std::int64_t first) {
-      args.source = source + (y - box.y) * pass.source_row + first * lanes;
-      args.dest = view.origin + y * view.row + box.x * view.column;
-      args.dest_run = dest_run.data() + first;
+    for_each_strip(pass, box, [&](const TileStrip& strip) {
+      args.source = source + (strip.y - box.y) * pass.source_row + strip.vector * lanes;
+      args.dest = view.origin + strip.y * view.row + box.x * view.column;
+      args.dest_run = dest_run.data() + strip.vector;
       for (int height = pass.tiling.height; height >= 1; --height) {
         const TaskRange& tasks = by_height[static_cast<std::size_t>(height - 1)];
         if (tasks.empty()) continue;
         args.task = pass.tasks.data() + tasks.begin;
         args.tasks = tasks.end - tasks.begin;
-        run(height, rows, vectors, args);
+        run(height, strip, args);
       }
     });
   }

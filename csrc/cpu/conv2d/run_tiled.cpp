@@ -53,8 +53,9 @@ void accumulate_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, con
     pack_block(pass, kernels, block, unit, source, norm, packed);
     args.accumulate = block > 0;
     walk_tiles(pass, kernels.lanes, unit, packed, dest, staging, range, args,
-               [&](int height, std::int64_t rows, std::int64_t run, const TileArgs<T>& tile) {
-                 kernels.tile[height - 1][rows - 1][run - 1](tile);
+               [&](int height, const TileStrip& strip, TileArgs<T>& tile) {
+                 tile.tiles = strip.tiles;
+                 kernels.tile[height - 1][strip.rows - 1][strip.run - 1](tile);
                });
   }
 

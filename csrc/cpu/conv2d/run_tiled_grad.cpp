@@ -53,13 +53,13 @@ void grad_unit(const TiledPass& pass, const Conv2dKernels<T>& kernels, const Uni
     pack_block(pass, kernels, block, unit, x, norm, packed);
     args.bias_sums = block == 0 ? bias_sums : nullptr;
     walk_tiles<T, const T>(pass, kernels.lanes, unit, packed, dy, staging, range, args,
-                           [&](int height, std::int64_t rows, std::int64_t run, GradTileArgs<T>& tile) {
+                           [&](int height, const TileStrip& strip, GradTileArgs<T>& tile) {
                              if (pass.tiling.height == 1) {
-                               kernels.grad_tile[rows - 1][run - 1](tile);
+                               kernels.grad_tile[strip.rows - 1][strip.run - 1](tile);
                                return;
                              }
-                             tile.tile_rows = rows;
-                             tile.tile_run = run;
+                             tile.tile_rows = strip.rows;
+                             tile.tile_run = strip.run;
                              kernels.grad_panel[height - 1](tile);
                            });
   }
@@ -83,7 +83,7 @@ void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std:
       share_units ? std::min<std::int64_t>(threads, units.count) : std::min<std::int64_t>(threads, pass.dest_channels);
   const std::vector<std::int64_t> cuts = cut_rows(pass, share_units ? 1 : parts);
 
-  const std::int64_t sums_size = aligned_elements<T>(count + kSumsBeyond);
+  const std::int64_t sums_size = aligned_elements<T>(count);
   const std::int64_t bias_size = bias_grad != nullptr ? aligned_elements<T>(pass.dest_channels * lanes) : 0;
   const std::int64_t sum_sets = share_units ? parts : 1;
   const UnitMemory<T> unit_memory(pass, units, dy, batch);

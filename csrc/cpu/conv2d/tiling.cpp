@@ -30,12 +30,13 @@ struct Constants {
   double dest_line;    // per cache line of the dest
   double source_run;   // per row of a channel's patch: the prefetcher starts anew
   double dest_run;     // the same in the dest
+  double split;        // per dest row of a strip and task: lines that the next strip shares have left the caches by then
   double tile;         // per register tile and channel block: a call, cold predictors
 };
 
-constexpr Constants kRows{0.92, 0.12, 0.62, 0.47, 11.0, 2.7, 0, 2.0, 0.2, 0.5, 1.0, 7.3, 15.9, 53.0, 14.4, 1200.0};
-constexpr Constants kPanels{0.74, 0.35, 2.5, 0.21, 40.0, 4.5, 6.0, 0, 0, 0, 1.9, 7.6, 10.4, 61.0, 0, 20.0};
-constexpr Constants kPanelGrads{0.80, 0.2, 1.5, 0.28, 40.0, 0, 0, 1.1, 0.8, 3.0, 1.7, 4.0, 11.8, 153.0, 60.0, 20.0};
+constexpr Constants kRows{0.92, 0.12, 0.62, 0.47, 11.0, 2.7, 0, 2.0, 0.2, 0.5, 1.0, 7.3, 15.9, 53.0, 14.4, 0, 1200.0};
+constexpr Constants kPanels{0.65, 0.15, 0.9, 0.21, 40.0, 4.5, 6.0, 0, 0, 0, 1.9, 7.6, 10.4, 61.0, 60.0, 35.0, 20.0};
+constexpr Constants kPanelGrads{0.70, 0.1, 0.6, 0.28, 40.0, 0, 0, 1.1, 0.8, 3.0, 1.7, 4.0, 11.8, 153.0, 60.0, 0, 20.0};
 
 // Sums that must be in flight for the FMAs not to wait for each other.
 constexpr double kChains = 8.0;
@@ -117,8 +118,8 @@ double Costs::cycles(const Tiling& t) const {
   const auto patch_w = static_cast<double>(std::min(p.grid_w, t.patch_width));
   const auto halo_h = static_cast<double>(p.halo_h), halo_w = static_cast<double>(p.halo_w);
   const double patch_pixels = phases * (patch_h + halo_h) * (patch_w + halo_w);
-  // A tile's runs, shifted by every tap: they join where they are no shorter than a pixel.
-  const double tile_run = static_cast<double>(t.tile_run), pixel = static_cast<double>(t.blocks);
+  // The runs of a strip, shifted by every tap: they join where they are no shorter than a pixel.
+  const double tile_run = static_cast<double>(t.tile_run * t.strip), pixel = static_cast<double>(t.blocks);
   const double tile_vectors_read =
       phases * (static_cast<double>(t.tile_rows) + halo_h) * (tile_run + halo_w * std::min(tile_run, pixel));
 
@@ -145,10 +146,11 @@ double Costs::cycles(const Tiling& t) const {
                                                                        ((1.0 - patch) * k.fetch_l2 + patch * k.fetch_l3));
   cycles += entries * tiles * spilled_l1(block_entry_bytes) * k.entry_l2;
   cycles += tasks * tiles * k.task + tiles * blocks * k.tile;
+  cycles += tasks * rows_per_task * tiles / static_cast<double>(t.strip) * k.split;
   cycles += source_patches * (patch_pixels * lines_per_pixel * k.source_line +
                               static_cast<double>(p.phases_h) * (patch_h + halo_h) * k.source_run);
   cycles += dest_channels * (pixels * static_cast<double>(groups) * dest_lines_per_pixel * k.dest_line +
-                             static_cast<double>(boxes * bundles) * patch_h * k.dest_run);
+                             static_cast<double>(boxes * (p.height == 1 ? bundles : groups)) * patch_h * k.dest_run);
   if (static_cast<double>(t.blocks) * vector_bytes < kLineBytes && p.batch > p.lanes) {
     cycles += tasks * rows_per_task * dest_vectors * k.half_line;
   }
@@ -213,14 +215,14 @@ Tiling choose_tiling(const TilingProblem& problem) {
     return sizes;
   };
   const auto consider = [&](std::int64_t blocks, std::int64_t groups, std::int64_t most_rows, std::int64_t width,
-                            std::int64_t most_run) {
+                            std::int64_t most_run, std::int64_t strip) {
     const std::int64_t rows = balanced_size(problem.grid_h, most_rows);
     const std::int64_t run = balanced_size(width * blocks, most_run);
-    const std::vector<std::int64_t> sizes = channel_blocks(rows, static_cast<double>(run), static_cast<double>(blocks));
+    const std::vector<std::int64_t> sizes = channel_blocks(rows, static_cast<double>(run * strip), static_cast<double>(blocks));
     for (const std::int64_t patch_rows : powers_up_to(std::min<std::int64_t>(ceil_div(problem.grid_h, rows), 8))) {
       for (const std::int64_t channel_block : sizes) {
         Tiling tiling{static_cast<int>(blocks), static_cast<int>(groups), rows, run, patch_rows, width,
-                      channel_block, problem.height, 0};
+                      channel_block, strip, problem.height, 0};
         if (groups > 1 && costs.packed_bytes(tiling) > kMostPackedBytes) break;  // larger blocks are larger still
         tiling.cycles = costs.cycles(tiling);
         if (tiling.cycles < best.cycles) best = tiling;
@@ -243,7 +245,9 @@ Tiling choose_tiling(const TilingProblem& problem) {
         for (std::int64_t rows = 1; rows <= std::min(problem.grid_h, most_rows); ++rows) {
           if (whole_patches && (rows & (rows - 1)) != 0 && rows != problem.grid_h) continue;
           if (!whole_patches && rows > vectors) break;
-          consider(blocks, groups, rows, width, whole_patches ? width * blocks : vectors / rows);
+          consider(blocks, groups, rows, width, whole_patches ? width * blocks : vectors / rows, 1);
+          if (problem.height == 1 || whole_patches) continue;
+          for (const std::int64_t strip : {4, 16}) consider(blocks, groups, rows, width, vectors / rows, strip);
         }
       }
     }

@@ -38,13 +38,14 @@ struct Tiling {
   std::int64_t patch_rows = 1;      // a patch: rows of register tiles,
   std::int64_t patch_width = 1;     // and pixels in each
   std::int64_t channel_block = 1;   // source channels packed at a time
+  std::int64_t strip = 1;           // neighbouring tiles of a row that a task visits before the next task
   int height = 1;                   // of the tallest panel
   double cycles = 0;                // the model's estimate for the whole pass on one core
 
   // Whether both lay out a pass alike.
   bool operator==(const Tiling& o) const {
     return blocks == o.blocks && groups == o.groups && tile_rows == o.tile_rows && tile_run == o.tile_run &&
-           patch_rows == o.patch_rows && patch_width == o.patch_width && channel_block == o.channel_block && height == o.height;
+           patch_rows == o.patch_rows && patch_width == o.patch_width && channel_block == o.channel_block && strip == o.strip && height == o.height;
   }
 };
 

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpai.federation.layout import Floats, Ints, Layout, MaskSet
+from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, Slot
+from fedpai_kernels import sparsify_
+from fedpai_kernels.nn import parts_of
 
 POOL_LIMIT = 16
 """Models kept at a time; with more personal masks than this the least recently used one is rebuilt."""
@@ -35,7 +37,7 @@ class BoundModel:
         self.layout = layout
         self.mask = mask
         self.report = report
-        self._floats: list[tuple[slice, Tensor]] = []
+        self._floats: list[tuple[slice | Tensor, Tensor]] = []
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         if mask is None:
             for slot in layout.weights:
@@ -43,11 +45,22 @@ class BoundModel:
         else:
             # Every masked layer, whatever kernel it got, trains the packed values in the mask's order.
             for slot, where in mask.parts():
-                self._floats.append((where, tensors[slot.key.removesuffix("weight") + "values"]))
+                self._tie(slot, where, mask.positions[where] - slot.offset)
         start = layout.weight_count if mask is None else mask.kept
         for slot in layout.others:
-            self._floats.append((slice(start + slot.offset, start + slot.stop), tensors[slot.key]))
+            self._tie(slot, slice(start + slot.offset, start + slot.stop), np.arange(slot.size))
         self._ints = [(slice(slot.offset, slot.stop), tensors[slot.key]) for slot in layout.ints]
+
+    def _tie(self, slot: Slot, where: slice, positions: Ints) -> None:
+        """Ties the elements of a slot at `positions`, which lie at `where` in the packed vector, to what holds them.
+
+        One tensor, in this order, holds all; or, where channels were removed, two that share them.
+        """
+        path, _, name = slot.key.rpartition(".")
+        parts = parts_of(self.model.get_submodule(path), name)
+        for held, tensor in parts:
+            at = where.start + np.searchsorted(positions, held.numpy())
+            self._floats.append((where if len(parts) == 1 else torch.from_numpy(at), tensor))
 
     @torch.no_grad()
     def load(self, floats: Floats, ints: Ints) -> None:
@@ -94,7 +107,10 @@ class ModelPool:
         self._kept: OrderedDict[bytes | None, BoundModel] = OrderedDict()
 
     def get(self, mask: MaskSet | None) -> BoundModel:
-        """The model for a mask (None: dense). Its values are whatever the last user left there."""
+        """The model for a mask (None: dense). Its values are whatever the last user left there.
+
+        Channels that the mask leaves without any weight are removed from it, and keep the values that were loaded.
+        """
         key = None if mask is None else mask.digest
         bound = self._kept.get(key)
         if bound is None:
@@ -121,7 +137,13 @@ class ModelPool:
         if mask is None:
             model.to(memory_format=self._memory_format)  # type: ignore[call-overload]
             return BoundModel(model, self.layout, None)
-        import fedpai_kernels
-
-        report = fedpai_kernels.sparsify_(model, mask.masks())
+        masks = mask.masks()
+        try:
+            report = sparsify_(model, masks)
+        except ValueError:  # no path through the network, as scores may have it; anything else is raised again
+            return BoundModel(model, self.layout, mask, sparsify_(model, masks, compact=False))
+        asides = (parts_of(model.get_submodule(name), "weight")[1:] for name in masks)
+        if any(len(positions) for aside in asides for positions, _ in aside):
+            # Kept weights without effect under this mask: they are sent and merged, so they must decay as others do.
+            report = sparsify_(model, masks, compact=False)
         return BoundModel(model, self.layout, mask, report)

@@ -43,17 +43,18 @@ def profile_layers(dense: nn.Module, sparse: nn.Module, x: Tensor, repeats: int 
 
     Args:
         dense: the plain network, in the memory format it trains in.
-        sparse: the same network after `sparsify_`; module names agree.
+        sparse: the same network after `sparsify_`; module names agree, channels may have been removed.
         x: a batch, float32 (N, C, H, W), in the dense network's memory format.
         repeats: timed repetitions after one that is thrown away.
     """
     import fedpai_kernels
 
-    inputs = _inputs(dense, x)
+    inputs, thin_inputs = _inputs(dense, x), _inputs(sparse, x)
     times = []
     for name, (given, first) in inputs.items():
         plain, thin = dense.get_submodule(name), sparse.get_submodule(name)
-        packed = fedpai_kernels.to_batch_last(given) if given.dim() == 4 else given
+        packed = thin_inputs[name][0]
+        packed = fedpai_kernels.to_batch_last(packed) if packed.dim() == 4 else packed
         samples: tuple[list[float], list[float]] = ([], [])
         for repeat in range(repeats + 1):
             for module, form, kept in ((plain, given, samples[0]), (thin, packed, samples[1])):
@@ -67,10 +68,12 @@ def profile_layers(dense: nn.Module, sparse: nn.Module, x: Tensor, repeats: int 
 
 def _inputs(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, bool]]:
     """The input of every conv and linear layer, and whether the layer runs first, in running order."""
+    from fedpai_kernels.nn import PackedWeight
+
     seen: dict[str, tuple[Tensor, bool]] = {}
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear | PackedWeight):
 
             def record(module: nn.Module, given: tuple[Tensor, ...], name: str = name) -> None:
                 seen[name] = (given[0].detach().clone(), not seen)

@@ -263,6 +263,8 @@ CONV2D: Sequence[Conv2dCase] = (
     _conv("blocks_4x1_taps", mask="4x1-taps"),
     _conv("blocks_n_is_1", mask="8x4", batch=1),
     _conv("blocks_n_multiple", mask="4x2", batch=64, image=(4, 3)),
+    _conv("blocks_n_above_patch", mask="3x3", batch=129, image=(4, 3)),
+    _conv("blocks_wide_image", mask="4x2", image=(2, 33)),
     _conv("blocks_channel_blocks", mask="8x8-taps", batch=16, in_channels=72, out_channels=40, image=(6, 6),
           density=0.2),
     _conv("blocks_one_by_one", mask="8x8", kernel=(1, 1), padding=0, in_channels=16, out_channels=24),

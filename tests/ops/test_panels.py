@@ -133,6 +133,22 @@ def test_gradients_only_where_wanted(wanted: tuple[bool, bool], isa: str) -> Non
         assert leaf.grad is None or torch.equal(leaf.grad, gradient)
 
 
+@TILED
+def test_threads_that_share_the_sums_keep_to_their_own(walk: str, set_threads: Callable[[int], None]) -> None:
+    """Panels of three, one of each thread: nothing is added, not even zero, where the neighbour's sums begin."""
+    case = Conv2dCase("large", 0.95, "3x1", bias=False, batch=16, in_channels=4096, out_channels=6, image=(6, 6))
+    numbers = operands(case, "f64", "exact")
+    x, dy = to_batch_last(numbers.x), to_batch_last(numbers.dy)
+    values = numbers.values.requires_grad_()
+    y = case.sparse(x, values, None)
+    set_threads(1)
+    (expected,) = torch.autograd.grad(y, values, dy, retain_graph=True)
+    set_threads(2)
+    for _ in range(60):
+        (found,) = torch.autograd.grad(y, values, dy, retain_graph=True)
+        assert torch.equal(found, expected)
+
+
 # ------------------------------------------------------------------------------- numbers that are not finite
 
 

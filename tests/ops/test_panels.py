@@ -104,7 +104,7 @@ def test_random_blocks(isa: str, dtype: str, walk: str, set_threads: Callable[[i
 
 SMALL = [
     Conv2dCase("blocks", 0.5, "3x2", batch=2, in_channels=2, out_channels=6, image=(2, 3), kernel=(2, 3)),
-    Conv2dCase("blocks_lost", 1.0, "4x4 lost", batch=3, in_channels=3, out_channels=4, image=(3, 3), stride=2),
+    Conv2dCase("blocks_lost", 1.0, "4x4 lost", batch=2, in_channels=3, out_channels=4, image=(3, 2), stride=2),
     Conv2dCase("blocks_groups", 0.6, "2x2-taps", batch=2, in_channels=4, out_channels=4, image=(2, 2), groups=2),
     LinearCase("blocks", 0.5, "4x2", leading=(3,), in_features=6, out_features=7),
     LinearCase("blocks_lost", 1.0, "4x4 lost", leading=(3,), in_features=4, out_features=5),
@@ -136,7 +136,7 @@ def test_gradients_only_where_wanted(wanted: tuple[bool, bool], isa: str) -> Non
 @TILED
 def test_threads_that_share_the_sums_keep_to_their_own(walk: str, set_threads: Callable[[int], None]) -> None:
     """Panels of three, one of each thread: nothing is added, not even zero, where the neighbour's sums begin."""
-    case = Conv2dCase("large", 0.95, "3x1", bias=False, batch=16, in_channels=4096, out_channels=6, image=(6, 6))
+    case = Conv2dCase("large", 0.95, "3x1", bias=False, batch=16, in_channels=4096, out_channels=6, image=(8, 8))
     numbers = operands(case, "f64", "exact")
     x, dy = to_batch_last(numbers.x), to_batch_last(numbers.dy)
     values = numbers.values.requires_grad_()
@@ -144,7 +144,7 @@ def test_threads_that_share_the_sums_keep_to_their_own(walk: str, set_threads: C
     set_threads(1)
     (expected,) = torch.autograd.grad(y, values, dy, retain_graph=True)
     set_threads(2)
-    for _ in range(60):
+    for _ in range(80):
         (found,) = torch.autograd.grad(y, values, dy, retain_graph=True)
         assert torch.equal(found, expected)
 
@@ -152,7 +152,7 @@ def test_threads_that_share_the_sums_keep_to_their_own(walk: str, set_threads: C
 # ------------------------------------------------------------------------------- numbers that are not finite
 
 
-NOT_FINITE = [float("inf"), float("-inf"), float("nan")]
+NOT_FINITE = [float("-inf"), float("nan")]
 
 
 def reached(plan: Plan, bad: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from fedpai_kernels import Plan
 from fedpai_kernels.ops import reference, sparse_conv2d, sparse_linear
 from fedpai_kernels.ops.geometry import resolve_geometry
+from tests.masks import make_mask
 
 Pair = tuple[int, int]
 
@@ -33,11 +34,12 @@ class Case(ABC):
 
     name: str
     density: float = 0.3
-    mask: str = "random"  # a key of MASKS
+    mask: str = "random"  # as tests/masks.py names it
     bias: bool = True
 
     op = ""
     layout = ""
+    groups = 1
 
     @property
     @abstractmethod
@@ -162,111 +164,6 @@ class LinearCase(Case):
         return reference.linear(x, values, self.plan, bias)
 
 
-# ---------------------------------------------------------------------------------------------------------- masks
-
-
-def _random(case: Case, generator: torch.Generator) -> Tensor:
-    mask = torch.rand(case.mask_shape, generator=generator) < case.density
-    mask.view(-1)[mask.numel() // 2] = True  # a plan needs a weight
-    return mask
-
-
-def _full(case: Case, _: torch.Generator) -> Tensor:
-    return torch.ones(case.mask_shape, dtype=torch.bool)
-
-
-def _first_weight(case: Case, _: torch.Generator) -> Tensor:
-    mask = torch.zeros(case.mask_shape, dtype=torch.bool)
-    mask.view(-1)[0] = True
-    return mask
-
-
-def _last_weight(case: Case, _: torch.Generator) -> Tensor:
-    mask = torch.zeros(case.mask_shape, dtype=torch.bool)
-    mask.view(-1)[-1] = True
-    return mask
-
-
-def _empty_row(case: Case, generator: torch.Generator) -> Tensor:
-    mask = _random(case, generator)
-    mask[0] = mask[-1] = mask[mask.shape[0] // 2] = False
-    mask[1, 0] = True
-    return mask
-
-
-def _empty_column(case: Case, generator: torch.Generator) -> Tensor:
-    mask = _random(case, generator)
-    mask[:, 0] = mask[:, -1] = mask[:, mask.shape[1] // 2] = False
-    mask[0, 1] = True
-    return mask
-
-
-def _one_row(case: Case, generator: torch.Generator) -> Tensor:
-    mask = torch.zeros(case.mask_shape, dtype=torch.bool)
-    mask[-2] = _random(case, generator)[-2]
-    mask[-2, -1] = True
-    return mask
-
-
-def _one_column(case: Case, generator: torch.Generator) -> Tensor:
-    mask = torch.zeros(case.mask_shape, dtype=torch.bool)
-    mask[:, -2] = _random(case, generator)[:, -2]
-    mask[-1, -2] = True
-    return mask
-
-
-def _one_tap(case: Case, generator: torch.Generator) -> Tensor:
-    """Only the kernel's last corner occurs, so the patches that are packed have no halo, but a shift."""
-    mask = _random(case, generator)
-    mask[..., :-1, :] = False
-    mask[..., :, :-1] = False
-    mask.view(-1)[-1] = True
-    return mask
-
-
-def _heavy_row(case: Case, generator: torch.Generator) -> Tensor:
-    """One output channel has nearly all the weights: no even split of the channels is fair."""
-    mask = _random(case, generator)
-    mask[1] = True
-    return mask
-
-
-def _diagonal(case: Case, _: torch.Generator) -> Tensor:
-    mask = torch.zeros(case.mask_shape, dtype=torch.bool)
-    for i in range(min(mask.shape[:2])):
-        mask[i, i] = True
-    return mask
-
-
-def _empty_group(case: Case, generator: torch.Generator) -> Tensor:
-    assert isinstance(case, Conv2dCase)
-    mask = _random(case, generator)
-    mask[: case.out_channels // case.groups] = False
-    mask[-1] = True
-    return mask
-
-
-MASKS: dict[str, Callable[[Case, torch.Generator], Tensor]] = {
-    "random": _random,
-    "full": _full,
-    "first_weight": _first_weight,
-    "last_weight": _last_weight,
-    "empty_row": _empty_row,
-    "empty_column": _empty_column,
-    "one_row": _one_row,
-    "one_column": _one_column,
-    "one_tap": _one_tap,
-    "heavy_row": _heavy_row,
-    "diagonal": _diagonal,
-    "empty_group": _empty_group,
-}
-
-
-def make_mask(case: Case) -> Tensor:
-    """The case's mask: bool, of the weight's shape, with at least one weight."""
-    return MASKS[case.mask](case, case.generator())
-
-
 # ---------------------------------------------------------------------------------------------------------- lists
 
 
@@ -351,6 +248,45 @@ CONV2D: Sequence[Conv2dCase] = (
     _conv("one_tap_stride_2", mask="one_tap", stride=2),
     _conv("heavy_row", mask="heavy_row", in_channels=31, density=0.02),
     _conv("diagonal", mask="diagonal"),
+    # ---- structures: channels that keep the same weights
+    _conv("blocks_16x1", mask="16x1", in_channels=7, out_channels=35),
+    _conv("blocks_1x16", mask="1x16", in_channels=35, out_channels=7),
+    _conv("blocks_2x1", mask="2x1", out_channels=7),
+    _conv("blocks_3x5", mask="3x5", in_channels=12, out_channels=11),
+    _conv("blocks_7x2", mask="7x2", out_channels=14, bias=False),
+    _conv("blocks_4x4", mask="4x4", in_channels=12, out_channels=16),
+    _conv("blocks_8x8", mask="8x8", in_channels=17, out_channels=24),
+    _conv("blocks_16x16", mask="16x16", in_channels=20, out_channels=18, batch=8, image=(4, 5)),
+    _conv("blocks_32x32", mask="32x32", in_channels=34, out_channels=33, batch=5, image=(3, 4), density=0.5),
+    _conv("blocks_64x64", mask="64x64", in_channels=13, out_channels=30, batch=6, image=(4, 3)),
+    _conv("blocks_8x8_taps", mask="8x8-taps", in_channels=16, out_channels=20),
+    _conv("blocks_4x1_taps", mask="4x1-taps"),
+    _conv("blocks_n_is_1", mask="8x4", batch=1),
+    _conv("blocks_n_multiple", mask="4x2", batch=64, image=(4, 3)),
+    _conv("blocks_n_above_patch", mask="3x3", batch=129, image=(4, 3)),
+    _conv("blocks_wide_image", mask="4x2", image=(2, 33)),
+    _conv("blocks_channel_blocks", mask="8x8-taps", batch=16, in_channels=72, out_channels=40, image=(6, 6),
+          density=0.2),
+    _conv("blocks_one_by_one", mask="8x8", kernel=(1, 1), padding=0, in_channels=16, out_channels=24),
+    _conv("blocks_one_by_one_stride_2", mask="4x4", kernel=(1, 1), padding=0, stride=2, in_channels=8, density=0.5),
+    _conv("blocks_stem_7x7_stride_2", mask="16x1", kernel=(7, 7), padding=3, stride=2, in_channels=3, out_channels=16),
+    _conv("blocks_stride_2_odd_size", mask="4x4", stride=2, in_channels=8, image=(7, 9)),
+    _conv("blocks_stride_above_kernel", mask="8x2", stride=4),
+    _conv("blocks_non_square_everything", mask="3x2", image=(5, 11), kernel=(2, 4), stride=(2, 3), padding=(1, 3),
+          dilation=(2, 1)),
+    _conv("blocks_dilation_3_stride_2", mask="4x3", dilation=3, stride=2, padding=3),
+    _conv("blocks_groups_2", mask="4x3", groups=2, in_channels=12, out_channels=18),
+    _conv("blocks_depthwise_multiplier_4", mask="4x1", groups=5, in_channels=5, out_channels=20, density=0.5),
+    _conv("blocks_one_left", mask="8x4", density=0, in_channels=12, out_channels=24),
+    _conv("blocks_empty_borders", mask="4x4 empty_borders", in_channels=16, out_channels=16),
+    _conv("blocks_shuffled", mask="8x8 shuffled", in_channels=16, out_channels=32),
+    _conv("blocks_lost", mask="8x8 lost", in_channels=16, out_channels=24),
+    _conv("blocks_lost_ragged", mask="8x8-taps lost", in_channels=11, out_channels=22, batch=9),
+    _conv("blocks_lost_groups_stride_2", mask="6x4 lost", groups=2, in_channels=8, out_channels=12, stride=2),
+    _conv("nearly_dense", mask="weight", density=0.9, in_channels=9, out_channels=10),
+    _conv("whole_channels", mask="channel", in_channels=11, out_channels=13, density=0.5),
+    _conv("two_of_four", mask="2:4", in_channels=10),
+    _conv("fan_in", mask="fan-in", out_channels=9),
 )
 
 LINEAR: Sequence[LinearCase] = (
@@ -375,6 +311,19 @@ LINEAR: Sequence[LinearCase] = (
     LinearCase("all_rows_empty_but_one", mask="one_row"),
     LinearCase("heavy_row", mask="heavy_row", in_features=90, density=0.02),
     LinearCase("diagonal", mask="diagonal"),
+    LinearCase("blocks_16x1", mask="16x1", out_features=35),
+    LinearCase("blocks_1x16", mask="1x16", in_features=35),
+    LinearCase("blocks_3x5", mask="3x5", in_features=22, out_features=11),
+    LinearCase("blocks_4x4_n_is_1", mask="4x4", leading=(1,), in_features=16, out_features=12),
+    LinearCase("blocks_8x8_n_not_multiple", mask="8x8", leading=(65,), in_features=50, out_features=27),
+    LinearCase("blocks_32x32_rank_3", mask="32x32", leading=(3, 7), in_features=70, out_features=40, density=0.6),
+    LinearCase("blocks_64x64", mask="64x64", in_features=30, out_features=20),
+    LinearCase("blocks_shuffled", mask="8x8 shuffled", in_features=40, out_features=32),
+    LinearCase("blocks_lost", mask="8x8 lost", leading=(33,), in_features=40, out_features=32),
+    LinearCase("nearly_dense", mask="weight", density=0.9, out_features=10),
+    LinearCase("whole_channels", mask="channel", density=0.5),
+    LinearCase("two_of_four", mask="2:4"),
+    LinearCase("fan_in", mask="fan-in"),
 )
 
 

@@ -305,8 +305,9 @@ def sparse_conv2d(
     """Convolution with the sparse weight ``plan.unpack(values)``, without ever forming it.
 
     ``torch.nn.functional.conv2d`` in all other respects: zero padding, cross-correlation. A weight outside the mask
-    meets nothing: where dense-masked torch gives 0 * inf = NaN, this gives 0. Differentiable in x, values and bias, to
-    any order. Deterministic for a given number of threads (``torch.get_num_threads()``).
+    meets nothing: where dense-masked torch gives 0 * inf = NaN, this gives 0. Only neighbouring channels with
+    nearly equal masks (a fill of at least 0.65; docs/numerics.md) may share what is not finite. Differentiable in x,
+    values and bias, to any order. Deterministic for a given number of threads (``torch.get_num_threads()``).
 
     Args:
         x: (N, C, H, W) or (C, H, W), float32 or float64, any strides; batch-last is read fastest. N may be 0.

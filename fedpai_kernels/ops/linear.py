@@ -25,7 +25,8 @@ def sparse_linear(
 ) -> Tensor:
     """``x @ plan.unpack(values).T + bias`` without ever forming the dense weight.
 
-    Differentiable in x, values and bias, to any order; a weight outside the mask meets nothing, not even infinities.
+    Differentiable in x, values and bias, to any order; a weight outside the mask meets nothing, not even infinities,
+    except between neighbouring features with nearly equal masks, as in :func:`fedpai_kernels.ops.sparse_conv2d`.
     Deterministic for a given number of threads.
 
     Args:

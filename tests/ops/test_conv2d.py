@@ -25,6 +25,7 @@ VARIED = [
     for name in (
         "plain", "n_is_1", "n_not_multiple", "n_multiple", "one_by_one_on_2x2", "non_square_everything",
         "channel_blocks", "stride_2_odd_size", "dilation_with_stride", "depthwise", "heavy_row", "empty_column",
+        "blocks_3x5", "blocks_wide_image", "blocks_channel_blocks", "blocks_stride_2_odd_size", "blocks_lost",
     )
 ]  # fmt: skip
 

@@ -16,6 +16,7 @@ from tests.cases import LINEAR, LinearCase
 from tests.checking import LAYOUTS, check_op, differentiate, operands, runs
 
 NAMED = {case.name: case for case in LINEAR}
+BLOCKS = ("blocks_3x5", "blocks_8x8_n_not_multiple", "blocks_lost")
 
 
 @runs(LINEAR)
@@ -28,13 +29,13 @@ def test_rounded(case: LinearCase, dtype: str, isa: str) -> None:
     check_op(case, dtype, isa, regime="rounded", x_layouts=("contiguous",))
 
 
-@runs([NAMED[name] for name in ("plain", "n_not_multiple", "rank_1", "rank_3", "rank_4", "wide", "heavy_row")])
+@runs([NAMED[name] for name in ("plain", "n_not_multiple", "rank_1", "rank_3", "rank_4", "wide", "heavy_row", *BLOCKS)])
 def test_every_layout_of_x_and_dy(case: LinearCase, dtype: str, isa: str, walk: str) -> None:
     check_op(case, dtype, isa, x_layouts=tuple(LAYOUTS), dy_layouts=tuple(LAYOUTS))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("name", ["plain", "n_is_1", "wide", "heavy_row"])
+@pytest.mark.parametrize("name", ["plain", "n_is_1", "wide", "heavy_row", *BLOCKS])
 def test_threads_right_and_repeatable(
     name: str, threads: int, isa: str, set_threads: Callable[[int], None]
 ) -> None:

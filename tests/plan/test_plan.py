@@ -19,7 +19,8 @@ from fedpai_kernels import Plan
 from fedpai_kernels.ops import sparse_conv2d
 from fedpai_kernels.plan import plan_of
 from fedpai_kernels.structure import describe
-from tests.cases import CONV2D, LINEAR, Case, make_mask
+from tests.cases import CONV2D, LINEAR, Case
+from tests.masks import make_mask
 
 # Every third weight, from the second. Written down: another machine, or a later version, must find the same digests.
 KNOWN_MASK = (torch.arange(2 * 3 * 3 * 3) % 3 == 1).reshape(2, 3, 3, 3)

@@ -115,10 +115,10 @@ def sparsify_(
         TypeError: a mask that is no tensor, or one for a module that is no plain Conv2d or Linear; an
             `activation_dtype` for a model with float64 layers.
         ValueError: a mask for a missing module (with the nearest name), of another shape, with entries other
-            than 0 and 1 (NaN, infinity), or that keeps nothing; no masks at all; where
-            channels are removed, masks that leave no path from the input to the output (with the layer where it breaks off); a parameter shared by layers of
-            different masks; an `activation_dtype` other than bfloat16; FEDPAI_TUNING names a file that cannot be
-            used. The model is unchanged then.
+            than 0 and 1 (NaN, infinity), or that keeps nothing; no masks at all; where channels are removed, masks
+            that leave no path from the input to the output (with the layer where it breaks off); a parameter shared
+            by layers of different masks; an `activation_dtype` other than bfloat16; FEDPAI_TUNING names a file that
+            cannot be used. The model is unchanged then.
     """
     wanted = filter_fn if filter_fn is not None else _everything
     figures = break_evens()

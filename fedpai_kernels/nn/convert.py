@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..memory import trim_heap
 from ..plan import Plan
+from ..structure import describe
 from ..tuning import BreakEvens, break_evens
 from .choice import KernelChoice, LayerInfo, choose_kernel
 from .compact import Cuts, find_cuts, may_cut
@@ -68,7 +69,7 @@ def sparsify_(
     masks: Mapping[str, Tensor] | None = None,
     *,
     fuse: bool = True,
-    compact: bool = True,
+    compact: bool | None = None,
     filter_fn: Filter | None = None,
     activation_dtype: torch.dtype | None = None,
 ) -> Report:
@@ -96,10 +97,10 @@ def sparsify_(
             reads it. Where that is so is proven by tracing the model with `torch.fx` (:func:`find_fusions`); the
             report names every norm that stays by itself, and why. The modules' forwards run as they are; under
             hooks on the norm, its activation or that convolution the steps are separate.
-        compact: first removes the channels that the masks leave without use, through layers, norms, residual sums and
-            the classifier (:mod:`fedpai_kernels.nn.compact`, docs/compaction.md). Parameters, buffers and `.mask` are
-            those of the smaller layers then. State dicts, and masks for a later call, keep the original shapes;
-            :func:`densify_` gives everything back.
+        compact: True first removes the channels that the masks leave without use, through layers, norms, residual sums
+            and the classifier (:mod:`fedpai_kernels.nn.compact`, docs/compaction.md). Parameters, buffers and `.mask`
+            are those of the smaller layers then. State dicts, and masks for a later call, keep the original shapes;
+            :func:`densify_` gives everything back. None does so where all masks keep or drop whole channels.
         filter_fn: called as ``filter_fn(module, name)``; a module for which it returns False is left as it
         is.
         activation_dtype: `torch.bfloat16` keeps what the converted layers need for the backward pass rounded: half
@@ -114,10 +115,10 @@ def sparsify_(
         TypeError: a mask that is no tensor, or one for a module that is no plain Conv2d or Linear; an
             `activation_dtype` for a model with float64 layers.
         ValueError: a mask for a missing module (with the nearest name), of another shape, with entries other
-            than 0 and 1 (NaN, infinity), or that keeps nothing; no masks at all; with `compact`, masks that leave no
-            path from the input to the output (with the layer where it breaks off); a parameter shared by layers of
-            different masks; an `activation_dtype` other than bfloat16; FEDPAI_TUNING names a file that cannot be
-            used. The model is unchanged then.
+            than 0 and 1 (NaN, infinity), or that keeps nothing; no masks at all; where channels are removed, masks
+            that leave no path from the input to the output (with the layer where it breaks off); a parameter shared
+            by layers of different masks; an `activation_dtype` other than bfloat16; FEDPAI_TUNING names a file that
+            cannot be used. The model is unchanged then.
     """
     wanted = filter_fn if filter_fn is not None else _everything
     figures = break_evens()
@@ -126,7 +127,8 @@ def sparsify_(
         found = _masks_of(model, masks, wanted)
         every: dict[nn.Module, Tensor] = {m: m.mask for m in names.values() if isinstance(m, PackedWeight)}
         every.update({module: mask for _, module, mask in found})
-        traces = trace_modes(model) if compact and may_cut(every) else None
+        cutting = _whole_channels(every) if compact is None else compact
+        traces = trace_modes(model) if cutting and may_cut(every) else None
         cuts = find_cuts(model, every, wanted, traces) if traces is not None else Cuts()
         layers = [_planned(*layer, cuts.of.get(layer[1]), figures) for layer in found]
         batch_last = any(
@@ -155,7 +157,7 @@ def sparsify(
     masks: Mapping[str, Tensor] | None = None,
     *,
     fuse: bool = True,
-    compact: bool = True,
+    compact: bool | None = None,
     filter_fn: Filter | None = None,
     activation_dtype: torch.dtype | None = None,
 ) -> Model:
@@ -191,6 +193,14 @@ def densify_(model: Model) -> Model:
 
 # ---- checks, before anything is touched
 # -------------------------------------------------------------------------
+
+
+def _whole_channels(masks: Mapping[nn.Module, Tensor]) -> bool:
+    """Whether all masks keep or drop whole channels."""
+    return all(
+        describe(mask, int(getattr(module, "groups", 1))) in ("channel", "dense")
+        for module, mask in masks.items()
+    )
 
 
 def _everything(module: nn.Module, name: str) -> bool:

@@ -185,7 +185,7 @@ class _Forward(torch.autograd.Function):
         again = torch.is_grad_enabled()
         if again:
             refuse_graph(x)
-        elif want_x and want_values:
+        elif want_x and want_values and not torch.compiler.is_compiling():
             dy = _readable(dy)  # once for both
         if want_x:
             if again:

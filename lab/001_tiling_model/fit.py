@@ -30,7 +30,7 @@ def spilled(size: float, ramp: tuple[float, float]) -> float:
 def features(r: "pd.core.frame.Pandas", lanes: int) -> dict[str, float]:
     """How often each cost of the model occurs; the same arithmetic as Costs::cycles() in tiling.cpp, but for
     lane groups that the batch does not fill."""
-    vector, entry = ELEMENT * lanes, 4 + ELEMENT
+    vector = ELEMENT * lanes
     halos: dict[int, int] = {}
     for shift in range(r.kernel):
         residue, reach = shift % r.stride, shift // r.stride

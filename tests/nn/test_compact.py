@@ -32,7 +32,7 @@ def convert(model: nn.Module, masks: dict[str, Tensor], **options: Any) -> tuple
     model.double()
     apply(model, masks)
     compacted = copy.deepcopy(model)
-    return compacted, fk.sparsify_(compacted, masks, **options)
+    return compacted, fk.sparsify_(compacted, masks, **{"compact": True, **options})
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -59,7 +59,12 @@ CARRIERS: dict[str, tuple[nn.Module, ...]] = {
     "instance norm": (nn.InstanceNorm2d(6, affine=True), nn.LeakyReLU()),
     "activations": (nn.SiLU(), nn.Sigmoid(), nn.Hardtanh(1, 2), nn.Softplus()),
     "dropout": (nn.Dropout(0.0), nn.Dropout2d(0.0), nn.Identity()),
-    "pooling": (nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1), nn.AdaptiveAvgPool2d(6), nn.AdaptiveMaxPool2d(6)),
+    "pooling": (
+        nn.MaxPool2d(3, 1, 1),
+        nn.AvgPool2d(3, 1, 1),
+        nn.AdaptiveAvgPool2d(6),
+        nn.AdaptiveMaxPool2d(6),
+    ),
     "depthwise": (nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.ReLU6()),
 }
 
@@ -84,7 +89,9 @@ def test_unread_channels_go(between: str) -> None:
     check_same(model, compacted, images(), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("between", [(nn.GroupNorm(2, 6),), (nn.Softmax(1),), (nn.Hardtanh(), nn.LayerNorm(6))])
+@pytest.mark.parametrize(
+    "between", [(nn.GroupNorm(2, 6),), (nn.Softmax(1),), (nn.Hardtanh(), nn.LayerNorm(6))]
+)
 def test_what_looks_at_all_channels_keeps_them(between: tuple[nn.Module, ...]) -> None:
     model = chain(*between)
     masks = full(model)
@@ -191,7 +198,9 @@ FLATTENS = {
 def test_residual_groups_and_spellings(join: str, flatten: str) -> None:
     model = Residual(JOINS[join], FLATTENS[flatten])
     masks = full(model)
-    masks["second"][torch.rand(masks["second"].shape) < 0.5] = False  # a dense layer's result takes no sum in place
+    masks["second"][torch.rand(masks["second"].shape) < 0.5] = (
+        False  # a dense layer's result takes no sum in place
+    )
     masks["head"][:, [0, 1]] = False
     masks["first"][:, [1, 2]] = False  # so only channel 1 is read nowhere
     compacted, report = convert(model, masks)
@@ -221,7 +230,7 @@ def test_masks_of_prune_and_exact_zeros() -> None:
         dense = copy.deepcopy(model)
         if as_prune:
             prune.custom_from_mask(model[2], "weight", mask)
-        fk.sparsify_(model)
+        fk.sparsify_(model, compact=True)
         assert model[0].out_channels == model[1].num_features == model[2].in_channels == 5
         check_same(dense, model, images(), rtol=1e-9, atol=1e-9)
 
@@ -254,7 +263,7 @@ def test_twice_changes_nothing() -> None:
     masks["3"][:, 0] = False
     compacted, _ = convert(model, masks)
     before = fingerprint(compacted)
-    fk.sparsify_(compacted, activation_dtype=None)
+    fk.sparsify_(compacted, activation_dtype=None, compact=True)
     assert fingerprint(compacted) == before
-    fk.sparsify_(compacted, {"3": masks["3"]})
+    fk.sparsify_(compacted, {"3": masks["3"]}, compact=True)
     assert compacted[0].out_channels == 5

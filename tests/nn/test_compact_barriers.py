@@ -36,7 +36,10 @@ class Chain(nn.Module):
 
 def masks_for(model: nn.Module) -> dict[str, Tensor]:
     """Channel 2 of the first convolution and channel 4 of the second are read by nobody."""
-    masks = {name: torch.rand(model.get_submodule(name).weight.shape) < 0.7 for name in ("first", "inner.1", "head")}
+    masks = {
+        name: torch.rand(model.get_submodule(name).weight.shape) < 0.7
+        for name in ("first", "inner.1", "head")
+    }
     masks["inner.1"][:, 2] = False
     masks["head"][:, 4] = False
     return masks
@@ -53,7 +56,7 @@ def outputs(model: Any) -> tuple[int, int]:
 
 def test_without_barriers() -> None:
     model = Chain().double()
-    fk.sparsify_(model, masks_for(model))
+    fk.sparsify_(model, masks_for(model), compact=True)
     assert outputs(model) == (5, 5)
 
 
@@ -76,7 +79,7 @@ def test_operations_that_may_look_at_all_channels(between: str) -> None:
     model = Chain(BARRIERS[between]).double()
     masks = masks_for(model)
     apply(model, masks)
-    compacted = fk.sparsify(model, masks)
+    compacted = fk.sparsify(model, masks, compact=True)
     # A layer whose weight is used by itself keeps all of it.
     assert outputs(compacted) == (6, 6 if between == "a parameter by itself" else 5)
     check_same(model, compacted, images(), rtol=1e-9, atol=1e-9)
@@ -114,7 +117,7 @@ def test_modules_that_somebody_watches_or_changed(change: str) -> None:
     model = Chain().double()
     masks = masks_for(model)
     act(model)
-    fk.sparsify_(model, masks)
+    fk.sparsify_(model, masks, compact=True)
     assert outputs(model) == expected
     model(images())
 
@@ -125,7 +128,7 @@ def test_modules_that_somebody_watches_or_changed(change: str) -> None:
 )
 def test_modules_that_the_caller_leaves_out(left_out: str, expected: tuple[int, int]) -> None:
     model = Chain().double()
-    fk.sparsify_(model, masks_for(model), filter_fn=lambda module, name: name != left_out)
+    fk.sparsify_(model, masks_for(model), filter_fn=lambda module, name: name != left_out, compact=True)
     assert outputs(model) == expected
 
 
@@ -135,7 +138,7 @@ def test_layers_without_a_mask_lose_what_nobody_reads() -> None:
     del masks["first"]
     apply(model, masks)
     dense = copy.deepcopy(model)
-    report = fk.sparsify_(model, masks)
+    report = fk.sparsify_(model, masks, compact=True)
     assert outputs(model) == (5, 5)
     assert report["first"].reason == "no mask"
     assert report["first"].original_shape == (6, 3, 3, 3)
@@ -158,10 +161,10 @@ def test_two_outputs_and_untraceable_models() -> None:
             return super().forward(x if x.sum() > 0 else -x)
 
     two = Two().double()
-    fk.sparsify_(two, masks_for(two))
+    fk.sparsify_(two, masks_for(two), compact=True)
     assert outputs(two) == (6, 5)
     branching = Branching().double()
-    report = fk.sparsify_(branching, masks_for(branching))
+    report = fk.sparsify_(branching, masks_for(branching), compact=True)
     assert outputs(branching) == (6, 6)
     assert report.notes[0].startswith("not compacted: torch.fx cannot trace the model (TraceError: ")
 
@@ -170,7 +173,7 @@ def test_a_forward_that_differs_in_evaluation() -> None:
     model = Chain(lambda m, x: x if m.training else x + x.mean(1, keepdim=True)).double()
     masks = masks_for(model)
     apply(model, masks)
-    compacted = fk.sparsify(model, masks)
+    compacted = fk.sparsify(model, masks, compact=True)
     assert outputs(compacted) == (6, 5)
     check_same(model, compacted, images(), rtol=1e-9, atol=1e-9)
 
@@ -181,13 +184,15 @@ def test_masks_that_disconnect_the_network() -> None:
     masks["first"][:] = False
     masks["first"][2] = True  # the channel that nobody reads
     before = fingerprint(model)
-    with pytest.raises(ValueError, match=r"^masks: no path of kept weights leads through 'inner.1' to the output"):
-        fk.sparsify_(model, masks)
+    with pytest.raises(
+        ValueError, match=r"^masks: no path of kept weights leads through 'inner.1' to the output"
+    ):
+        fk.sparsify_(model, masks, compact=True)
     assert fingerprint(model) == before
     fk.sparsify_(model, masks, compact=False)
     compacted = Chain().double()
     masks["first"][:] = True
-    fk.sparsify_(compacted, masks)
+    fk.sparsify_(compacted, masks, compact=True)
     before = fingerprint(compacted)
     state = copy.deepcopy(compacted.state_dict())
     wrong = copy.deepcopy(masks)
@@ -195,9 +200,11 @@ def test_masks_that_disconnect_the_network() -> None:
     wrong["head"][:, 4] = True
     wrong["inner.1"][4] = False
     with pytest.raises(ValueError, match="'head'"):
-        fk.sparsify_(compacted, wrong)
-    with pytest.raises(ValueError, match=r"masks\['first'\]: expected the shape of the weight, \(6, 3, 3, 3\)"):
-        fk.sparsify_(compacted, {"first": torch.ones(5, 3, 3, 3, dtype=torch.bool)})
+        fk.sparsify_(compacted, wrong, compact=True)
+    with pytest.raises(
+        ValueError, match=r"masks\['first'\]: expected the shape of the weight, \(6, 3, 3, 3\)"
+    ):
+        fk.sparsify_(compacted, {"first": torch.ones(5, 3, 3, 3, dtype=torch.bool)}, compact=True)
     assert fingerprint(compacted) == before
     assert outputs(compacted) == (5, 5)
     for key, value in compacted.state_dict().items():
@@ -207,15 +214,19 @@ def test_masks_that_disconnect_the_network() -> None:
 def test_state_dicts_that_do_not_fit() -> None:
     model = Chain().double()
     masks = masks_for(model)
-    fk.sparsify_(model, masks)
+    fk.sparsify_(model, masks, compact=True)
     state = copy.deepcopy(model.state_dict())
     outside = copy.deepcopy(state)
     outside["first.weight"][~masks["first"]] = 1
-    with pytest.raises(RuntimeError, match=r"first.weight: \d+ of its entries outside of the mask are not zero"):
+    with pytest.raises(
+        RuntimeError, match=r"first.weight: \d+ of its entries outside of the mask are not zero"
+    ):
         model.load_state_dict(outside)
     aside = copy.deepcopy(state)
     aside["inner.1.weight"][0, 2] = 1  # a removed column, which the mask does not keep
-    with pytest.raises(RuntimeError, match=r"inner.1.weight: 9 of its entries outside of the mask are not zero"):
+    with pytest.raises(
+        RuntimeError, match=r"inner.1.weight: 9 of its entries outside of the mask are not zero"
+    ):
         model.load_state_dict(aside)
     for key in ("first.weight", "first.bias", "norm.weight", "norm.running_var"):
         short = {**state, key: state[key][:5]}
@@ -230,11 +241,13 @@ def test_state_dicts_that_do_not_fit() -> None:
 def test_hooks_of_others_on_state_dicts_see_the_original_shapes() -> None:
     model = Chain().double()
     seen: list[torch.Size] = []
-    model.norm.register_state_dict_post_hook(lambda m, state, prefix, _: seen.append(state[f"{prefix}weight"].shape))
+    model.norm.register_state_dict_post_hook(
+        lambda m, state, prefix, _: seen.append(state[f"{prefix}weight"].shape)
+    )
     model.norm.register_load_state_dict_pre_hook(
         lambda m, state, prefix, *_: seen.append(state[f"{prefix}weight"].shape)
     )
-    fk.sparsify_(model, masks_for(model))
+    fk.sparsify_(model, masks_for(model), compact=True)
     assert model.norm.weight.shape == (5,)
     model.load_state_dict(model.state_dict())
     assert seen == [(6,), (6,)]
@@ -247,7 +260,7 @@ def test_single_layers_of_a_compacted_model() -> None:
     model = Chain().double()
     masks = masks_for(model)
     weight = model.inner[1].weight.detach().clone()
-    fk.sparsify_(model, masks)
+    fk.sparsify_(model, masks, compact=True)
     layer: Any = model.inner[1]
     assert layer.mask.shape == layer.weight.shape == (5, 5, 3, 3)
     dense = layer.to_dense()
@@ -264,7 +277,7 @@ def test_single_layers_of_a_compacted_model() -> None:
 
 def test_keep_vars_and_gradients_through_the_state() -> None:
     model = Chain().double()
-    fk.sparsify_(model, masks_for(model))
+    fk.sparsify_(model, masks_for(model), compact=True)
     state = model.state_dict(keep_vars=True)
     (state["norm.weight"].sum() + state["inner.1.weight"].sum()).backward()
     assert torch.equal(model.norm.weight.grad, torch.ones(5, dtype=torch.float64))

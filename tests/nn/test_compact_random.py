@@ -61,12 +61,16 @@ class Stack(nn.Module):
     density=st.sampled_from([0.1, 0.3, 0.6]),
     seed=st.integers(0, 10**6),
 )
-def test_any_network(kinds: list[str], channels: int, bias: bool, flatten: bool, density: float, seed: int) -> None:
+def test_any_network(
+    kinds: list[str], channels: int, bias: bool, flatten: bool, density: float, seed: int
+) -> None:
     torch.manual_seed(seed)
     model = Stack(kinds, channels, bias, flatten).double()
     masks = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d | nn.InstanceNorm2d | nn.GroupNorm):  # no ReLU at zero, give or take
+        if isinstance(
+            module, nn.BatchNorm2d | nn.InstanceNorm2d | nn.GroupNorm
+        ):  # no ReLU at zero, give or take
             nn.init.normal_(module.bias)
         if isinstance(module, nn.Conv2d | nn.Linear):
             mask = torch.rand(module.weight.shape) < density
@@ -77,7 +81,7 @@ def test_any_network(kinds: list[str], channels: int, bias: bool, flatten: bool,
     apply(model, masks)
     x = torch.randn(3, 2, 3, 4, dtype=torch.float64)
     try:
-        compacted = fk.sparsify(model, masks)
+        compacted = fk.sparsify(model, masks, compact=True)
     except ValueError as error:
         assert "no path of kept weights leads through" in str(error)  # noqa: PT017
         assert not step(model.eval(), x)[1].any()
@@ -100,9 +104,9 @@ def test_a_chain_is_refused_exactly_where_nothing_arrives() -> None:
         apply(model, masks)
         x = torch.randn(2, 4, dtype=torch.float64)
         if step(model, x)[1].any():
-            check_same(model, fk.sparsify(model, masks), x, rtol=1e-9, atol=1e-9)
+            check_same(model, fk.sparsify(model, masks, compact=True), x, rtol=1e-9, atol=1e-9)
         else:
             refused += 1
             with pytest.raises(ValueError, match="no path of kept weights"):
-                fk.sparsify_(model, masks)
+                fk.sparsify_(model, masks, compact=True)
     assert 5 < refused < 55

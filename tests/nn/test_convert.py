@@ -46,6 +46,7 @@ def compare(dense: nn.Module, sparse: nn.Module, masks: dict[str, Tensor]) -> No
             torch.testing.assert_close(p.grad, theirs[name].grad)
 
 
+@pytest.mark.usefixtures("dense_from_eight_tenths")
 def test_what_becomes_what() -> None:
     model, masks = masked_model()
     dense = copy.deepcopy(model)
@@ -145,6 +146,7 @@ def test_filter() -> None:
     assert report["hidden"].reason == "left out by filter_fn"
 
 
+@pytest.mark.usefixtures("dense_from_eight_tenths")
 def test_without_a_sparse_convolution_nothing_becomes_batch_last() -> None:
     model, masks = masked_model()
     fk.sparsify_(model, {name: masks[name] for name in ("stem", "hidden")})
@@ -208,6 +210,7 @@ def test_masks_of_ones_and_zeros(dtype: torch.dtype) -> None:
     assert torch.equal(model.conv.mask, masks["conv"])
 
 
+@pytest.mark.usefixtures("dense_from_eight_tenths")
 def test_a_new_mask_for_a_sparse_layer() -> None:
     model, masks = masked_model()
     fk.sparsify_(model, masks, compact=False)

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fedpai_kernels as fk
 
+pytestmark = pytest.mark.usefixtures("dense_from_eight_tenths")
+
 
 class Net(nn.Module):
     def __init__(self) -> None:

@@ -35,7 +35,7 @@ struct Constants {
 };
 
 constexpr Constants kRows{0.92, 0.12, 0.62, 0.47, 11.0, 2.7, 0, 2.0, 0.2, 0.5, 1.0, 7.3, 15.9, 53.0, 14.4, 0, 1200.0};
-constexpr Constants kPanels{0.65, 0.15, 0.9, 0.21, 40.0, 4.5, 6.0, 0, 0, 0, 1.9, 7.6, 10.4, 61.0, 60.0, 35.0, 20.0};
+constexpr Constants kPanels{0.65, 0.3, 2.5, 0.21, 40.0, 4.5, 6.0, 0, 0, 0, 1.9, 7.6, 10.4, 61.0, 60.0, 35.0, 20.0};
 constexpr Constants kPanelGrads{0.70, 0.1, 0.6, 0.28, 40.0, 0, 0, 1.1, 0.8, 3.0, 1.7, 4.0, 11.8, 153.0, 60.0, 0, 20.0};
 
 // Sums that must be in flight for the FMAs not to wait for each other.
@@ -127,9 +127,11 @@ double Costs::cycles(const Tiling& t) const {
   // a unit's dest for every channel block.
   const double block_vector_bytes = static_cast<double>(t.channel_block * t.blocks) * vector_bytes;
   const double block_entry_bytes = (4.0 * entries + static_cast<double>(p.element_size) * values) / blocks;
-  const double window = spilled_l1(tile_vectors_read * static_cast<double>(t.channel_block) * vector_bytes +
-                                   0.5 * block_entry_bytes);
-  const double patch = spilled_l2(patch_pixels * block_vector_bytes + block_entry_bytes);
+  const double window_bytes = tile_vectors_read * static_cast<double>(t.channel_block) * vector_bytes;
+  const double window = spilled_l1(window_bytes + 0.5 * block_entry_bytes);
+  // A strip of panels fetches its window but once from where the patch is.
+  const double patch_bytes = p.height > 1 && !p.weight_grad ? window_bytes : patch_pixels * block_vector_bytes;
+  const double patch = spilled_l2(patch_bytes + block_entry_bytes);
   const double dest =
       spilled_l2(patch_h * patch_w * dest_channels * static_cast<double>(t.blocks * t.groups) * vector_bytes);
 

@@ -98,4 +98,4 @@ def test_a_mask_that_disconnects_the_network(images: Dataset, tiny: Make) -> Non
     bound = run.pool.get(MaskSet.from_masks(run.layout, masks))
     assert all(row.original_shape is None for row in bound.report)
     with pytest.raises(ValueError, match="no path of kept weights leads through 'fc2'"):
-        sparsify_(create_model(run.config, run.data), masks)
+        sparsify_(create_model(run.config, run.data), masks, compact=True)

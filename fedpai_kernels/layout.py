@@ -88,6 +88,7 @@ def _ours(x: Tensor) -> bool:
         and x.dtype in _TRANSPOSE
         and x.device.type == "cpu"
         and x.numel() > 0
+        and not x.is_neg()  # a view whose sign is still to be turned
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()

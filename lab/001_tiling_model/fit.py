@@ -45,15 +45,18 @@ def features(r: "pd.core.frame.Pandas", lanes: int) -> dict[str, float]:
     dest_vectors = grid * grid * groups * r.blocks
     height, width = min(grid, r.rows * r.patch_rows), min(grid, r.patch_width)
     patch_pixels = phases**2 * (height + halo) * (width + halo)
-    tile_vectors = phases**2 * (r.rows + halo) * (r.run + halo * min(r.run, r.blocks))
+    strip = r.run * r.strip
+    strip_vectors = phases**2 * (r.rows + halo) * (strip + halo * min(strip, r.blocks))
 
     taps = r.nnz / (r.out * r.channels_in)
     taps_per_pair = max(1.0, 0.65 * taps / (1 - math.exp(-taps)))
     entries, panels = r.nnz / r.height, ceil_div(r.out, r.height)
     entry_bytes = (4 * entries + ELEMENT * r.nnz) / blocks
     channel_block = min(r.channel_block, r.channels_in)
-    window = spilled(tile_vectors * channel_block * vector + 0.5 * entry_bytes, L1_RAMP)
-    patch = spilled(patch_pixels * channel_block * r.blocks * vector + entry_bytes, L2_RAMP)
+    window_bytes = strip_vectors * channel_block * vector
+    window = spilled(window_bytes + 0.5 * entry_bytes, L1_RAMP)
+    patch_bytes = patch_pixels * channel_block * r.blocks * vector if r.height == 1 or r.grad else window_bytes
+    patch = spilled(patch_bytes + entry_bytes, L2_RAMP)
     dest = spilled(height * width * r.out * r.blocks * r.groups * vector, L2_RAMP)
     revisits = panels * (blocks - 1) * (1 - math.exp(-entries / (panels * blocks)))
     tasks = panels + revisits
@@ -71,6 +74,7 @@ def features(r: "pd.core.frame.Pandas", lanes: int) -> dict[str, float]:
         "EntryL2": entries * tiles * spilled(entry_bytes, L1_RAMP),
         "Task": tasks * tiles,
         "Reload": revisits * r.height * dest_vectors * (1 - r.grad),
+        "ReloadL3": revisits * r.height * dest_vectors * dest * (r.height > 1) * (1 - r.grad),
         "Load": tasks * r.height * dest_vectors * r.grad,
         "LoadL3": revisits * r.height * dest_vectors * dest * r.grad,
         "Sum": r.nnz * tiles * r.grad,
@@ -78,7 +82,8 @@ def features(r: "pd.core.frame.Pandas", lanes: int) -> dict[str, float]:
         "SourceLine": patches * patch_pixels * lines,
         "SourceRun": patches * phases * (height + halo),
         "DestLine": r.out * grid**2 * groups * max(1.0, r.blocks * vector / LINE),
-        "DestRun": r.out * boxes * bundles * height,
+        "DestRun": r.out * boxes * (bundles if r.height == 1 else groups) * height,
+        "Split": tasks * r.height * tiles / r.strip * (r.height > 1) * (1 - r.grad),
         "Tile": tiles * blocks,
     }
 

@@ -72,6 +72,7 @@ Tiling random_tiling(std::mt19937& random, const Layer& layer, std::int64_t out,
     t.tile_rows = t.height > 1 ? 1 : std::min(out, pick(random, {1, 1, 2, 2, 3, 4}));
     t.tile_run = std::min(t.patch_width * t.blocks, accumulators / t.tile_rows);
     if (t.height == 1 && random() % 3 == 0) t.tile_run = std::max<std::int64_t>(1, t.tile_run - 1);
+    if (t.height > 1) t.strip = pick(random, {1, 1, 4, 16});
   }
   t.patch_rows = std::min((out + t.tile_rows - 1) / t.tile_rows, pick(random, {1, 1, 2, 4, 8}));
   t.channel_block = std::min(layer.in, pick(random, {8, 12, 16, 24, 32, 48, 64, 128, 512}));
@@ -135,9 +136,9 @@ void sample(const Layer& layer, int tilings, std::mt19937& random) {
   }
   for (const Candidate& c : candidates) {
     const Tiling& t = c.tiling;
-    std::printf("%ld,%ld,%ld,%ld,%ld,%ld,%ld,%ld,%d,%d,%d,%ld,%ld,%ld,%ld,%ld,%d,%.4f\n", layer.batch, layer.in, layer.out,
+    std::printf("%ld,%ld,%ld,%ld,%ld,%ld,%ld,%ld,%d,%d,%d,%ld,%ld,%ld,%ld,%ld,%ld,%d,%.4f\n", layer.batch, layer.in, layer.out,
                 layer.image, out, layer.kernel, layer.stride, plan.plan.nnz(), t.height, t.groups, t.blocks,
-                t.tile_rows, t.tile_run, t.patch_rows, t.patch_width, t.channel_block, c.weight_grad ? 1 : 0, c.best * 1e3);
+                t.tile_rows, t.tile_run, t.patch_rows, t.patch_width, t.channel_block, t.strip, c.weight_grad ? 1 : 0, c.best * 1e3);
   }
   std::fflush(stdout);
 }
@@ -147,6 +148,6 @@ void sample(const Layer& layer, int tilings, std::mt19937& random) {
 int main(int argc, char** argv) {
   const int tilings = argc > 1 ? std::atoi(argv[1]) : 70;
   std::mt19937 random(1);
-  std::puts("batch,in,out,image,out_image,kernel,stride,nnz,height,groups,blocks,rows,run,patch_rows,patch_width,channel_block,grad,ms");
+  std::puts("batch,in,out,image,out_image,kernel,stride,nnz,height,groups,blocks,rows,run,patch_rows,patch_width,channel_block,strip,grad,ms");
   for (const Layer& layer : kLayers) sample(layer, tilings, random);
 }

@@ -12,8 +12,8 @@ namespace fedpai {
 
 namespace {
 
-// Cycles, on a core with two loads, one store and two FMAs per cycle; fitted to timings of random tilings
-// (lab/001_tiling_model).
+// Cycles, on a core with two loads, one store and two FMAs per cycle; fitted to timings of random tilings, those of panels
+// partly by hand (lab/001_tiling_model).
 struct Constants {
   double fma;          // per vector and value, operand in L1; with the loads and the loop around it
   double fetch_l2;     // more, per vector and entry, when a packed vector has to come from L2 again

@@ -11,6 +11,9 @@
 // registers instead, E * Height of them, and walks all pixels of a tile of any size: E + Height loads for E * Height FMAs,
 // and the lanes of the sums are added together once per tile.
 //
+// A tile of three vectors ends in the middle of a cache line. So a task visits a strip of neighbouring tiles before the next
+// task: the line that two of them share is then still in the cache, where channels are a power of two apart.
+//
 // Preconditions as in kernels-inl.h.
 #pragma once
 

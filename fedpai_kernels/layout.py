@@ -84,14 +84,14 @@ _TRANSPOSE = {torch.float32: _C.transpose_f32, torch.float64: _C.transpose_f64}
 def _ours(x: Tensor) -> bool:
     """Whether the transposing kernel can copy `x`, rather than torch."""
     return (
-        type(x) is Tensor
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
         and x.dtype in _TRANSPOSE
         and x.device.type == "cpu"
         and x.numel() > 0
-        and not x.is_neg()  # a view whose sign is still to be turned
-        and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
+        and not x.is_neg()  # a view whose sign is still to be turned
     )
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every test starts from the same seeds, and may choose an instruction set and a number of threads."""
 
+import dataclasses
 import os
 import random
 import sys
@@ -12,6 +13,8 @@ import torch
 
 import fedpai_kernels
 from fedpai_kernels import _C
+from fedpai_kernels.nn import convert
+from fedpai_kernels.tuning import BUILT_IN
 
 # What a developer's machine measured decides nothing here. For the processes that tests start as well.
 os.environ["FEDPAI_TUNING"] = "off"
@@ -63,3 +66,10 @@ def pytest_runtest_makereport(
     if report.failed:
         report.sections.append(("reproduce", f"{sys.executable} -m pytest {item.nodeid!r}"))
     return report
+
+
+@pytest.fixture
+def dense_from_eight_tenths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break-evens under which layers denser than 0.8 are left to torch, whatever the structure of their masks."""
+    figures = dataclasses.replace(BUILT_IN, blocks=0.8, linear_blocks=0.35)
+    monkeypatch.setattr(convert, "break_evens", lambda: figures)

@@ -52,9 +52,10 @@ def _layer_sizes(plan: Plan) -> tuple[int, int, Pair]:
 def _readable(t: Tensor) -> Tensor:
     """``t`` itself where the kernels read it at speed, a batch-last copy otherwise.
 
-    A batch of one has no neighbours, so it is always read in place; so is the gradient of a sum, whose images are one.
+    A batch of one has no neighbours, and the rows of a matrix are transposed while they are packed, so those are always
+    read in place.
     """
-    if t.shape[0] == 1 or t.stride(0) == 1 or (t.stride(0) == 0 and t.shape[2] * t.shape[3] == 1):
+    if t.shape[0] == 1 or t.stride(0) == 1 or t.shape[2] * t.shape[3] == 1:
         return t
     return to_batch_last(t)
 

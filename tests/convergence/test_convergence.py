@@ -121,6 +121,7 @@ def _one_thread(set_threads: Callable[[int], None]) -> None:
     set_threads(1)
 
 
+@pytest.mark.usefixtures("dense_from_eight_tenths")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_hundred_steps_in_single_part_no_further_than_dense_runs_do(name: str) -> None:
     begin = start(name)

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from fedpai_kernels.nn import convert, deferred
+from fedpai_kernels.nn import deferred
 from fedpai_kernels.nn.deferred import PendingNorm
-from fedpai_kernels.tuning import BUILT_IN
 
 
 @pytest.fixture
@@ -40,13 +38,6 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(deferred, "norm_conv2d", count)
     return calls
-
-
-@pytest.fixture
-def dense_from_eight_tenths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Break-evens under which layers denser than 0.8 are left to torch, whatever the structure of their masks."""
-    figures = dataclasses.replace(BUILT_IN, blocks=0.8, linear_blocks=0.35)
-    monkeypatch.setattr(convert, "break_evens", lambda: figures)
 
 
 @pytest.fixture(autouse=True)

@@ -263,8 +263,43 @@ constexpr void (*kNormalisePacked[kActivationKinds])(T*, std::int64_t, int, int,
     normalise_packed<T, kLeakyRelu>, normalise_packed<T, kSilu>, normalise_packed<T, kGelu>,
     normalise_packed<T, kGeluTanh>};
 
+// Rows of a matrix: images of one pixel whose channels are adjacent. A square of as many images and channels as a vector has
+// lanes is transposed in registers.
+template <class T>
+void pack_matrix(const PackArgs<T>& a) {
+  using V = Vec<T>;
+  const std::int64_t width = static_cast<std::int64_t>(a.blocks) * V::lanes;
+  T* const packed = a.packed + a.segments->packed;
+  for (std::int64_t n = 0; n < a.groups * width; n += V::lanes) {
+    T* const to = packed + n / width * a.packed_group + n % width;
+    const T* const from = a.source + a.segments->source + n * a.source_lane;
+    const std::int64_t left = a.images - n;
+    const int valid = static_cast<int>(left < 0 ? 0 : (left < V::lanes ? left : V::lanes));
+    std::int64_t c = 0;
+    while (c < a.channel_count) {
+      const std::int64_t channel = a.channels != nullptr ? a.channels[c] : c, last = c + V::lanes - 1;
+      if (valid == V::lanes && last < a.channel_count &&
+          (a.channels == nullptr || a.channels[last] - channel == V::lanes - 1)) {
+        typename V::reg square[V::lanes];
+        for (int i = 0; i < V::lanes; ++i) square[i] = V::loadu(from + i * a.source_lane + channel);
+        V::transpose(square);
+        for (int i = 0; i < V::lanes; ++i) V::store(to + (c + i) * a.plane, square[i]);
+        c += V::lanes;
+      } else {
+        for (int i = 0; i < V::lanes; ++i) to[c * a.plane + i] = i < valid ? from[i * a.source_lane + channel] : T(0);
+        ++c;
+      }
+    }
+  }
+}
+
 template <class T>
 void pack(const PackArgs<T>& a) {
+  if (a.source_lane != 1 && a.source_channel == 1 && a.norm == nullptr && a.segment_count == 1 && a.segments->count == 1 &&
+      a.segments->left == 0 && a.segments->right == 0) {
+    pack_matrix(a);
+    return;
+  }
   const std::int64_t width = static_cast<std::int64_t>(a.blocks) * Vec<T>::lanes;
   const bool adjacent = a.source_lane == 1;
   const std::int64_t full = adjacent ? a.images / width : 0;  // groups that need no care; one more at most if adjacent

@@ -141,6 +141,9 @@ std::vector<ConvCase> conv_cases() {
   varied("empty_rows_and_columns", [](ConvCase& c) { c.density = 0.01; });
   varied("full_dense", [](ConvCase& c) { c.density = 1.1; });
   varied("one_channel", [](ConvCase& c) { c.in_channels = c.out_channels = 1, c.density = 0.7; });
+  varied("matrix", [](ConvCase& c) {
+    c.kernel_h = c.kernel_w = c.height = c.width = 1, c.pad_h = c.pad_w = 0, c.in_channels = 53, c.out_channels = 37;
+  });
   varied("wide_rows", [](ConvCase& c) { c.height = 3, c.width = 37, c.in_channels = 2; });
   varied("tall_columns", [](ConvCase& c) { c.height = 37, c.width = 3, c.in_channels = 2; });
   varied("many_channels", [](ConvCase& c) { c.in_channels = 67, c.out_channels = 41, c.height = c.width = 4, c.density = 0.1; });

@@ -120,18 +120,19 @@ std::vector<Chunk> padded_chunks(const EntryList& list, const std::vector<std::i
 RowGroups find_row_groups(const EntryList& list) {
   // Rows of one pattern become neighbours when sorted by how many entries they have and where some of these are.
   struct Key {
-    std::array<std::int32_t, 6> likeness;
+    std::uint64_t likeness;
     std::int32_t row;
   };
   std::vector<Key> keys(static_cast<std::size_t>(list.rows()));
   for (std::size_t r = 0; r < keys.size(); ++r) {
     const Row row = row_of(list, static_cast<std::int64_t>(r));
-    Key& key = keys[r];
-    key = {{static_cast<std::int32_t>(row.size)}, static_cast<std::int32_t>(r)};
-    if (row.size == 0) continue;
-    const std::int64_t middle = row.size / 2, last = row.size - 1;
-    key.likeness = {static_cast<std::int32_t>(row.size), row.column[0], row.column[middle], row.tap[middle],
-                    row.column[last], row.tap[last]};
+    std::uint64_t likeness = 0;
+    const auto mix = [&](std::int32_t n) { likeness = (likeness ^ static_cast<std::uint32_t>(n)) * 0x9e3779b97f4a7c15u; };
+    mix(static_cast<std::int32_t>(row.size));
+    if (row.size > 0) {
+      for (const std::int64_t at : {std::int64_t{0}, row.size / 2, row.size - 1}) mix(row.column[at]), mix(row.tap[at]);
+    }
+    keys[r] = {likeness, static_cast<std::int32_t>(r)};
   }
   std::sort(keys.begin(), keys.end(), [](const Key& a, const Key& b) {
     return a.likeness != b.likeness ? a.likeness < b.likeness : a.row < b.row;
@@ -166,6 +167,9 @@ RowGroups find_row_groups(const EntryList& list) {
   std::sort(groups.begin(), groups.end(), [](const Group& a, const Group& b) { return a.rows.front() < b.rows.front(); });
 
   RowGroups result;
+  result.rows.reserve(keys.size());
+  result.group_begin.reserve(keys.size() + 1);
+  result.entries.reserve(keys.size());
   result.group_begin.push_back(0);
   const auto close = [&](std::int64_t entries) {
     result.group_begin.push_back(static_cast<std::int32_t>(result.rows.size()));

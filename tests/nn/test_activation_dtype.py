@@ -308,6 +308,7 @@ def test_the_report_says_it(fuse: bool) -> None:
     assert '"activation_dtype": "bfloat16"' in report.to_json()
 
 
+@pytest.mark.usefixtures("dense_from_eight_tenths")
 def test_without_sparse_layers_it_says_so() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     report = fk.sparsify_(model, {"0": torch.ones(4, 3, 3, 3, dtype=torch.bool)}, activation_dtype=BF16)

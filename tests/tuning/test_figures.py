@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 
 import fedpai_kernels as fk
 from fedpai_kernels import tuning
-from fedpai_kernels.tuning import BUILT_IN, BreakEvens, TuningError
+from fedpai_kernels.tuning import BUILT_IN, BreakEvens, TuningError, file
 from tests.nn.small import fingerprint, masked_model
 
 MEASURED = BreakEvens(0.95, 0.5, 0.75, 0.125, 1.0, 0.5, 64, "measured on this machine")
@@ -103,7 +104,7 @@ def spoil(path: Path, how: str) -> None:
     elif how == "nested":
         path.write_text("[" * 100_000)
     elif how == "format":
-        changed(path, format=2)
+        changed(path, format=1)
     elif how == "a density missing":
         changed(path, break_even={"conv2d": 0.5})
     elif how == "a density too many":
@@ -133,10 +134,10 @@ PROBLEMS = {
     "cut": "is damaged",
     "no text": "is damaged",
     "empty": "is damaged",
-    "a list": "has format 'list', expected 1",
+    "a list": "has format 'list', expected 2",
     "nested": "is damaged",
-    "format": "has format 2, expected 1",
-    "a density missing": "is damaged (break_even: expected the numbers conv2d, strided, pointwise, linear)",
+    "format": "has format 1, expected 2",
+    "a density missing": "is damaged (break_even: expected the numbers conv2d, strided, pointwise, linear, blocks, linear_blocks)",
     "a density too many": "is damaged (break_even: expected the numbers",
     "above one": "is damaged (break_even: linear: expected 0 to 1, got 1.5)",
     "not a number": "is damaged (break_even: linear: expected 0 to 1, got nan)",
@@ -196,7 +197,9 @@ def test_a_failed_write_leaves_the_old_file(cache: Path) -> None:
 # ----------------------------------------------------------------------------------------------------- conversions
 
 
-def test_conversions_use_them_and_say_so(cache: Path) -> None:
+def test_conversions_use_them_and_say_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Masks of 0.9 are computed as dense ones: by these figures, no layer goes by the sparse kernel for that.
+    monkeypatch.setattr(file, "BUILT_IN", dataclasses.replace(BUILT_IN, blocks=0.8, linear_blocks=0.35))
     model, masks = masked_model()
     assert fk.sparsify(model, masks).stem.mask.equal(masks["stem"])
     report = fk.sparsify_(masked_model()[0], masks)
@@ -204,7 +207,7 @@ def test_conversions_use_them_and_say_so(cache: Path) -> None:
     assert [report[name].kernel for name in masks] == ["dense", "sparse", "sparse", "dense"]
 
     # stem is 0.9 dense, hidden 0.1: between the built-in figures and these.
-    tuning.write(tuning.default_path(), BreakEvens(0.95, 0.1, 0.1, 0.05, 1.0, 0.5, 4, "any"), {})
+    tuning.write(tuning.default_path(), BreakEvens(0.95, 0.1, 0.1, 0.05, 0.95, 0.05, 4, "any"), {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = fk.sparsify_(model, masks)

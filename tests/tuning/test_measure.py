@@ -82,7 +82,9 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         measure._Conv(2, 4, 4, 4, 3, 2),
         measure._Conv(2, 4, 4, 4, 1),
     )
-    cases = {"conv2d": conv, "strided": strided, "pointwise": pointwise, "linear": measure._Linear(2, 8, 4)}
+    linear = measure._Linear(2, 8, 4)
+    cases = {"conv2d": conv, "strided": strided, "pointwise": pointwise, "linear": linear}
+    cases |= {"blocks": conv, "linear_blocks": linear}
     monkeypatch.setattr(measure, "_MASKED", {name: ((case,), (0.5, 1.0)) for name, case in cases.items()})
     monkeypatch.setattr(measure, "_FULL", (conv,))
     monkeypatch.delenv("FEDPAI_TUNING", raising=False)
@@ -99,7 +101,7 @@ def test_a_measurement_is_kept_and_used(small: Path) -> None:
     path = tuning.default_path()
     content = json.loads(path.read_text())
     assert content["machine"] == tuning.facts()
-    assert len(content["samples"]) == 5
+    assert len(content["samples"]) == 7
     kept = tuning.break_evens()
     assert kept.source == figures.source == "measured on this machine"
     assert kept.densities() == pytest.approx(figures.densities(), abs=1e-4)

@@ -187,9 +187,16 @@ void lay_out_entries(TiledPass& pass, const PassAxes& axes, const EntryList& lis
         value_to = static_cast<std::size_t>(value_begin[at(block, p)]);
       }
       pass.offset[to++] = static_cast<std::int32_t>(channel_offset[column] + within);
+      if (height == 1) {  // every value is a weight
+        pass.order[value_to] = *value;
+        identity = identity && *value == static_cast<std::int32_t>(value_to);
+        ++value_to;
+        ++weights;
+        continue;
+      }
+      identity = false;
       for (int h = 0; h < height; ++h, ++value_to) {
         pass.order[value_to] = value[h];
-        identity = identity && value[h] == static_cast<std::int32_t>(value_to);
         weights += value[h] != kNoValue;
       }
     }

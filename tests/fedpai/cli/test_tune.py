@@ -21,6 +21,7 @@ FEW = ("--seconds", "0.01", "--threads", "1")
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, set_threads: Callable[[int], None]) -> None:
     conv, linear = measure._Conv(2, 4, 4, 4), measure._Linear(2, 8, 4)
     cases = {"conv2d": conv, "strided": conv, "pointwise": conv, "linear": linear}
+    cases |= {"blocks": conv, "linear_blocks": linear}
     monkeypatch.setattr(measure, "_MASKED", {name: ((case,), (0.5, 1.0)) for name, case in cases.items()})
     monkeypatch.setattr(measure, "_FULL", (conv,))
     monkeypatch.setattr(measure, "MOST_ROUNDS", 2)

@@ -120,6 +120,7 @@ def train(model: nn.Module, masks: dict[str, Tensor]) -> list[float]:
     return losses
 
 
+@pytest.mark.usefixtures("dense_from_eight_tenths")
 @pytest.mark.parametrize(("density", "kernel"), [(0.05, "sparse"), (0.7, "dense")])
 def test_sparse_is_the_masked_network(density: float, kernel: str) -> None:
     """Output and every gradient, by the sparse kernels and by dense ones with a masked weight."""

@@ -137,7 +137,8 @@ PROBLEMS = {
     "a list": "has format 'list', expected 2",
     "nested": "is damaged",
     "format": "has format 1, expected 2",
-    "a density missing": "is damaged (break_even: expected the numbers conv2d, strided, pointwise, linear, blocks, linear_blocks)",
+    "a density missing": "is damaged (break_even: expected the numbers conv2d, strided, pointwise, linear, blocks, "
+    "linear_blocks)",
     "a density too many": "is damaged (break_even: expected the numbers",
     "above one": "is damaged (break_even: linear: expected 0 to 1, got 1.5)",
     "not a number": "is damaged (break_even: linear: expected 0 to 1, got nan)",

@@ -11,6 +11,7 @@ namespace {
 constexpr double kFma = 1.4;        // per source vector of an entry, from L3 or memory
 constexpr double kFmaL2 = 1.2;      // the same where the channel block's rows fit L2
 constexpr double kSteps = 1.35;     // times as much, where a row is no run but pixels with steps between them
+constexpr double kOnePixel = 2.0;   // times as much for images of one pixel: no two taps share what was fetched
 constexpr double kDest = 2.5;       // per dest vector: store, or load of its gradient
 constexpr double kRound = 1.0;      // per dest vector and further round of entries: load and store again, in L1
 constexpr double kBlock = 3.0;      // per dest vector and further channel block: load and store again, from L2 or L3
@@ -35,7 +36,7 @@ double estimate(const TilingProblem& p, std::int64_t block_count, double channel
   };
   const double zones = p.halo_w > 0 ? std::min(3.0, static_cast<double>(p.grid_w)) : 1.0;
   const double fma = (static_cast<double>(p.source_channels) / blocks * channel_bytes <= kL2Bytes ? kFmaL2 : kFma) *
-                     (p.rows_join ? 1.0 : kSteps);
+                     (p.rows_join ? 1.0 : kSteps) * (p.grid_h * p.grid_w == 1 ? kOnePixel : 1.0);
   return vectors * (entries * inside(p.grid_h, p.halo_h) * inside(p.grid_w, p.halo_w) * fma +
                     channels * (kDest + rounds * kRound + (blocks - 1.0) * kBlock)) +
          static_cast<double>(p.grid_h) * zones * (blocks * channels * kCall + entries * kEntry);

@@ -162,6 +162,29 @@ class _ToContiguous(torch.autograd.Function):
         return to_batch_last(dy)
 
 
+class _ContiguousGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(
+        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor
+    ) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:
+        return to_contiguous(dy)
+
+
+def with_contiguous_gradient(x: Tensor) -> Tensor:
+    """`x` itself; its gradient comes back in torch's default storage, for what produced `x` is used to that."""
+    if not x.requires_grad or torch.compiler.is_compiling():
+        return x
+    return _ContiguousGradient.apply(x)
+
+
 def to_batch_last(x: Tensor) -> Tensor:
     """`x`, (N, C, H, W) or (N, F) of any dtype and strides, in batch-last storage: `x` itself where it is so
     already.

@@ -227,7 +227,8 @@ def of_panels(reads: Tensor) -> Tensor:
 def test_nearly_equal_rows_share_what_is_not_finite(shape: tuple[int, ...], isa: str, walk: str) -> None:
     """The values that they lack are zeros in their panel, which meet what the others read: 0 * inf is NaN there.
 
-    Never in another image or panel, never in the gradient of values, and only where the layer is tiled.
+    Never in another image or panel, never in the gradient of values, and only where the layer is tiled, as matrices of
+    rows always are.
     """
     plan = nearly_full(*shape)
     assert plan.shared == 1
@@ -239,5 +240,5 @@ def test_nearly_equal_rows_share_what_is_not_finite(shape: tuple[int, ...], isa:
         for found, alone, together in ((y, outputs, in_panels[0]), (dx, outputs.t(), in_panels[1])):
             assert not found[:, [*range(6), 7, 8]].any()
             hit = found[:, 6].t()
-            assert torch.equal(hit, alone) or (walk == "tiled" and torch.equal(hit, together))
+            assert torch.equal(hit, alone) or ((walk == "tiled" or len(shape) == 2) and torch.equal(hit, together))
         assert torch.equal(dvalues, weights)

@@ -97,7 +97,8 @@ def _ours(x: Tensor) -> bool:
 
 def _transpose(x: Tensor, y: Tensor, rows: int) -> Tensor:
     """Copies `x`, a matrix of so many rows without gaps, into `y`, its transpose."""
-    _TRANSPOSE[x.dtype](x.data_ptr(), rows, x.numel() // rows, y.data_ptr(), torch.get_num_threads())
+    with torch.profiler.record_function("fedpai::transpose"):  # no operation of torch's, so no profile would show it
+        _TRANSPOSE[x.dtype](x.data_ptr(), rows, x.numel() // rows, y.data_ptr(), torch.get_num_threads())
     return y
 
 
@@ -128,7 +129,15 @@ def _untransposed(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-class _ToBatchLast(torch.autograd.Function):
+class _SavesNothing(torch.autograd.Function):
+    @staticmethod
+    def setup_context(
+        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor
+    ) -> None:
+        pass
+
+
+class _ToBatchLast(_SavesNothing):
     """The gradient comes back contiguous: what produced `x` was no batch-last operation."""
 
     @staticmethod
@@ -136,42 +145,24 @@ class _ToBatchLast(torch.autograd.Function):
         return _transposed(x)
 
     @staticmethod
-    def setup_context(
-        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor
-    ) -> None:
-        pass
-
-    @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:
         return to_contiguous(dy)
 
 
-class _ToContiguous(torch.autograd.Function):
+class _ToContiguous(_SavesNothing):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return _untransposed(x)
-
-    @staticmethod
-    def setup_context(
-        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor
-    ) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:
         return to_batch_last(dy)
 
 
-class _ContiguousGradient(torch.autograd.Function):
+class _ContiguousGradient(_SavesNothing):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return x.view_as(x)
-
-    @staticmethod
-    def setup_context(
-        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor
-    ) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import fedpai_kernels as fk
 from fedpai_kernels.nn import SparseConv2d, SparseLinear
 from tests.cases import Conv2dCase, LinearCase
 from tests.masks import make_mask
+from tests.nn.small import train
+
+LR = 0.05
 
 
 class ConvNet(nn.Module):
@@ -93,25 +95,6 @@ def batches(count: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     return made
 
 
-def train(
-    model: nn.Module, data: list[tuple[Tensor, Tensor]], masks: dict[str, Tensor] | None = None
-) -> list[float]:
-    """Losses of SGD steps; with masks, on a dense model whose masked weights get no gradient."""
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    losses = []
-    for x, y in data:
-        optimiser.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        for name, mask in (masks or {}).items():
-            weight = model.get_parameter(f"{name}.weight")
-            assert weight.grad is not None
-            weight.grad.mul_(mask)
-        optimiser.step()
-        losses.append(loss.item())
-    return losses
-
-
 CASES = [
     *(pytest.param(ConvNet, structures, id=f"conv-{name}") for name, structures in STRUCTURES.items()),
     *(pytest.param(mlp, structures, id=f"mlp-{name}") for name, structures in OF_MLP.items()),
@@ -130,7 +113,7 @@ def test_training_is_that_of_the_dense_masked_network(
         assert isinstance(layer, (SparseConv2d, SparseLinear))
         assert torch.equal(layer.mask, mask)
     data = batches(12, torch.float64)
-    expected, losses = train(dense, data, masks), train(sparse, data)
+    expected, losses = train(dense, data, masks, lr=LR), train(sparse, data, lr=LR)
     torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-9)
     assert min(losses) < losses[0]
     state = sparse.state_dict()
@@ -146,7 +129,7 @@ def test_fused_norms_keep_every_bit(structures: dict[str, str], isa: str, walk: 
     masks = masks_of(model, structures)
     fused, separate = (fk.sparsify(model, masks, fuse=fuse, compact=False) for fuse in (True, False))
     data = batches(4, torch.float32)
-    assert train(fused, data) == train(separate, data)
+    assert train(fused, data, lr=LR) == train(separate, data, lr=LR)
     for (name, one), other in zip(fused.state_dict().items(), separate.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
 
@@ -158,7 +141,7 @@ def test_the_same_bits_twice(threads: int, set_threads: Callable[[int], None]) -
     sparse = fk.sparsify(model, masks_of(model, STRUCTURES["lost"]), compact=False)
     data = batches(4, torch.float32)
     first, second = copy.deepcopy(sparse), copy.deepcopy(sparse)
-    assert train(first, data) == train(second, data)
+    assert train(first, data, lr=LR) == train(second, data, lr=LR)
     for one, other in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(one, other)
 

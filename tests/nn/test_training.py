@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fedpai_kernels as fk
+from tests.nn.small import train
 
 pytestmark = pytest.mark.usefixtures("dense_from_eight_tenths")
 
@@ -59,23 +60,6 @@ def batches(count: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor
         y = torch.randint(0, 5, (10,))
         made.append((torch.randn(10, 3, 12, 12, dtype=dtype) + 3 * y.view(-1, 1, 1, 1), y))
     return made
-
-
-def train(
-    model: nn.Module, data: list[tuple[Tensor, Tensor]], masks: dict[str, Tensor] | None = None
-) -> list[float]:
-    """Losses of SGD steps; with masks, on a dense model whose masked weights get no gradient."""
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    losses = []
-    for x, y in data:
-        optimiser.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        for name, mask in (masks or {}).items():
-            model.get_submodule(name).weight.grad.mul_(mask)
-        optimiser.step()
-        losses.append(loss.item())
-    return losses
 
 
 def test_thirty_steps_in_double() -> None:

@@ -165,11 +165,9 @@ _DIRECTIONS = {
 # Those that stand for a layer's forward pass; the outermost of them counts.
 _LAYER_CALLS = ("_Forward", "_NormConv2d", "aten::conv2d", "aten::linear")
 
-# Changes of layout: these call a kernel that is no operation of torch's.
-_TRANSPOSES = ("_ToBatchLast", "_ToContiguous")
 # By the beginning of the name, of an event or of one around it. Autograd's nodes are named after their operation.
 _BEGINNINGS = (
-    (_TRANSPOSES, "layout"),
+    (("_ToBatchLast", "_ToContiguous"), "layout"),
     (("fedpai::batch_norm_backward", "_BatchNormBackward", "NativeBatchNormBackward"), "norm backward"),
     (("fedpai::batch_norm", "_BatchNorm", "aten::batch_norm"), "norm forward"),
     (("fedpai::group_norm_backward", "_GroupNormBackward", "NativeGroupNormBackward"), "norm backward"),
@@ -309,7 +307,7 @@ class _Context:
                 return Key("residual add")
             if event.start < self._forward[1] and event.shapes and not event.shapes[0]:
                 return Key("norm forward")  # counts the batches
-        is_operation = event.name.startswith(("aten::", "fedpai::", *_TRANSPOSES))
+        is_operation = event.name.startswith(("aten::", "fedpai::"))
         if is_operation:
             for outer in self.around(index):
                 part = self._part_of(outer)

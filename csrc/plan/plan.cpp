@@ -2,10 +2,14 @@
 #include "plan/plan.h"
 
 #include <omp.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -15,29 +19,50 @@ namespace {
 
 constexpr std::int64_t kLargest = std::numeric_limits<std::int32_t>::max();
 
-// Bit k: whether byte k of the eight at `bytes` is not zero.
-std::uint64_t set_among_eight(const std::uint8_t* bytes) {
+// Bit k: whether byte k of the 64 at `bytes` is not zero.
+std::uint64_t set_among_64(const std::uint8_t* bytes) {
+  std::uint64_t bits = 0;
+#ifdef __SSE2__
+  for (int k = 0; k < 64; k += 16) {
+    const __m128i zero = _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + k)), _mm_setzero_si128());
+    bits |= static_cast<std::uint64_t>(static_cast<std::uint16_t>(~_mm_movemask_epi8(zero))) << k;
+  }
+#else
   static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first byte of a word must be its lowest");
   constexpr std::uint64_t kLow = 0x7f7f7f7f7f7f7f7f, kOnes = 0x0101010101010101, kGather = 0x0102040810204080;
-  std::uint64_t word;
-  std::memcpy(&word, bytes, 8);
-  const std::uint64_t ones = ((((word & kLow) + kLow) | word) >> 7) & kOnes;
-  return (ones * kGather) >> 56;
+  for (int k = 0; k < 64; k += 8) {
+    std::uint64_t word;
+    std::memcpy(&word, bytes + k, 8);
+    const std::uint64_t ones = ((((word & kLow) + kLow) | word) >> 7) & kOnes;
+    bits |= ((ones * kGather) >> 56) << k;
+  }
+#endif
+  return bits;
 }
 
-// Visits the non-zero bytes of [begin, end) in ascending order, 64 at a time: the loop over those set ends unpredictably
-// once in 64, where looking at eight at a time would also guess, mostly wrong, which of them are not all zero.
-template <class F>
-void for_each_set(const std::uint8_t* mask, std::int64_t begin, std::int64_t end, F&& visit) {
-  std::int64_t i = begin;
-  for (; i + 64 <= end; i += 64) {
-    std::uint64_t bits = 0;
-    for (int k = 0; k < 64; k += 8) bits |= set_among_eight(mask + i + k) << k;
-    for (; bits != 0; bits &= bits - 1) visit(i + __builtin_ctzll(bits));
+// Writes where the non-zero bytes of `mask` are, ascending, and returns how many. `positions` has room for kFlattened
+// more. How many of 64 bytes are set is unpredictable, so kFlattened positions are always written, and those beyond the
+// count written over: cheaper than a branch that is guessed wrong each time.
+constexpr int kFlattened = 4;
+std::int64_t positions_set(const std::uint8_t* mask, std::int64_t size, std::int32_t* positions) {
+  std::int32_t* next = positions;
+  std::int64_t i = 0;
+  for (; i + 64 <= size; i += 64) {
+    std::uint64_t bits = set_among_64(mask + i);
+    std::int32_t* const end = next + __builtin_popcountll(bits);
+    do {
+      for (int k = 0; k < kFlattened; ++k, bits &= bits - 1) {
+        // The bit that stands in for none keeps the count of zeros defined.
+        next[k] = static_cast<std::int32_t>(i + __builtin_ctzll(bits | (std::uint64_t{1} << 63)));
+      }
+      next += kFlattened;
+    } while (next < end);
+    next = end;
   }
-  for (; i < end; ++i) {
-    if (mask[i] != 0) visit(i);
+  for (; i < size; ++i) {
+    if (mask[i] != 0) *next++ = static_cast<std::int32_t>(i);
   }
+  return next - positions;
 }
 
 // Counts in bytes as far as they reach, so that the compiler counts a vector at a time.
@@ -103,19 +128,21 @@ EntryList list_by_output(const std::uint8_t* mask, const WeightShape& shape, std
   const std::int64_t rows_per_group = rows / shape.groups;
   const auto taps = static_cast<std::uint32_t>(shape.taps());
   const Divider by_taps(row_numel, taps);
-#pragma omp parallel for schedule(static) if (shape.numel() > kParallelWeights)
+  IndexVector positions(static_cast<std::size_t>(*std::max_element(counts.begin(), counts.end()) + kFlattened));
+#pragma omp parallel for schedule(static) firstprivate(positions) if (shape.numel() > kParallelWeights)
   for (std::int64_t row = 0; row < rows; ++row) {
     const auto first_column = static_cast<std::int32_t>(row / rows_per_group * shape.in_channels_per_group);
-    const std::int64_t begin = row * row_numel;
-    auto next = static_cast<std::size_t>(list.row_begin[static_cast<std::size_t>(row)]);
-    for_each_set(mask, begin, begin + row_numel, [&](std::int64_t i) {
-      const auto within = static_cast<std::uint32_t>(i - begin);
-      const std::uint32_t channel = by_taps(within);
-      list.column[next] = first_column + static_cast<std::int32_t>(channel);
-      list.tap[next] = static_cast<std::int32_t>(within - channel * taps);
-      list.value[next] = static_cast<std::int32_t>(next);
-      ++next;
-    });
+    const auto begin = static_cast<std::size_t>(list.row_begin[static_cast<std::size_t>(row)]);
+    const std::int64_t count = positions_set(mask + row * row_numel, row_numel, positions.data());
+    std::int32_t* const column = list.column.data() + begin;
+    std::int32_t* const tap = list.tap.data() + begin;
+    for (std::int64_t j = 0; j < count; ++j) {
+      const auto position = static_cast<std::uint32_t>(positions[static_cast<std::size_t>(j)]);
+      const std::uint32_t channel = by_taps(position);
+      column[j] = first_column + static_cast<std::int32_t>(channel);
+      tap[j] = static_cast<std::int32_t>(position - channel * taps);
+    }
+    std::iota(list.value.begin() + begin, list.value.begin() + begin + count, static_cast<std::int32_t>(begin));
   }
   return list;
 }

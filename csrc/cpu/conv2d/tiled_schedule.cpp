@@ -112,40 +112,63 @@ void lay_out_rows(TiledPass& pass, const Panels& panels) {
 }
 
 // Where each tap lies in a channel's patch; negative where the pass has no such tap.
-std::vector<std::int64_t> tap_offsets(const TiledPass& pass) {
-  std::vector<std::int64_t> offsets;
+std::vector<std::int32_t> tap_offsets(const TiledPass& pass) {
+  std::vector<std::int32_t> offsets;
   for (const std::int64_t slot_y : pass.y.tap_slot) {
     for (const std::int64_t slot_x : pass.x.tap_slot) {
-      offsets.push_back(slot_y < 0 || slot_x < 0 ? -1 : slot_y * pass.source_row + slot_x * pass.lane_group);
+      const bool any = slot_y >= 0 && slot_x >= 0;
+      offsets.push_back(any ? static_cast<std::int32_t>(slot_y * pass.source_row + slot_x * pass.lane_group) : -1);
     }
   }
   return offsets;
 }
 
-// The entries of `panels` whose taps the pass has, cut into channel blocks. Offsets are relative to the block's patch.
-// A panel's entries ascend by source channel, so each block has one range of them: counted first, then every panel
-// writes its own.
-void lay_out_entries(TiledPass& pass, const PassAxes& axes, const EntryList& list, const Panels& panels) {
-  const ChannelUse use = channel_use(axes, list);
-  std::vector<std::int32_t> position(use.used.size(), -1);
+// Cuts the source channels in use into blocks. Per source channel: where it starts in its block's patch.
+std::vector<std::int32_t> lay_out_channels(TiledPass& pass, const ChannelUse& use) {
+  const std::int64_t channel_block = pass.tiling.channel_block;
+  std::vector<std::int32_t> offsets(use.used.size(), 0);
   for (std::size_t c = 0; c < use.used.size(); ++c) {
     if (use.used[c] == 0) continue;
-    position[c] = static_cast<std::int32_t>(pass.channels.size());
+    const auto position = static_cast<std::int64_t>(pass.channels.size());
+    if (position % channel_block == 0) pass.block_channel_begin.push_back(position);
+    offsets[c] = static_cast<std::int32_t>(position % channel_block * pass.plane);
     pass.channels.push_back(static_cast<std::int32_t>(c));
   }
-  const auto channel_count = static_cast<std::int64_t>(pass.channels.size());
-  const std::int64_t channel_block = pass.tiling.channel_block;
-  const std::int64_t blocks = std::max<std::int64_t>(1, (channel_count + channel_block - 1) / channel_block);
-  for (std::int64_t b = 0; b < blocks; ++b) pass.block_channel_begin.push_back(b * channel_block);
-  pass.block_channel_begin.push_back(channel_count);
+  if (pass.block_channel_begin.empty()) pass.block_channel_begin.push_back(0);
+  pass.block_channel_begin.push_back(static_cast<std::int64_t>(pass.channels.size()));
+  return offsets;
+}
 
-  const std::vector<std::int64_t> tap_offset = tap_offsets(pass);
-  std::vector<std::int64_t> channel_offset;  // the start of each source channel in its block
-  std::vector<std::int32_t> block_of;
-  for (const std::int32_t at : position) {
-    channel_offset.push_back(at < 0 ? 0 : at % channel_block * pass.plane);
-    block_of.push_back(at < 0 ? 0 : static_cast<std::int32_t>(at / channel_block));
+// Calls visit(block, first, last) for the entries [first, last) that a panel has in each channel block: they ascend by
+// source channel. `block_end` holds the first source channel beyond each block.
+template <class F>
+void for_each_block(const Panels& panels, std::int64_t panel, const std::vector<std::int32_t>& block_end, F&& visit) {
+  std::int32_t first = panels.entry_begin[panel];
+  const std::int32_t end = panels.entry_begin[panel + 1];
+  for (std::size_t b = 0; b < block_end.size(); ++b) {
+    std::int32_t last = first;
+    if (b + 1 == block_end.size()) last = end;
+    else while (last < end && panels.column[last] < block_end[b]) ++last;
+    visit(static_cast<std::int64_t>(b), first, last);
+    first = last;
   }
+}
+
+// The entries of `panels` whose taps the pass has, cut into channel blocks: counted first, then every panel writes its
+// own. Offsets are relative to the block's patch.
+void lay_out_entries(TiledPass& pass, const PassAxes& axes, const EntryList& list, const Panels& panels) {
+  const std::vector<std::int32_t> channel_offset = lay_out_channels(pass, channel_use(axes, list));
+  const std::vector<std::int32_t> tap_offset = tap_offsets(pass);
+  const bool all_taps = std::find(tap_offset.begin(), tap_offset.end(), -1) == tap_offset.end();
+  const auto present = [&](std::int32_t entry) {
+    return all_taps || tap_offset[static_cast<std::size_t>(panels.tap[entry])] >= 0;
+  };
+  const auto blocks = static_cast<std::int64_t>(pass.block_channel_begin.size()) - 1;
+  std::vector<std::int32_t> block_end;
+  for (std::int64_t b = 1; b < blocks; ++b) {
+    block_end.push_back(pass.channels[static_cast<std::size_t>(pass.block_channel_begin[static_cast<std::size_t>(b)])]);
+  }
+  block_end.push_back(static_cast<std::int32_t>(list.columns));
 
   const std::int64_t count = panels.count();
   const auto at = [count](std::int64_t block, std::int64_t panel) { return static_cast<std::size_t>(block * count + panel); };
@@ -153,10 +176,13 @@ void lay_out_entries(TiledPass& pass, const PassAxes& axes, const EntryList& lis
   std::vector<std::int32_t> begin(static_cast<std::size_t>(blocks * count) + 1, 0);
 #pragma omp parallel for schedule(static) if (list.size() > kParallelEntries)
   for (std::int64_t p = 0; p < count; ++p) {
-    for (std::int32_t j = panels.entry_begin[p]; j < panels.entry_begin[p + 1]; ++j) {
-      if (tap_offset[static_cast<std::size_t>(panels.tap[j])] < 0) continue;
-      ++begin[at(block_of[static_cast<std::size_t>(panels.column[j])], p) + 1];
-    }
+    for_each_block(panels, p, block_end, [&](std::int64_t b, std::int32_t first, std::int32_t last) {
+      std::int32_t entries = last - first;
+      if (!all_taps) {
+        for (std::int32_t j = first; j < last; ++j) entries -= !present(j);
+      }
+      begin[at(b, p) + 1] = entries;
+    });
   }
   std::vector<std::int32_t> value_begin(begin.size(), 0);
   std::size_t i = 1;
@@ -169,40 +195,27 @@ void lay_out_entries(TiledPass& pass, const PassAxes& axes, const EntryList& lis
   pass.order.resize(static_cast<std::size_t>(value_begin.back()));
   pass.offset.resize(static_cast<std::size_t>(begin.back()) + kOffsetsAhead);
   std::fill(pass.offset.end() - kOffsetsAhead, pass.offset.end(), 0);
-  bool identity = true;
-  std::int64_t weights = 0;
-#pragma omp parallel for schedule(static) reduction(&& : identity) reduction(+ : weights) if (list.size() > kParallelEntries)
+#pragma omp parallel for schedule(static) if (list.size() > kParallelEntries)
   for (std::int64_t p = 0; p < count; ++p) {
     const int height = panels.height(p);
-    std::int64_t block = -1;
-    std::size_t to = 0, value_to = 0;
-    const std::int32_t* value = panels.value + panels.value_begin[p];
-    for (std::int32_t j = panels.entry_begin[p]; j < panels.entry_begin[p + 1]; ++j, value += height) {
-      const std::int64_t within = tap_offset[static_cast<std::size_t>(panels.tap[j])];
-      if (within < 0) continue;
-      const auto column = static_cast<std::size_t>(panels.column[j]);
-      if (block_of[column] != block) {
-        block = block_of[column];
-        to = static_cast<std::size_t>(begin[at(block, p)]);
-        value_to = static_cast<std::size_t>(value_begin[at(block, p)]);
+    const std::int32_t* const values = panels.value + panels.value_begin[p];
+    for_each_block(panels, p, block_end, [&](std::int64_t b, std::int32_t first, std::int32_t last) {
+      std::int32_t* offset = pass.offset.data() + begin[at(b, p)];
+      std::int32_t* order = pass.order.data() + value_begin[at(b, p)];
+      const std::int32_t* value = values + static_cast<std::int64_t>(first - panels.entry_begin[p]) * height;
+      for (std::int32_t j = first; j < last; ++j, value += height) {
+        if (!present(j)) continue;
+        *offset++ = channel_offset[static_cast<std::size_t>(panels.column[j])] +
+                    tap_offset[static_cast<std::size_t>(panels.tap[j])];
+        if (height == 1) *order++ = *value;
+        else order = std::copy_n(value, height, order);
       }
-      pass.offset[to++] = static_cast<std::int32_t>(channel_offset[column] + within);
-      if (height == 1) {  // every value is a weight
-        pass.order[value_to] = *value;
-        identity = identity && *value == static_cast<std::int32_t>(value_to);
-        ++value_to;
-        ++weights;
-        continue;
-      }
-      identity = false;
-      for (int h = 0; h < height; ++h, ++value_to) {
-        pass.order[value_to] = value[h];
-        weights += value[h] != kNoValue;
-      }
-    }
+    });
   }
-  pass.order_is_identity = identity;
-  pass.weights = weights;
+  pass.weights = pass.values() - std::count(pass.order.begin(), pass.order.end(), kNoValue);
+  std::int32_t next = 0;
+  pass.order_is_identity =
+      std::all_of(pass.order.begin(), pass.order.end(), [&](std::int32_t value) { return value == next++; });
 
   for (std::int64_t b = 0; b < blocks; ++b) {
     pass.block_task_begin.push_back(static_cast<std::int64_t>(pass.tasks.size()));

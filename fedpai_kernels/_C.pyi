@@ -97,6 +97,11 @@ batch_norm_train_f64 = batch_norm_train_f32
 batch_norm_eval_f64 = batch_norm_eval_f32
 batch_norm_backward_f64 = batch_norm_backward_f32
 
+# batch, running: addresses of so many statistics of the batch, and of running ones, which take these in.
+def update_running_f32(channels: int, momentum: float, batch: int, running: int) -> None: ...
+
+update_running_f64 = update_running_f32
+
 # As above; mean, invstd: one value per group and image.
 def group_norm_forward_f32(
     images: int, channels: int, pixels: int, groups: int, x: int, weight: int, bias: int, eps: float, relu: bool,

@@ -153,7 +153,7 @@ FEDPAI_SUITE(schedules_shared) {
   const Conv2dGeometry geometry{64, 8, 8, 8, 8, 1, 1, 1, 1, 1, 1};
   const auto key = [&](Direction direction, Walk walk, const Conv2dGeometry& g) {
     const SourceStrides strides{g.in_h * g.in_w * 64, g.in_w * 64, 64};
-    return ScheduleKey{direction, g, 8, 12, 12, 4, true, strides, walk};
+    return ScheduleKey{direction, g, 8, 12, 12, 4, true, strides, walk, 1};
   };
   for (const Walk walk : {Walk::kTiled, Walk::kStreamed}) {
     begin_case(walk == Walk::kTiled ? "tiled" : "streamed");

@@ -281,7 +281,8 @@ class PendingNorm(Tensor):
     def __new__(cls, norm: _Norm, residual: Tensor | None, site: Site, is_activated: bool = False) -> PendingNorm:
         made: Any
         if norm.called_in[0]:
-            made = _Astray.apply(norm.x, *norm.settings[2:4], residual)
+            # Not torch's `apply`, which prepares for transforms: there are no permits under those.
+            made = super(torch.autograd.Function, _Astray).apply(norm.x, *norm.settings[2:4], residual)
         else:
             made = _uncomputed(norm.x)
         return made

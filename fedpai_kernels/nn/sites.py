@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.activation import NONE, RELU, Activation
+from ..ops.registry import is_watched_by_torch
 
 __all__ = ["Site", "Surroundings", "back_in", "is_watched_by_torch", "reads_pending_norms", "surroundings"]
 
@@ -91,11 +92,3 @@ def reads_pending_norms(module: nn.Module) -> bool:
     """Whether a module computes what a :class:`PendingNorm` puts off together with its own work."""
     return getattr(type(module), "reads_pending_norms", False) is True
 
-
-def is_watched_by_torch() -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-    )

@@ -19,7 +19,7 @@ from .. import _C
 from ..layout import empty_batch_last, to_batch_last
 from ..plan import Plan, plan_of
 from .geometry import Pair, compiled_geometry, flatten, resolve_geometry, unflatten
-from .registry import LIBRARY, called_by_position
+from .registry import LIBRARY, Operation, called_by_position
 from .stored import refuse_graph, stored, stores, widened
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
@@ -158,6 +158,10 @@ def _weight_grad_fake(
 
 _ops: Any = torch.ops.fedpai
 
+conv2d_forward = Operation("conv2d_forward", _forward_cpu)
+conv2d_input_grad = Operation("conv2d_input_grad", _input_grad_cpu)
+conv2d_weight_grad = Operation("conv2d_weight_grad", _weight_grad_cpu)
+
 # Inside a backward pass that nobody will differentiate again (no create_graph), the gradients are asked of the ops
 # themselves: an autograd node around each costs as much as a small layer.
 
@@ -168,7 +172,7 @@ class _Forward(torch.autograd.Function):
     def forward(
         x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, geometry: list[int], stores: bool
     ) -> Tensor:
-        return _ops.conv2d_forward(x, values, bias, plan.handle, geometry)
+        return conv2d_forward(x, values, bias, plan.handle, geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -192,12 +196,13 @@ class _Forward(torch.autograd.Function):
             if again:
                 dx = _InputGrad.apply(dy, values, ctx.plan, *ctx.image, ctx.geometry)
             else:
-                dx = _ops.conv2d_input_grad(dy, values, ctx.plan.handle, *ctx.image, ctx.geometry)
+                height, width = ctx.image
+                dx = conv2d_input_grad(dy, values, ctx.plan.handle, height, width, ctx.geometry)
         if want_values:
             if again:
                 dvalues, dbias = _WeightGrad.apply(x, dy, ctx.plan, want_bias, ctx.geometry)
             else:
-                dvalues, dbias = _ops.conv2d_weight_grad(x, dy, ctx.plan.handle, want_bias, ctx.geometry)
+                dvalues, dbias = conv2d_weight_grad(x, dy, ctx.plan.handle, want_bias, ctx.geometry)
         elif want_bias:
             dbias = dy.sum((0, 2, 3))
         return dx, dvalues, dbias if want_bias else None, None, None, None

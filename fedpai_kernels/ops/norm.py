@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..layout import to_batch_last
 from .activation import Activation, chosen, in_torch, is_smooth, slope_at_result
-from .norm_kernels import DTYPES, row_of
-from .registry import called_by_position
+from .norm_kernels import DTYPES, batch_norm_backward, batch_norm_eval, batch_norm_train, row_of
+from .registry import called_by_position, is_watched_by_torch
 from .stored import refuse_graph, stored, stores
 
 __all__ = ["batch_norm"]
+
+_UPDATE = {torch.float32: _C.update_running_f32, torch.float64: _C.update_running_f64}
 
 # ---- autograd
 # ---------------------------------------------------------------------------------------------------
@@ -33,6 +36,15 @@ class Running(NamedTuple):
     momentum: float
 
     def update(self, stats: Tensor) -> None:
+        running = [t for t in (self.mean, self.var) if t is not None]
+        if not is_watched_by_torch() and all(type(t) is Tensor and t.is_contiguous() for t in (stats, *running)):
+            # Four small operations of torch's otherwise, as expensive as a small layer.
+            channels, row_bytes = stats.shape[1], stats.shape[1] * stats.element_size()
+            for t, row in ((self.mean, 0), (self.var, 2)):
+                if t is not None:
+                    _UPDATE[t.dtype](channels, self.momentum, stats.data_ptr() + row * row_bytes, t.data_ptr())
+            torch.autograd.graph.increment_version(running)
+            return
         with torch.no_grad():
             if self.mean is not None:
                 self.mean.lerp_(stats[0], self.momentum)
@@ -62,11 +74,10 @@ class _BatchNorm(torch.autograd.Function):
         running: Running | None,
         stores: bool,
     ) -> tuple[Tensor, Tensor]:
-        ops = torch.ops.fedpai
         if mean is None or var is None:
-            result: tuple[Tensor, Tensor] = ops.batch_norm_train(x, residual, weight, bias, eps, code, slope)
+            result = batch_norm_train(x, residual, weight, bias, eps, code, slope)
         else:
-            result = ops.batch_norm_eval(x, residual, weight, bias, mean, var, eps, code, slope)
+            result = batch_norm_eval(x, residual, weight, bias, mean, var, eps, code, slope)
         if running is not None:
             running.update(result[1])
         return result
@@ -111,7 +122,7 @@ class _BatchNorm(torch.autograd.Function):
             if not needs[3] and need_residual:
                 dz = g
             return (dx, dz, dweight, dbias, *(None,) * 7)
-        dx, affine, dresidual = torch.ops.fedpai.batch_norm_backward(
+        dx, affine, dresidual = batch_norm_backward(
             dy, x, z, weight, bias, stats, ctx.through_statistics, ctx.code, need_x, any(need_affine),
             need_residual and z is not None, ctx.slope,
         )  # fmt: skip

@@ -25,10 +25,10 @@ from torch import Tensor
 from ..layout import to_batch_last
 from ..plan import Plan
 from .activation import Activation, chosen
-from .conv2d import checked_geometry, differentiable_conv2d, run_forward, run_weight_grad
+from .conv2d import checked_geometry, conv2d_input_grad, differentiable_conv2d, run_forward, run_weight_grad
 from .norm import Running, check_norm, stored_for, twin
-from .norm_kernels import given_statistics
-from .registry import LIBRARY, called_by_position
+from .norm_kernels import batch_norm_backward_, batch_norm_statistics, given_statistics
+from .registry import LIBRARY, Operation, called_by_position
 from .stored import refuse_graph, stores
 
 __all__ = ["norm_conv2d"]
@@ -128,7 +128,8 @@ def _(
     return grads
 
 
-_ops: Any = torch.ops.fedpai
+_norm_conv2d_forward = Operation("norm_conv2d_forward", _forward)
+_norm_conv2d_weight_grad = Operation("norm_conv2d_weight_grad", _weight_grad)
 
 
 @called_by_position
@@ -154,12 +155,12 @@ class _NormConv2d(torch.autograd.Function):
         stores: bool,
     ) -> tuple[Tensor, Tensor]:
         if mean is None or var is None:
-            stats: Tensor = _ops.batch_norm_statistics(x, eps)
+            stats = batch_norm_statistics(x, eps)
         else:
             stats = given_statistics(mean, var, eps)
         if running is not None:
             running.update(stats)
-        y = _ops.norm_conv2d_forward(
+        y = _norm_conv2d_forward(
             x, stats, norm_weight, norm_bias, code, values, bias, plan.handle, geometry, slope
         )
         return y, stats
@@ -199,15 +200,15 @@ class _NormConv2d(torch.autograd.Function):
         dx = dvalues = dbias = None
         dnorm: tuple[Tensor | None, Tensor | None] = (None, None)
         if need_values:
-            dvalues, dbias = _ops.norm_conv2d_weight_grad(
+            dvalues, dbias = _norm_conv2d_weight_grad(
                 x, *norm, dy, ctx.plan.handle, need_bias, ctx.geometry, ctx.slope
             )
         elif need_bias:
             dbias = dy.sum((0, 2, 3))
         if need_x or need_norm:
             image = (x.shape[2], x.shape[3])
-            dx = _ops.conv2d_input_grad(dy, values, ctx.plan.handle, *image, ctx.geometry)
-            affine = _ops.batch_norm_backward_(
+            dx = conv2d_input_grad(dy, values, ctx.plan.handle, *image, ctx.geometry)
+            affine = batch_norm_backward_(
                 dx, x, norm_weight, norm_bias, stats, ctx.through_statistics, ctx.code, need_x, need_norm, ctx.slope
             )
             if need_norm:

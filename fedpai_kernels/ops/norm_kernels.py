@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _C
 from ..layout import empty_batch_last, to_batch_last
-from .registry import LIBRARY
+from .registry import LIBRARY, Operation
 
 _TRAIN = {torch.float32: _C.batch_norm_train_f32, torch.float64: _C.batch_norm_train_f64}
 _EVAL = {torch.float32: _C.batch_norm_eval_f32, torch.float64: _C.batch_norm_eval_f64}
@@ -229,6 +229,12 @@ LIBRARY.impl("batch_norm_eval", _eval, "CPU")
 LIBRARY.impl("batch_norm_backward", _backward, "CPU")
 LIBRARY.impl("batch_norm_backward_", _backward_in_place, "CPU")
 LIBRARY.impl("round_for_norm_backward", _round_for_backward, "CPU")
+
+batch_norm_train = Operation("batch_norm_train", _train)
+batch_norm_statistics = Operation("batch_norm_statistics", _statistics)
+batch_norm_eval = Operation("batch_norm_eval", _eval)
+batch_norm_backward = Operation("batch_norm_backward", _backward)
+batch_norm_backward_ = Operation("batch_norm_backward_", _backward_in_place)
 
 
 @torch.library.register_fake("fedpai::batch_norm_train", lib=LIBRARY)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fedpai_kernels as fk
-from fedpai_kernels.ops.norm import batch_norm
+from fedpai_kernels.ops.norm import Running, batch_norm
 from tests.ops.norms import check, ours, run, upstream
 
 SHAPES = {
@@ -112,6 +112,24 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(
         results.append(run(ours(True), x, dy, training))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("strides", [1, 2])
+def test_running_statistics_take_the_batch_in_as_by_lerp(dtype: torch.dtype, momentum: float, strides: int) -> None:
+    stats = torch.randn(3, 37, dtype=dtype)
+    mean, var = (torch.randn(37 * strides, dtype=dtype)[::strides] for _ in range(2))
+    expected = torch.lerp(mean, stats[0], momentum), torch.lerp(var, stats[2], momentum)
+    versions = mean._version, var._version
+    Running(mean, var, momentum).update(stats)
+    assert torch.equal(mean, expected[0])
+    assert torch.equal(var, expected[1])
+    assert mean._version > versions[0]
+    assert var._version > versions[1]
+    alone = torch.zeros(37, dtype=dtype)
+    Running(None, alone, momentum).update(stats)
+    assert torch.equal(alone, torch.lerp(torch.zeros(37, dtype=dtype), stats[2], momentum))
 
 
 def test_nan_and_infinity_stay_in_their_channel(isa: str) -> None:

@@ -47,7 +47,12 @@ void drop_unused_taps(PassAxes& axes, const EntryList& list) {
   const std::size_t width = axes.x.shift.size();
   std::vector<char> used_y(axes.y.shift.size(), 0), used_x(width, 0);
   std::vector<char> used(axes.y.shift.size() * width, 0);
-  for (const std::int32_t tap : list.tap) used[static_cast<std::size_t>(tap)] = 1;
+  std::size_t missing = used.size();
+  for (std::size_t j = 0; j < list.tap.size() && missing > 0; ++j) {
+    char& seen = used[static_cast<std::size_t>(list.tap[j])];
+    missing -= seen == 0;
+    seen = 1;
+  }
   for (std::size_t tap = 0; tap < used.size(); ++tap) {
     if (used[tap] != 0 && axes.has(static_cast<std::int64_t>(tap))) used_y[tap / width] = used_x[tap % width] = 1;
   }

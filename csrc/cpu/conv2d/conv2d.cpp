@@ -15,7 +15,7 @@ namespace {
 
 template <class T>
 ScheduleKey schedule_key(Direction direction, const Conv2dGeometry& geometry, const Images<const T>& source,
-                         bool dest_adjacent) {
+                         bool dest_adjacent, int threads) {
   const Conv2dKernels<T>& kernels = conv2d_kernels<T>();
   const bool adjacent = dest_adjacent && source.batch == 1;
   return {direction,
@@ -26,7 +26,8 @@ ScheduleKey schedule_key(Direction direction, const Conv2dGeometry& geometry, co
           static_cast<std::int64_t>(sizeof(T)),
           adjacent,
           adjacent ? SourceStrides{source.channel, source.row, source.column} : SourceStrides{0, 0, 0},
-          walk_in_force()};
+          walk_in_force(),
+          threads};
 }
 
 // norm(x), for the walk that reads its source where it lies.
@@ -76,7 +77,7 @@ template <class T>
 void conv2d_forward(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> x, const NormMap<T>* norm,
                     const T* values, const T* bias, Images<T> y, int threads) {
   if (geometry.batch == 0) return;
-  const ScheduleKey key = schedule_key<T>(Direction::kForward, geometry, x, y.batch == 1);
+  const ScheduleKey key = schedule_key<T>(Direction::kForward, geometry, x, y.batch == 1, threads);
   run_passes<T>(plan, key, x, norm, values, bias, y, threads);
 }
 
@@ -84,7 +85,7 @@ template <class T>
 void conv2d_input_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> dy, const T* values,
                        Images<T> dx, int threads) {
   if (geometry.batch == 0) return;
-  const ScheduleKey key = schedule_key<T>(Direction::kInputGrad, geometry, dy, dx.batch == 1);
+  const ScheduleKey key = schedule_key<T>(Direction::kInputGrad, geometry, dy, dx.batch == 1, threads);
   run_passes<T>(plan, key, dy, nullptr, values, nullptr, dx, threads);
 }
 
@@ -98,7 +99,7 @@ void conv2d_weight_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry
   }
   const Conv2dKernels<T>& kernels = conv2d_kernels<T>();
   const auto schedule =
-      plan.schedules.get(plan.plan, schedule_key<T>(Direction::kWeightGrad, geometry, x, dy.batch == 1));
+      plan.schedules.get(plan.plan, schedule_key<T>(Direction::kWeightGrad, geometry, x, dy.batch == 1, threads));
   const auto run = [&](const auto& pass, std::int64_t weights, const auto& run_grad) {
     // A tap that only ever reads padding is not in the pass: its gradient is zero.
     if (weights < plan.plan.nnz()) std::fill(values_grad, values_grad + plan.plan.nnz(), T(0));

@@ -33,7 +33,7 @@ ScheduleChoice choose_schedule(const Plan& plan, const ScheduleKey& key) {
   double stream_cycles = 0, tiled_cycles = 0;
   for (const PassAxes& axes : passes) {
     const TilingProblem problem =
-        tiling_problem(axes, list, key.geometry.batch, vector_of(key), key.direction == Direction::kWeightGrad);
+        tiling_problem(axes, list, key.geometry.batch, vector_of(key), key.direction == Direction::kWeightGrad, key.threads);
     can = can && can_stream(axes, list, key.source);
     const StreamChoice stream = choose_stream(problem);
     streamed.stream_blocks.push_back(stream.blocks);

@@ -30,10 +30,12 @@ struct ScheduleKey {
   bool adjacent;         // both tensors have adjacent images
   SourceStrides source;  // of the tensor that is read through the weights, where `adjacent`; else zeros
   Walk walk;
+  int threads;
 
   bool operator==(const ScheduleKey& o) const {
     return direction == o.direction && geometry == o.geometry && lanes == o.lanes && accumulators == o.accumulators &&
-           panel == o.panel && element_size == o.element_size && adjacent == o.adjacent && source == o.source && walk == o.walk;
+           panel == o.panel && element_size == o.element_size && adjacent == o.adjacent && source == o.source && walk == o.walk &&
+           threads == o.threads;
   }
 };
 

@@ -293,7 +293,7 @@ TiledAxis with_residues(const Axis& axis) {
 }  // namespace
 
 TilingProblem tiling_problem(const PassAxes& axes, const EntryList& list, std::int64_t batch, const VectorShape& vector,
-                             bool weight_grad) {
+                             bool weight_grad, int threads) {
   const TiledAxis y = with_residues(axes.y), x = with_residues(axes.x);
   const ChannelUse use = channel_use(axes, list);
   return {y.grid,
@@ -310,7 +310,8 @@ TilingProblem tiling_problem(const PassAxes& axes, const EntryList& list, std::i
           vector.lanes,
           vector.accumulators,
           weight_grad,
-          axes.x.source_step == 1 && axes.x.dest_step == 1};
+          axes.x.source_step == 1 && axes.x.dest_step == 1,
+          threads};
 }
 
 TiledPass tiled_pass(const PassAxes& axes, const EntryList& list, const VectorShape& vector, const Tiling& tiling) {

@@ -71,7 +71,7 @@ struct VectorShape {
 };
 
 TilingProblem tiling_problem(const PassAxes& axes, const EntryList& list, std::int64_t batch, const VectorShape& vector,
-                             bool weight_grad);
+                             bool weight_grad, int threads = 1);
 
 // The best tiling of single rows or, where rows go together, of panels.
 Tiling choose_tiling(const TilingProblem& problem, const EntryList& list, const VectorShape& vector);

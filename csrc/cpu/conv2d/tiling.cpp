@@ -32,16 +32,20 @@ struct Constants {
   double dest_run;     // the same in the dest
   double split;        // per dest row of a strip and task: lines that the next strip shares have left the caches by then
   double tile;         // per register tile and channel block: a call, cold predictors
+  double window_l3;    // per vector of a strip's window, when the patch has left L2 since it was packed
+  double packed_l3;    // per cache line that packing writes, when the unit leaves L2
+  double hop;          // per dest pixel and task, where other lane groups lie between a row's pixels
 };
 
-constexpr Constants kRows{0.92, 0.12, 0.62, 0.47, 11.0, 2.7, 0, 2.0, 0.2, 0.5, 1.0, 7.3, 15.9, 53.0, 14.4, 0, 1200.0};
-constexpr Constants kPanels{0.65, 0.3, 2.5, 0.21, 40.0, 4.5, 6.0, 0, 0, 0, 1.9, 7.6, 10.4, 61.0, 60.0, 35.0, 20.0};
-constexpr Constants kPanelGrads{0.70, 0.1, 0.6, 0.28, 40.0, 0, 0, 1.1, 0.8, 3.0, 1.7, 4.0, 11.8, 153.0, 60.0, 0, 20.0};
+constexpr Constants kRows{0.92, 0.12, 0.62, 0.47, 11.0, 2.7, 0, 2.0, 0.2, 0.5, 1.0, 7.3, 15.9, 53.0, 14.4, 0, 1200.0, 0, 0, 0};
+constexpr Constants kPanels{0.66, 0.22, 1.25, 0.5, 10.4, 0.6, 0.15, 0, 0, 0, 0.34, 2.8, 7.2, 87.0, 4.8, 21.0, 4.9, 1.2, 1.5, 14.0};
+constexpr Constants kPanelGrads{0.70, 0.15, 0.7, 2.0, 50.0, 0, 0, 0.8, 0.3, 1.0, 1.6, 1.6, 14.0, 165.0, 220.0, 0, 40.0, 0.2, 1.2, 10.0};
 
 // Sums that must be in flight for the FMAs not to wait for each other.
 constexpr double kChains = 8.0;
 
 constexpr double kLineBytes = 64;
+constexpr double kPrivateSumsBytes = 1 << 20;
 constexpr double kMostPackedBytes = 4e6;  // of several lane groups: every thread keeps that much
 
 // How much of `bytes` walked over and over does not stay in a cache: none up to `from`, all beyond `to`.
@@ -91,6 +95,13 @@ struct Costs {
 
   double cycles(const Tiling& t) const;
 
+  // Whether threads share dest channels, and each packs every unit, because the units cannot be shared: as in
+  // run_tiled.cpp and run_tiled_grad.cpp.
+  bool splits_rows(std::int64_t units) const {
+    if (p.weight_grad) return units < p.threads || values * static_cast<double>(p.element_size) > kPrivateSumsBytes;
+    return units < 4 * p.threads && units % p.threads != 0;
+  }
+
   // Of a unit, without its halo.
   double packed_bytes(const Tiling& t) const {
     return vector_bytes * static_cast<double>(p.phases_h * p.phases_w) *
@@ -102,11 +113,14 @@ struct Costs {
 
 double Costs::cycles(const Tiling& t) const {
   const std::int64_t rows = ceil_div(p.grid_h, t.tile_rows), across = ceil_div(p.grid_w, t.patch_width);
-  const std::int64_t columns = across * ceil_div(std::min(p.grid_w, t.patch_width) * t.blocks, t.tile_run);
+  const std::int64_t tiles_across = ceil_div(std::min(p.grid_w, t.patch_width) * t.blocks, t.tile_run);
   const std::int64_t groups = ceil_div(p.batch, static_cast<std::int64_t>(t.blocks) * p.lanes);
-  const std::int64_t bundles = ceil_div(groups, t.groups);
   const std::int64_t boxes = ceil_div(rows, t.patch_rows) * across;
-  const auto tiles = static_cast<double>(rows * columns * groups);
+  // As Units has it.
+  const std::int64_t packed_groups = std::min<std::int64_t>(t.groups, std::max<std::int64_t>(1, groups * boxes / p.threads));
+  const std::int64_t bundles = ceil_div(groups, packed_groups);
+  const auto tiles = static_cast<double>(rows * across * tiles_across * groups);
+  const auto strips = static_cast<double>(rows * across * ceil_div(tiles_across, t.strip) * groups);
   const auto blocks = static_cast<double>(std::max<std::int64_t>(1, ceil_div(p.source_channels, t.channel_block)));
   const auto dest_channels = static_cast<double>(p.dest_channels);
   const auto pixels = static_cast<double>(p.grid_h * p.grid_w);
@@ -140,7 +154,7 @@ double Costs::cycles(const Tiling& t) const {
   const double tasks = panels + revisits, rows_per_task = dest_channels / panels;
 
   const double lines_per_pixel =
-      std::max(1.0, static_cast<double>(t.blocks * t.groups) * vector_bytes / kLineBytes);
+      std::max(1.0, static_cast<double>(t.blocks * packed_groups) * vector_bytes / kLineBytes);
   const double dest_lines_per_pixel = std::max(1.0, static_cast<double>(t.blocks) * vector_bytes / kLineBytes);
   const auto source_patches = static_cast<double>(p.source_channels * boxes * bundles);
 
@@ -148,14 +162,18 @@ double Costs::cycles(const Tiling& t) const {
                                                                        ((1.0 - patch) * k.fetch_l2 + patch * k.fetch_l3));
   cycles += entries * tiles * spilled_l1(block_entry_bytes) * k.entry_l2;
   cycles += tasks * tiles * k.task + tiles * blocks * k.tile;
-  cycles += tasks * rows_per_task * tiles / static_cast<double>(t.strip) * k.split;
-  cycles += source_patches * (patch_pixels * lines_per_pixel * k.source_line +
-                              static_cast<double>(p.phases_h) * (patch_h + halo_h) * k.source_run);
+  cycles += tasks * rows_per_task * strips * k.split;
+  const double left = spilled_l2(patch_pixels * block_vector_bytes);
+  cycles += strips * blocks * tile_vectors_read * static_cast<double>(t.channel_block) * left * k.window_l3;
+  const double unit_left = spilled_l2(patch_pixels * block_vector_bytes * static_cast<double>(packed_groups));
+  const double packing = source_patches * (patch_pixels * lines_per_pixel * (k.source_line + unit_left * k.packed_l3) +
+                                           static_cast<double>(p.phases_h) * (patch_h + halo_h) * k.source_run);
   cycles += dest_channels * (pixels * static_cast<double>(groups) * dest_lines_per_pixel * k.dest_line +
                              static_cast<double>(boxes * (p.height == 1 ? bundles : groups)) * patch_h * k.dest_run);
   if (static_cast<double>(t.blocks) * vector_bytes < kLineBytes && p.batch > p.lanes) {
     cycles += tasks * rows_per_task * dest_vectors * k.half_line;
   }
+  if (groups > 1) cycles += tasks * rows_per_task * pixels * static_cast<double>(groups) * k.hop;
   if (p.weight_grad) {
     cycles += rows_per_task * dest_vectors * (tasks * k.load + revisits * dest * k.load_l3) + values * tiles * k.sum;
   } else {
@@ -165,7 +183,9 @@ double Costs::cycles(const Tiling& t) const {
     // The last lane group goes through a staging patch: packed or unpacked, like the source.
     cycles += pixels * dest_channels * dest_lines_per_pixel * k.source_line;
   }
-  return cycles;
+  const double threads = p.threads, units = static_cast<double>(bundles * boxes);
+  if (splits_rows(bundles * boxes)) return cycles + threads * packing;
+  return (cycles + packing) * std::ceil(units / threads) * threads / units;
 }
 
 // 1, 2, 4, 8, ... below `most`, then `most` itself.
@@ -200,14 +220,20 @@ Tiling choose_tiling(const TilingProblem& problem) {
   Tiling best;
   best.cycles = std::numeric_limits<double>::infinity();
 
-  // All source channels at once, or blocks whose windows stay in L1 or little beyond it.
-  const auto channel_blocks = [&](std::int64_t rows, double run, double blocks) {
-    constexpr double kWorthTrying[] = {12, 24, 48, 96};  // KiB
+  // A panel's weight gradient has its sums in registers and walks a patch as one tile.
+  const bool whole_patches = problem.height > 1 && problem.weight_grad;
+  // All source channels at once, or blocks whose windows stay in L1 or little beyond it; those of a strip, which are read
+  // in long runs, in L2.
+  const auto channel_blocks = [&](std::int64_t rows, std::int64_t tile_run, std::int64_t strip, double blocks) {
+    const auto run = static_cast<double>(tile_run * strip);
+    constexpr double kWorthTrying[] = {12, 24, 48, 96, 192, 384, 768};  // KiB
+    constexpr double kMostOfOneTile = 100;
     const std::int64_t all = std::max<std::int64_t>(1, problem.source_channels);
     const double channel_bytes = static_cast<double>((rows + problem.halo_h) * problem.phases_h * problem.phases_w) *
                                  (run + static_cast<double>(problem.halo_w) * std::min(run, blocks)) * costs.vector_bytes;
     std::vector<std::int64_t> sizes;
     for (const double kib : kWorthTrying) {
+      if (strip == 1 && !whole_patches && kib > kMostOfOneTile) break;
       const double fitting = kib * 1024 / channel_bytes;
       if (fitting < 1 || fitting >= static_cast<double>(all)) continue;
       const std::int64_t size = balanced_size(all, static_cast<std::int64_t>(fitting));
@@ -220,7 +246,7 @@ Tiling choose_tiling(const TilingProblem& problem) {
                             std::int64_t most_run, std::int64_t strip) {
     const std::int64_t rows = balanced_size(problem.grid_h, most_rows);
     const std::int64_t run = balanced_size(width * blocks, most_run);
-    const std::vector<std::int64_t> sizes = channel_blocks(rows, static_cast<double>(run * strip), static_cast<double>(blocks));
+    const std::vector<std::int64_t> sizes = channel_blocks(rows, run, strip, static_cast<double>(blocks));
     for (const std::int64_t patch_rows : powers_up_to(std::min<std::int64_t>(ceil_div(problem.grid_h, rows), 8))) {
       for (const std::int64_t channel_block : sizes) {
         Tiling tiling{static_cast<int>(blocks), static_cast<int>(groups), rows, run, patch_rows, width,
@@ -231,8 +257,6 @@ Tiling choose_tiling(const TilingProblem& problem) {
       }
     }
   };
-  // A panel's weight gradient has its sums in registers and walks a patch as one tile.
-  const bool whole_patches = problem.height > 1 && problem.weight_grad;
   const std::int64_t vectors = std::max(1, problem.accumulators / problem.height);
   for (const std::int64_t blocks : lane_groups(batch_vectors)) {
     const std::int64_t lane_groups = ceil_div(batch_vectors, blocks);

@@ -22,6 +22,7 @@ struct TilingProblem {
   int accumulators;  // vectors that a register tile may have
   bool weight_grad;  // one running sum per entry instead of one per dest vector
   bool rows_join;    // neighbouring pixels of a row are neighbours on both sides: no steps between columns
+  int threads = 1;   // that share the pass
 
   // Where dest channels are walked in panels: the tallest's height, and by height - 1 how many panels there are and how
   // many entries they have. `entries` counts those of single rows, as many as there are weights.
@@ -40,7 +41,7 @@ struct Tiling {
   std::int64_t channel_block = 1;   // source channels packed at a time
   std::int64_t strip = 1;           // neighbouring tiles of a row that a task visits before the next task
   int height = 1;                   // of the tallest panel
-  double cycles = 0;                // the model's estimate for the whole pass on one core
+  double cycles = 0;                // the model's estimate: of all threads together, waits and what several of them do alike included
 
   // Whether both lay out a pass alike.
   bool operator==(const Tiling& o) const {

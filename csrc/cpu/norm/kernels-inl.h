@@ -63,10 +63,13 @@ NormMoments norm_moments(const T* x, std::int64_t n) {
   for (std::int64_t i = body; i < n; ++i) sum += static_cast<double>(x[i]);
   const T centre = static_cast<T>(sum / static_cast<double>(n));
 
+  // Meanwhile the next block is fetched: blocks are pages, in each of which the core's own prefetcher starts anew.
+  constexpr int kVectorsPerLine = V::lanes * sizeof(T) < 64 ? static_cast<int>(64 / (V::lanes * sizeof(T))) : 1;
   reg d1[kNormUnroll], d2[kNormUnroll];
   for (int u = 0; u < kNormUnroll; ++u) d1[u] = d2[u] = V::zero();
   const reg c = V::set1(centre);
   for (std::int64_t i = 0; i < body; i += V::lanes * kNormUnroll) {
+    for (int u = 0; u < kNormUnroll; u += kVectorsPerLine) __builtin_prefetch(x + n + i + u * V::lanes);  // the next block
     for (int u = 0; u < kNormUnroll; ++u) {
       const reg d = V::sub(V::loadu(x + i + u * V::lanes), c);
       d1[u] = V::add(d1[u], d);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a convolution is laid out: whatever is chosen gives the same result, and the choices themselves are sensible.
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 
 #include "conv2d_operands.h"
@@ -139,6 +140,33 @@ FEDPAI_SUITE(tiling_choice) {
           const double bytes = pixels * 32.0 * static_cast<double>(t.blocks * t.groups * t.channel_block);
           CHECK(t.groups == 1 || bytes <= 4e6, "a unit of " + std::to_string(bytes) + " bytes");
         }
+      }
+    }
+  }
+}
+
+// Where the images and pixels can be shared evenly, threads do not all pack everything, nor does one wait for long for
+// another's last unit.
+FEDPAI_SUITE(tiling_threads) {
+  for (const std::int64_t size : {2, 4, 8, 16, 32}) {
+    for (const int threads : {2, 4}) {
+      for (const bool weight_grad : {false, true}) {
+        TilingProblem problem{size, size, 2, 2, 1, 1, 64, 256, 256, 256 * 46, 4, 8, 12, weight_grad, true};
+        problem.threads = threads;
+        problem.height = 4;
+        problem.panels[3] = 64;
+        problem.panel_entries[3] = 64 * 46;
+        const Tiling t = choose_tiling(problem);
+        const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
+        const std::int64_t boxes =
+            ceil_div(ceil_div(size, t.tile_rows), t.patch_rows) * ceil_div(size, t.patch_width);
+        const std::int64_t groups = ceil_div(64, t.blocks * 8);
+        const std::int64_t together = std::min<std::int64_t>(t.groups, std::max<std::int64_t>(1, groups * boxes / threads));
+        const std::int64_t units = boxes * ceil_div(groups, together);
+        begin_case(std::to_string(size) + " pixels, " + std::to_string(threads) + " threads");
+        CHECK(units >= threads, std::to_string(units) + " units");
+        const double share = static_cast<double>(units) / static_cast<double>(threads);
+        CHECK(std::ceil(share) <= 1.5 * share, std::to_string(units) + " units");
       }
     }
   }

@@ -21,7 +21,7 @@ FEDPAI_SUITE(walk_choice) {
     const Conv2dGeometry geometry{64, 32, 32, 32, 32, 1, 1, 1, 1, 1, 1};
     const SourceStrides strides{32 * 32 * 64, 32 * 64, 64};
     const ScheduleChoice choice =
-        choose_schedule(plan, {Direction::kForward, geometry, 8, 14, 12, 4, adjacent, strides, Walk::kChoose});
+        choose_schedule(plan, {Direction::kForward, geometry, 8, 14, 12, 4, adjacent, strides, Walk::kChoose, 1});
     return choice.streamed() ? Walk::kStreamed : Walk::kTiled;
   };
   begin_case("by density");

@@ -94,6 +94,11 @@ def test_subclasses_answer_for_themselves(recorded: Recorded) -> None:
     assert recorded.direct == 0
 
 
+def test_other_devices_are_left_to_the_dispatcher(recorded: Recorded) -> None:
+    assert recorded(rounded().to("meta")).device.type == "meta"
+    assert recorded.direct == 0
+
+
 def test_views_with_a_sign_to_turn_are_resolved() -> None:
     """The imaginary part of a conjugate: its memory holds the numbers with the other sign."""
     turned = torch.complex(torch.zeros(2, 3, 4, 4), torch.randn(2, 3, 4, 4)).conj().imag

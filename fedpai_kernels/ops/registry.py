@@ -40,7 +40,8 @@ class Operation(Generic[_Arguments, _Result]):
 
     torch's way from Python to an implementation in Python passes its dispatcher, which takes about 20 microseconds, and
     more in the middle of a training step, whose data has pushed all of that out of the caches. Where it would change
-    nothing, the implementation is called at once: on plain tensors on the CPU, while nobody looks on, profilers included.
+    nothing, the implementation is called at once: on plain tensors on the CPU, while nobody looks on, profilers
+    included.
     """
 
     def __init__(self, name: str, implementation: Callable[_Arguments, _Result]) -> None:

@@ -70,7 +70,7 @@ int main(int argc, char** argv) {
         const ScheduleChoice choice = choose_schedule(
             plan.plan, {direction, geometry, kernels.lanes,
                         direction == Direction::kWeightGrad ? kernels.pinned : kernels.accumulators, kernels.panel, sizeof(float), true,
-                        {source.channel, source.row, source.column}, Walk::kChoose});
+                        {source.channel, source.row, source.column}, Walk::kChoose, 1});
         return choice.streamed() ? "streamed" : "tiled";
       };
       const char* const choices[] = {chosen(Direction::kForward, x), chosen(Direction::kInputGrad, y),

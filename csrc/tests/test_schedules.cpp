@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "conv2d_operands.h"
+#include "cpu/conv2d/partition.h"
 #include "cpu/conv2d/run.h"
 #include "cpu/dispatch.h"
 
@@ -161,7 +162,7 @@ FEDPAI_SUITE(tiling_threads) {
         const std::int64_t boxes =
             ceil_div(ceil_div(size, t.tile_rows), t.patch_rows) * ceil_div(size, t.patch_width);
         const std::int64_t groups = ceil_div(64, t.blocks * 8);
-        const std::int64_t together = std::min<std::int64_t>(t.groups, std::max<std::int64_t>(1, groups * boxes / threads));
+        const std::int64_t together = groups_per_unit(t.groups, groups, boxes, threads);
         const std::int64_t units = boxes * ceil_div(groups, together);
         begin_case(std::to_string(size) + " pixels, " + std::to_string(threads) + " threads");
         CHECK(units >= threads, std::to_string(units) + " units");

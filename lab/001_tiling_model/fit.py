@@ -105,8 +105,9 @@ def main() -> None:
         ("panels, forward", panels[panels.grad == 0]),
         ("panels, weight gradient", panels[panels.grad == 1]),
     ):
-        print(f"---- {title}")
-        fit(part, ghz, lanes)
+        print(f"---- {title}: {len(part)} samples")
+        if len(part):
+            fit(part, ghz, lanes)
 
 
 def fit(table: pd.DataFrame, ghz: float, lanes: int) -> None:

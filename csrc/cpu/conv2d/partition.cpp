@@ -28,4 +28,15 @@ std::vector<std::int64_t> cut_by_work(const std::vector<std::int64_t>& work, std
   return cuts;
 }
 
+std::int64_t groups_per_unit(std::int64_t groups, std::int64_t lane_groups, std::int64_t patches, std::int64_t threads) {
+  return std::min(groups, std::max<std::int64_t>(1, lane_groups * patches / threads));
+}
+
+bool sums_split_rows(std::int64_t units, std::int64_t threads) { return units < 4 * threads && units % threads != 0; }
+
+bool gradient_splits_rows(std::int64_t units, std::int64_t threads, std::int64_t sums_bytes, std::int64_t dest_channels) {
+  constexpr std::int64_t kPrivateSumsBytes = 1 << 20;
+  return units < threads || (sums_bytes > kPrivateSumsBytes && dest_channels >= threads);
+}
+
 }  // namespace fedpai

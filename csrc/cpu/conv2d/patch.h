@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/conv2d/conv2d.h"
+#include "cpu/conv2d/partition.h"
 #include "cpu/conv2d/tiled_schedule.h"
 
 namespace fedpai {
@@ -41,8 +42,7 @@ struct Units {
 
   Units(const TiledPass& pass, std::int64_t batch, std::int64_t threads) {
     const std::int64_t lane_groups = (batch + pass.lane_group - 1) / pass.lane_group;
-    const std::int64_t fair = std::max<std::int64_t>(1, lane_groups * pass.patches() / threads);
-    groups = std::min<std::int64_t>(pass.tiling.groups, fair);
+    groups = groups_per_unit(pass.tiling.groups, lane_groups, pass.patches(), threads);
     images = pass.lane_group * groups;
     per_patch = (batch + images - 1) / images;
     count = per_patch * pass.patches();

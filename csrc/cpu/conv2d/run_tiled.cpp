@@ -71,11 +71,9 @@ template <class T>
 void run_tiled(const TiledPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch, const Images<const T>& source,
               const NormMap<T>* norm, const T* values, const T* bias, const Images<T>& dest, int threads) {
   const Units units(pass, batch, threads);
-  // With fewer units than threads can share evenly, the dest channels are split as well; each part packs for itself.
-  std::int64_t parts = 1;
-  if (threads > 1 && units.count < 4 * threads && units.count % threads != 0) {
-    parts = std::min<std::int64_t>(threads, pass.dest_channels);
-  }
+  // Where the dest channels are split as well, each part packs for itself.
+  const std::int64_t parts =
+      sums_split_rows(units.count, threads) ? std::min<std::int64_t>(threads, pass.dest_channels) : 1;
   const std::vector<std::int64_t> cuts = cut_rows(pass, parts);
 
   const UnitMemory<T> unit_memory(pass, units, dest, batch);

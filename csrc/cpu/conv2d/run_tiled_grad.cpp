@@ -75,10 +75,9 @@ void run_tiled_grad(const TiledPass& pass, const Conv2dKernels<T>& kernels, std:
   const std::int64_t count = pass.values();
 
   // Threads share the units, each with sums of its own, or the rows, with one set of sums but every thread
-  // packing every patch. The first costs an extra pass over the sums per thread, so it is for few non-zeros.
-  constexpr std::int64_t kPrivateSumsBytes = 1 << 20;
+  // packing every patch.
   const std::int64_t sums_bytes = count * static_cast<std::int64_t>(sizeof(T));
-  const bool share_units = units.count >= threads && (sums_bytes <= kPrivateSumsBytes || pass.dest_channels < threads);
+  const bool share_units = !gradient_splits_rows(units.count, threads, sums_bytes, pass.dest_channels);
   const std::int64_t parts =
       share_units ? std::min<std::int64_t>(threads, units.count) : std::min<std::int64_t>(threads, pass.dest_channels);
   const std::vector<std::int64_t> cuts = cut_rows(pass, share_units ? 1 : parts);

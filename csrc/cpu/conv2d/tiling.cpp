@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/conv2d/kernels.h"
+#include "cpu/conv2d/partition.h"
 
 namespace fedpai {
 
@@ -45,7 +46,6 @@ constexpr Constants kPanelGrads{0.70, 0.15, 0.7, 2.0, 50.0, 0, 0, 0.8, 0.3, 1.0,
 constexpr double kChains = 8.0;
 
 constexpr double kLineBytes = 64;
-constexpr double kPrivateSumsBytes = 1 << 20;
 constexpr double kMostPackedBytes = 4e6;  // of several lane groups: every thread keeps that much
 
 // How much of `bytes` walked over and over does not stay in a cache: none up to `from`, all beyond `to`.
@@ -95,11 +95,9 @@ struct Costs {
 
   double cycles(const Tiling& t) const;
 
-  // Whether threads share dest channels, and each packs every unit, because the units cannot be shared: as in
-  // run_tiled.cpp and run_tiled_grad.cpp.
   bool splits_rows(std::int64_t units) const {
-    if (p.weight_grad) return units < p.threads || values * static_cast<double>(p.element_size) > kPrivateSumsBytes;
-    return units < 4 * p.threads && units % p.threads != 0;
+    if (!p.weight_grad) return sums_split_rows(units, p.threads);
+    return gradient_splits_rows(units, p.threads, static_cast<std::int64_t>(values) * p.element_size, p.dest_channels);
   }
 
   // Of a unit, without its halo.
@@ -116,8 +114,7 @@ double Costs::cycles(const Tiling& t) const {
   const std::int64_t tiles_across = ceil_div(std::min(p.grid_w, t.patch_width) * t.blocks, t.tile_run);
   const std::int64_t groups = ceil_div(p.batch, static_cast<std::int64_t>(t.blocks) * p.lanes);
   const std::int64_t boxes = ceil_div(rows, t.patch_rows) * across;
-  // As Units has it.
-  const std::int64_t packed_groups = std::min<std::int64_t>(t.groups, std::max<std::int64_t>(1, groups * boxes / p.threads));
+  const std::int64_t packed_groups = groups_per_unit(t.groups, groups, boxes, p.threads);
   const std::int64_t bundles = ceil_div(groups, packed_groups);
   const auto tiles = static_cast<double>(rows * across * tiles_across * groups);
   const auto strips = static_cast<double>(rows * across * ceil_div(tiles_across, t.strip) * groups);

@@ -13,9 +13,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from fedpai.federation.config import (
+    ALLOCATIONS,
+    COMPRESSIONS,
     DENSE_FORMATS,
     MASK_MODES,
+    MERGE_RULES,
     PRESETS,
+    SERVER_OPTIMISERS,
+    WIRE_FORMATS,
     ConfigError,
     RunConfig,
     one_of,
@@ -69,6 +74,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     what.add_argument("--criterion", metavar="NAME", help="how weights are scored before training (grasp)")
     what.add_argument(
+        "--allocation",
+        metavar="NAME",
+        help=f"how layers share the kept weights: {', '.join(ALLOCATIONS)} (the criterion's own)",
+    )
+    what.add_argument(
         "--mask-mode",
         metavar="MODE",
         help=f"{' or '.join(MASK_MODES)}: one mask from averaged scores, or each client its own (shared)",
@@ -105,6 +115,41 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     length.add_argument(
         "--dense-format", metavar="F", help=f"memory format of dense models: {', '.join(DENSE_FORMATS)}"
+    )
+    particular = parser.add_argument_group("particular methods")
+    particular.add_argument(
+        "--prox-mu", type=float, metavar="X", help="fedprox: weight of the distance to the global model (0.01)"
+    )
+    particular.add_argument(
+        "--prune-every", type=int, metavar="R", help="fedsparsify: rounds from one pruning to the next (1)"
+    )
+    particular.add_argument(
+        "--merge-rule",
+        metavar="RULE",
+        help=f"fedsparsify-local: {' or '.join(MERGE_RULES)}, whose values a kept weight is averaged over (all)",
+    )
+    particular.add_argument(
+        "--threshold-penalty", type=float, metavar="C", help="spafl: weight of the penalty on thresholds (0.002)"
+    )
+    particular.add_argument(
+        "--adjust-every", type=int, metavar="R", help="feddst: rounds between two changes of the masks (5)"
+    )
+    particular.add_argument(
+        "--adjust-rate", type=float, metavar="X", help="feddst: share of the weights that the first one moves (0.3)"
+    )
+    server = parser.add_argument_group("server and wire")
+    server.add_argument(
+        "--server-opt",
+        metavar="NAME",
+        help=f"the server's step towards the merged model: {', '.join(SERVER_OPTIMISERS)} (none: takes it as it is)",
+    )
+    server.add_argument("--server-lr", type=float, metavar="X", help="learning rate of that step (1.0)")
+    server.add_argument("--server-momentum", type=float, metavar="X", help="its momentum, beta 1 (0.9)")
+    server.add_argument(
+        "--wire", metavar="F", help=f"how values travel: {', '.join(WIRE_FORMATS)}, rounded with error feedback (fp32)"
+    )
+    server.add_argument(
+        "--compress", metavar="NAME", help=f"entropy coding of messages: {', '.join(COMPRESSIONS)} (none)"
     )
     result = parser.add_argument_group("results")
     result.add_argument(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fedpai.data import Dataset
 from fedpai.federation.bound import BoundModel, ModelPool
 from fedpai.federation.config import RunConfig
-from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, unpack
+from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, pack, unpack
 from fedpai.federation.payload import NO_MASK, SERVER, Kind, Payload, PayloadError, decode, encode
 from fedpai.federation.seeds import derive, generator, torch_seed
 from fedpai.federation.server import mask_from
@@ -184,14 +184,31 @@ class Client:
         """Takes the model's values as the client's own."""
         self.floats, self.ints = bound.read()
 
+    def remask(self, mask: MaskSet) -> None:
+        """Trains under another mask from now on: values it drops are lost, weights it brings back start at 0."""
+        floats, _ = self.model_vectors()
+        self.floats = pack(unpack(floats, self.memory.mask, self.layout), mask, self.layout)
+        self.memory.mask = mask
+
     def seed(self, purpose: str) -> int:
         """A seed of this client in this round."""
         return derive(self.config.seed, purpose, self.round, self.id)
 
-    def fit(self, loss: Loss = nn.functional.cross_entropy, *, epochs: int | None = None) -> None:
+    def fit(
+        self,
+        loss: Loss = nn.functional.cross_entropy,
+        *,
+        epochs: int | None = None,
+        adjust: Callable[[BoundModel], None] | None = None,
+    ) -> None:
         """Local training: SGD with momentum and weight decay, fresh optimiser, shuffled batches.
 
         Fills `log`; only the training steps are timed, not the making of batches.
+
+        Args:
+            loss: of (outputs, labels).
+            epochs: passes over the client's images; by default the run's.
+            adjust: called after each backward pass, before the optimiser's step, to change gradients in place.
         """
         config = self.config
         bound = self.bound()
@@ -209,6 +226,8 @@ class Client:
                 optimiser.zero_grad(set_to_none=True)
                 value = loss(model(x), y)
                 value.backward()
+                if adjust is not None:
+                    adjust(bound)
                 optimiser.step()
                 seconds = time.perf_counter() - start
                 self._record(seconds, float(value.detach()), len(batch))

@@ -10,6 +10,11 @@ from typing import Any
 
 MASK_MODES = ("shared", "personal")
 DENSE_FORMATS = ("channels_last", "contiguous")
+ALLOCATIONS = ("global", "uniform", "erk", "flops", "time")
+SERVER_OPTIMISERS = ("none", "avgm", "adam", "yogi")
+WIRE_FORMATS = ("fp32", "bf16", "fp16")
+COMPRESSIONS = ("none", "deflate")
+MERGE_RULES = ("all", "voters")
 
 
 class ConfigError(ValueError):
@@ -26,6 +31,7 @@ class RunConfig:
         data, data_root: data set name and the folder to look in (None: the loader's own search).
         sparsity: share of the conv and linear weights that is removed.
         criterion: how weights are scored before training (methods that prune on data).
+        allocation: how the kept weights are shared among layers; None leaves it to the criterion.
         structure: what is kept or removed together: "weight", a block such as "16x1" or "8x8-taps", "channel",
             "2:4" or "fan-in" (see docs/structure.md).
         budget: what the sparsity is a share of: "weights", or "flops" for the multiply-adds of one image.
@@ -33,6 +39,15 @@ class RunConfig:
         clients, sample: number of clients, and how many of them train in a round.
         rounds, local_epochs, batch: length of the run, passes per round, images per step.
         lr, momentum, weight_decay: plain SGD on the clients, fresh in every round.
+        prox_mu: FedProx, weight of the squared distance to the global model.
+        prune_every: FedSparsify, rounds from one pruning to the next.
+        merge_rule: FedSparsify-Local, whose values a kept weight is averaged over: all clients' (zeros included) or
+            only those of the voters who keep it.
+        threshold_penalty: SpaFL, weight c of the penalty on thresholds.
+        adjust_every, adjust_rate: FedDST, rounds between two adjustments of the masks, and the share of the weights
+            that the first one moves.
+        server_opt, server_lr, server_momentum: the server's step from the old global model towards the merged one.
+        wire, compress: how values travel, and whether messages are entropy-coded.
         alpha: Dirichlet concentration over classes; None splits IID.
         max_images: images a client holds at most; None keeps all.
         eval_images: test images used after each round; None uses all.
@@ -48,6 +63,7 @@ class RunConfig:
     data_root: str | None = None
     sparsity: float = 0.98
     criterion: str = "grasp"
+    allocation: str | None = None
     structure: str = "weight"
     budget: str = "weights"
     mask_mode: str = "shared"
@@ -59,6 +75,17 @@ class RunConfig:
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    prox_mu: float = 0.01
+    prune_every: int = 1
+    merge_rule: str = "all"
+    threshold_penalty: float = 0.002
+    adjust_every: int = 5
+    adjust_rate: float = 0.3
+    server_opt: str = "none"
+    server_lr: float = 1.0
+    server_momentum: float = 0.9
+    wire: str = "fp32"
+    compress: str = "none"
     alpha: float | None = None
     max_images: int | None = None
     eval_images: int | None = 2000
@@ -87,6 +114,19 @@ class RunConfig:
         _between("weight-decay", self.weight_decay, 0.0, math.inf, open_right=True)
         if self.alpha is not None:
             _positive("alpha", self.alpha)
+        if self.allocation is not None:
+            one_of("allocation", self.allocation, ALLOCATIONS)
+        _between("prox-mu", self.prox_mu, 0.0, math.inf, open_right=True)
+        _at_least("prune-every", self.prune_every, 1)
+        one_of("merge-rule", self.merge_rule, MERGE_RULES)
+        _between("threshold-penalty", self.threshold_penalty, 0.0, math.inf, open_right=True)
+        _at_least("adjust-every", self.adjust_every, 1)
+        _between("adjust-rate", self.adjust_rate, 0.0, 1.0, open_right=True)
+        one_of("server-opt", self.server_opt, SERVER_OPTIMISERS)
+        _positive("server-lr", self.server_lr)
+        _between("server-momentum", self.server_momentum, 0.0, 1.0, open_right=True)
+        one_of("wire", self.wire, WIRE_FORMATS)
+        one_of("compress", self.compress, COMPRESSIONS)
         one_of("mask-mode", self.mask_mode, MASK_MODES)
         _structure_and_budget(self.structure, self.budget)
         one_of("dense-format", self.dense_format, DENSE_FORMATS)

@@ -49,6 +49,8 @@ class Kind(IntEnum):
     """A bitmap over all conv and linear weights."""
     SCORES = 3
     """One saliency score for each conv and linear weight."""
+    THRESHOLDS = 4
+    """One threshold for each output channel of every conv and linear layer."""
 
 
 class DType(IntEnum):
@@ -62,7 +64,12 @@ class DType(IntEnum):
         return (count + 7) // 8 if self is DType.BITS else 4 * count
 
 
-_DTYPE_OF = {Kind.VALUES: DType.FLOAT32, Kind.MASK: DType.BITS, Kind.SCORES: DType.FLOAT32}
+_DTYPE_OF = {
+    Kind.VALUES: DType.FLOAT32,
+    Kind.MASK: DType.BITS,
+    Kind.SCORES: DType.FLOAT32,
+    Kind.THRESHOLDS: DType.FLOAT32,
+}
 
 
 @dataclass(frozen=True)

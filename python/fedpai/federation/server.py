@@ -147,13 +147,16 @@ class Server:
         )
         return [message]
 
-    def read_values(self, client: int, message: bytes) -> Update:
+    def read_values(self, client: int, message: bytes, mask: MaskSet | None = None) -> Update:
         """Checks a client's VALUES message against its mask and this round.
+
+        Args:
+            mask: what the values are packed under, where the client sent a new one along; else the one it trains under.
 
         Raises:
             PayloadError: anything that differs from what this client must send now.
         """
-        mask = self.mask_of(client)
+        mask = self.mask_of(client) if mask is None else mask
         payload = self._expect(
             client,
             message,

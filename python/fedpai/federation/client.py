@@ -20,8 +20,19 @@ from torch import Tensor, nn
 from fedpai.data import Dataset
 from fedpai.federation.bound import BoundModel, ModelPool
 from fedpai.federation.config import RunConfig
+from fedpai.federation.feedback import move_residual, with_feedback
 from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, pack, unpack
-from fedpai.federation.payload import NO_MASK, SERVER, Kind, Payload, PayloadError, decode, encode
+from fedpai.federation.payload import (
+    NO_MASK,
+    SERVER,
+    WIRE_DTYPES,
+    DType,
+    Kind,
+    Payload,
+    PayloadError,
+    decode,
+    encode,
+)
 from fedpai.federation.seeds import derive, generator, torch_seed
 from fedpai.federation.server import mask_from
 from fedpai_kernels import optim
@@ -100,11 +111,11 @@ class Client:
             PayloadError: a message that is damaged, stale or for another model; nothing was changed by it.
         """
         for message in messages:
-            payload = decode(message)
+            payload = decode(message, most=self.layout.float_count(None))
             mask = self.memory.mask
             if payload.kind is Kind.MASK:
                 self._expect(payload, Kind.MASK, self.layout.weight_count, None, 0)
-                self.memory.mask = mask_from(payload, self.layout)
+                self.set_mask(mask_from(payload, self.layout))
             else:
                 count, digest = self.layout.float_count(mask), NO_MASK if mask is None else mask.digest
                 self._expect(payload, Kind.VALUES, count, digest, self.layout.int_count)
@@ -119,12 +130,20 @@ class Client:
             mask_digest=mask_digest,
             count=count,
             ints=ints,
+            dtype=WIRE_DTYPES[self.config.wire] if kind is Kind.VALUES else None,
+            exact=self.layout.other_count,
         )
 
     def values_message(self) -> bytes:
-        """The client's model, packed under its mask."""
+        """The client's model, packed under its mask, rounded with error feedback to the run's wire format.
+
+        Raises:
+            PayloadError: a weight that the format cannot hold.
+        """
         floats, ints = self.model_vectors()
-        return self._encode(Kind.VALUES, self.memory.mask, values=floats, ints=ints)
+        dtype = WIRE_DTYPES[self.config.wire]
+        sent = with_feedback(self.memory.extra, floats, self.layout.other_count, dtype)
+        return self._encode(Kind.VALUES, self.memory.mask, values=sent, ints=ints, dtype=dtype)
 
     def scores_message(self, scores: Floats) -> bytes:
         """One score for each conv and linear weight."""
@@ -143,6 +162,7 @@ class Client:
         ints: Ints | None = None,
         bits: bytes = b"",
         count: int | None = None,
+        dtype: DType = DType.FLOAT32,
     ) -> bytes:
         return encode(
             kind,
@@ -155,6 +175,9 @@ class Client:
             ints=ints,
             bits=bits,
             count=count,
+            dtype=dtype,
+            exact=self.layout.other_count,
+            deflate=self.config.compress == "deflate",
         )
 
     # -- the model ---------------------------------------------------------------------------------------
@@ -188,6 +211,11 @@ class Client:
         """Trains under another mask from now on: values it drops are lost, weights it brings back start at 0."""
         floats, _ = self.model_vectors()
         self.floats = pack(unpack(floats, self.memory.mask, self.layout), mask, self.layout)
+        self.set_mask(mask)
+
+    def set_mask(self, mask: MaskSet) -> None:
+        """Remembers another mask, and takes along what error feedback keeps for its weights."""
+        move_residual(self.memory.extra, self.memory.mask, mask, self.layout)
         self.memory.mask = mask
 
     def seed(self, purpose: str) -> int:

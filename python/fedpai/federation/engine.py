@@ -26,7 +26,7 @@ from fedpai.federation.payload import PayloadError
 from fedpai.federation.progress import Progress
 from fedpai.federation.seeds import generator
 from fedpai.federation.server import Server, Update
-from fedpai.methods.base import Method
+from fedpai.methods.base import Method, MethodError
 
 Row = dict[str, Any]
 Accept = Callable[[Server, int, list[bytes]], Update]
@@ -144,10 +144,12 @@ class Federation:
         start = time.perf_counter()
         turns = _Turns()
         self.method.choose_masks(self.server)
+        self._round_to_wire()
         everybody = list(range(self.config.clients))
         if self.method.asks_clients:
             self._turns(everybody, turns, self.method.accept_proposal)
             self.method.agree(self.server, turns.updates)
+            self._round_to_wire()
         sampled = everybody if self.method.asks_clients else []
         masks = time.perf_counter() - start
         return self._row(sampled, turns, start, masks=masks, proposals=turns.choosing)
@@ -162,8 +164,15 @@ class Federation:
         merging = time.perf_counter()
         if turns.updates:
             self.method.merge(self.server, turns.updates)
+            self._round_to_wire()
         merging = time.perf_counter() - merging
         return self._row(sampled, turns, start, merge=merging)
+
+    def _round_to_wire(self) -> None:
+        try:
+            self.server.round_to_wire()
+        except PayloadError as error:
+            raise MethodError(f"--wire {self.config.wire} cannot carry the global model: {error}") from None
 
     def _sample(self) -> list[int]:
         """The clients of this round, ascending. One whose mask was refused sits out."""

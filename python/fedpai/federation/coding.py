@@ -189,7 +189,7 @@ def _positions(gaps: np.ndarray, count: int) -> Ints:
 
 
 def _deflated(data: bytes, strategy: int) -> bytes:
-    coder = zlib.compressobj(_LEVEL, zlib.DEFLATED, _RAW_DEFLATE, zlib.MAX_WBITS, strategy)
+    coder = zlib.compressobj(_LEVEL, zlib.DEFLATED, _RAW_DEFLATE, zlib.DEF_MEM_LEVEL, strategy)
     return coder.compress(data) + coder.flush()
 
 

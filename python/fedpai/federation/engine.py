@@ -19,7 +19,7 @@ import numpy as np
 from fedpai.data import Dataset
 from fedpai.federation.bound import ModelPool
 from fedpai.federation.client import Client, ClientError, ClientMemory, TrainingLog
-from fedpai.federation.config import RunConfig
+from fedpai.federation.config import ConfigError, RunConfig
 from fedpai.federation.evaluate import Evaluator
 from fedpai.federation.layout import Layout
 from fedpai.federation.payload import PayloadError
@@ -87,7 +87,15 @@ class LocalClients:
         self.memories = {client: ClientMemory() for client in range(len(partition))}
 
     def turn(self, client: int, round: int, messages: list[bytes]) -> Reply:
-        """See `Link.turn`."""
+        """See `Link.turn`. What goes wrong in a client's own work is that client's failure, not the server's."""
+        try:
+            return self._turn(client, round, messages)
+        except (ClientError, ConfigError, PayloadError):
+            raise
+        except (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError) as error:
+            raise ClientError(f"{type(error).__name__}: {error}") from error
+
+    def _turn(self, client: int, round: int, messages: list[bytes]) -> Reply:
         me = Client(
             id=client,
             round=round,

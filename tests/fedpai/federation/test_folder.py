@@ -28,6 +28,7 @@ CASES = {
     "shared": {"method": "fedpai-u", "baseline": "fedavg", "criterion": "grasp"},
     "personal": {"method": "fedpai-u", "criterion": "snip", "mask_mode": "personal"},
     "random": {"method": "random"},
+    "half": {"method": "fedpai-u", "criterion": "snip", "mask_mode": "personal", "wire": "bf16", "compress": "deflate"},
     "channels": {"method": "fedpai-u", "criterion": "snip", "structure": "channel", "budget": "flops"},
 }
 

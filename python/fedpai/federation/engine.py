@@ -203,6 +203,7 @@ class Federation:
                 update = accept(self.server, client, reply.messages)
             except (PayloadError, ClientError) as error:
                 turns.refused.append({"client": client, "reason": str(error)})
+                self.server.informed.discard(client)  # whatever mask it may have by now, it is told its own again
                 self._progress.note(f"round {self.server.round}: client {client} refused: {error}")
             else:
                 turns.updates.append(update)

@@ -149,7 +149,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--wire", metavar="F", help=f"how values travel: {', '.join(WIRE_FORMATS)}, rounded with error feedback (fp32)"
     )
     server.add_argument(
-        "--compress", metavar="NAME", help=f"entropy coding of values: {', '.join(COMPRESSIONS)}; masks always have it (none)"
+        "--compress",
+        metavar="NAME",
+        help=f"entropy coding of values: {', '.join(COMPRESSIONS)}; masks always have it (none)",
     )
     result = parser.add_argument_group("results")
     result.add_argument(

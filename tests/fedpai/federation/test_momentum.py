@@ -43,7 +43,7 @@ def test_two_turns_are_one_long_one(images: Dataset, tiny: Make, sparse: bool, f
         for turn in turns:
             client = client_of(run, memory, 1)
             client.floats, client.ints = floats, ints
-            client._batches = lambda epochs, turn=turn: iter(turn)  # type: ignore[method-assign,assignment]
+            client._batches = lambda epochs, turn=turn: iter(turn)
             client.fit(carry_momentum=carry)
             floats, ints = client.model_vectors()
         assert (MOMENTUM in memory.extra) == carry

@@ -73,7 +73,7 @@ class Restatement:
         for key, old in self.state.items():
             parts = {client: answer[key] for client, answer in answers.items()}
             if old.is_floating_point():
-                new[key] = sum(n[client] * part for client, part in parts.items()) / sum(n.values())  # type: ignore[assignment]
+                new[key] = sum(n[client] * part for client, part in parts.items()) / sum(n.values())
             else:
                 new[key] = torch.stack(list(parts.values())).amax(0)
         return new

@@ -51,7 +51,7 @@ def spied(run: Run) -> list[tuple[MaskSet | None, list[Update]]]:
         seen.append((server.mask, updates))
         merge(server, updates)
 
-    method.merge = spy  # type: ignore[method-assign]
+    method.merge = spy
     return seen
 
 
@@ -116,7 +116,7 @@ def test_local_against_its_formulas(few: Dataset, telling: Make, rule: str, samp
             after = {key: sum(own[c][key].int() for c in clients) >= max(1, sample // 2) for key in own[clients[0]]}
             assert all(torch.equal(flags, after[key]) for key, flags in keys_of(mask).items())
             dense.state.update({key: dense.state[key] * flags for key, flags in after.items()})
-            before = after  # type: ignore[assignment]
+            before = after
     dense.assert_equal(run.layout.scatter(*server.dense()))
     assert all(row["refused"] == [] for row in rows)
 
@@ -132,7 +132,7 @@ def voted(dense: Restatement, answers: dict[int, State], own: dict[int, State], 
         n = {client: dense.run.partition[client].size for client in answers}
         for key in own[next(iter(own))]:
             share = sum(n[client] * own[client][key].double() for client in answers) / sum(n.values())
-            new[key] = torch.where(share > 0, new[key] / share, 0)  # type: ignore[operator]
+            new[key] = torch.where(share > 0, new[key] / share, 0)
     return new
 
 
@@ -180,7 +180,7 @@ def test_masks_travel_when_they_change(few: Dataset, tiny: Make, name: str) -> N
         answered[round] += reply.messages
         return reply
 
-    run.arms[0].clients.turn = listen  # type: ignore[method-assign]
+    run.arms[0].clients.turn = listen
     rows = run.finish()
     before = [mask for mask, _ in seen]
     pruned = [any(update.mask is not None for update in updates) for _, updates in seen]
@@ -214,11 +214,11 @@ def test_exact_size_and_ties(few: Dataset, tiny: Make, seed: int) -> None:
     mask = None
     for number in (2, 3):
         packed = floats if mask is None else np.concatenate((floats[mask.positions], floats[layout.weight_count :]))
-        mask = method.tightened(number, packed, mask, layout)  # type: ignore[attr-defined]
+        mask = method.tightened(number, packed, mask, layout)
         count = kept_after(run, number)
         assert mask.kept == count
         assert np.array_equal(mask.positions, np.sort(ranked[:count]))
-    assert method.tightened(3, floats[: mask.kept + layout.other_count], mask, layout) is mask  # type: ignore[attr-defined]
+    assert method.tightened(3, floats[: mask.kept + layout.other_count], mask, layout) is mask
 
 
 def test_a_vote_leaves_every_layer_a_weight(few: Dataset, tiny: Make) -> None:
@@ -264,12 +264,12 @@ def other_answer(run: Run, change: Callable[[np.ndarray], np.ndarray]) -> list[b
     answers: list[bytes] = []
 
     def answer(client: Client) -> list[bytes]:
-        mask = method.tightened(2, client.floats, client.memory.mask, client.layout)  # type: ignore[attr-defined]
+        mask = method.tightened(2, client.floats, client.memory.mask, client.layout)
         other = MaskSet.from_positions(run.layout, change(mask.positions))
         answers.extend((client.mask_message(other), client.values_message(other)))
         return answers
 
-    method.answer = answer  # type: ignore[method-assign]
+    method.answer = answer
     arm.clients.turn(0, 2, method.send(server, 0))
     return answers
 
@@ -320,7 +320,7 @@ def test_a_lost_pruning_round_is_made_up_for(few: Dataset, tiny: Make, name: str
             reply.messages = [message[:-1] for message in reply.messages]
         return reply
 
-    run.arms[0].clients.turn = lossy  # type: ignore[method-assign]
+    run.arms[0].clients.turn = lossy
     rows = run.finish()
     assert [len(row["refused"]) for row in rows] == [0, 0, 4, 0, 0]
     assert rows[2]["global_density"] == 1
@@ -337,7 +337,7 @@ def test_a_client_that_diverges_is_refused(few: Dataset, tiny: Make) -> None:
         if client.id == 2 and client.round == 2:
             client.floats[5] = np.nan
 
-    method.train = diverge  # type: ignore[method-assign]
+    method.train = diverge
     rows = run.finish()
     (refused,) = rows[2]["refused"]
     assert refused["client"] == 2

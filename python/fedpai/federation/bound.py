@@ -143,6 +143,10 @@ class ModelPool:
         self._kept.move_to_end(key)
         return bound
 
+    def drop(self, mask: MaskSet | None) -> None:
+        """Lets go of the model for a mask that nobody will train under again."""
+        self._kept.pop(None if mask is None else mask.digest, None)
+
     def plain(self, floats: Floats, ints: Ints) -> nn.Module:
         """A separate dense torch model with the given dense values, for scoring."""
         model = self._create()

@@ -18,6 +18,7 @@ from fedpai import pruning
 from fedpai.federation.client import Client
 from fedpai.federation.config import ConfigError, RunConfig
 from fedpai.federation.layout import Floats, Layout, MaskSet, unpack
+from fedpai.federation.server import Server
 from fedpai.methods.base import Method
 
 START = 1
@@ -48,6 +49,12 @@ class FedSparsify(Method):
     def train(self, client: Client) -> None:
         """Local SGD under the global mask."""
         client.fit(carry_momentum=self.carry_momentum)
+
+    def tighten(self, server: Server, mask: MaskSet) -> None:
+        """Gives everybody a mask inside the one before, whose model nobody needs again."""
+        if server.mask is not None:  # the dense model may be a baseline's too
+            server.pool.drop(server.mask)
+        server.set_mask(mask)
 
     def sparsity_after(self, round: int) -> float:
         """s_t of this run."""

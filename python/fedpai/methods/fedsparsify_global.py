@@ -18,4 +18,4 @@ class FedSparsifyGlobal(FedSparsify):
         super().merge(server, updates)
         mask = self.tightened(server.round, server.floats, server.mask, server.layout)
         if mask is not None and mask != server.mask:
-            server.set_mask(mask)
+            self.tighten(server, mask)

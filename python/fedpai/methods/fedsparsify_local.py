@@ -76,7 +76,7 @@ class FedSparsifyLocal(FedSparsify):
         for _, layer in held.parts():
             stays[layer.start + np.argmax(votes[layer])] = True  # no layer loses its last weight
         if not stays.all():
-            server.set_mask(MaskSet.from_positions(server.layout, held.positions[stays]))
+            self.tighten(server, MaskSet.from_positions(server.layout, held.positions[stays]))
 
 
 def everything(server: Server) -> MaskSet:

@@ -162,6 +162,7 @@ def test_what_is_gone_stays_gone(few: Dataset, tiny: Make, every: int) -> None:
         assert one is not None
         assert other is not None
         assert set(other.positions) <= set(one.positions)
+    assert len(run.pool._kept) == 2, "models of masks that are gone stay in memory"
     floats = run.arms[0].federation.server.dense()[0]
     assert masks[-1] is not None
     assert not np.delete(floats[: run.layout.weight_count], masks[-1].positions).any()

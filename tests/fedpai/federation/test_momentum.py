@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedpai.federation.layout import LayoutError, MaskSet
 from fedpai.federation.runner import Run
 from fedpai_kernels import optim
 from tests.fedpai.federation.test_compaction import channel_masks
+from tests.fedpai.federation.test_folder import StopAt, resume, start
 
 Make = Callable[..., RunConfig]
 
@@ -104,3 +106,19 @@ def test_methods_that_do_not_ask_keep_none(images: Dataset, tiny: Make) -> None:
         run.finish()
         kept[name] = [memory.extra.keys() for memory in run.arms[0].clients.memories.values()]
     assert kept == {"fedavg": [set()] * 4, "random": [set()] * 4, "fedsparsify-global": [{MOMENTUM}] * 4}
+
+
+@pytest.mark.parametrize("name", ["fedsparsify-global", "fedsparsify-local"])
+def test_resuming_under_tightened_masks(images: Dataset, tiny: Make, tmp_path: Path, name: str) -> None:
+    """Stopped in round 4, after two new masks; clients that were not sampled still have momentum under older ones."""
+    config = tiny(method=name, rounds=4, sample=2)
+    start(tmp_path / "whole", config, images).finish()
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "cut", config, images, StopAt(20)).finish()
+    run = resume(tmp_path / "cut", images)
+    assert run.arms[0].done == 3
+    masks = {None if memory.mask is None else memory.mask.digest for memory in run.arms[0].clients.memories.values()}
+    assert len(masks) > 1
+    run.finish()
+    for file in (f"model-{name}.safetensors", f"checkpoint-{name}.safetensors"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

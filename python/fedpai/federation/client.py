@@ -107,7 +107,7 @@ class Client:
             mask = self.memory.mask
             if payload.kind is Kind.MASK:
                 self._expect(payload, Kind.MASK, self.layout.weight_count, None, 0)
-                self._take_mask(mask_from(payload, self.layout))
+                self.set_mask(mask_from(payload, self.layout))
             else:
                 count, digest = self.layout.float_count(mask), NO_MASK if mask is None else mask.digest
                 self._expect(payload, Kind.VALUES, count, digest, self.layout.int_count)
@@ -195,10 +195,10 @@ class Client:
         """Trains under another mask from now on: values it drops are lost, weights it brings back start at 0."""
         floats, _ = self.model_vectors()
         self.floats = repack(floats, self.memory.mask, mask, self.layout)
-        self._take_mask(mask)
+        self.set_mask(mask)
 
-    def _take_mask(self, mask: MaskSet) -> None:
-        """Changes the mask, and with it what is kept packed between turns."""
+    def set_mask(self, mask: MaskSet) -> None:
+        """Remembers another mask, and takes along the momentum of the weights that it keeps."""
         kept = self.memory.extra
         if MOMENTUM in kept:
             kept[MOMENTUM] = repack(kept[MOMENTUM], self.memory.mask, mask, self.layout)
@@ -253,7 +253,14 @@ class Client:
                 self.on_step(number + 1, len(batches))
         self.keep(bound)
         if carry_momentum:
-            self.memory.extra[MOMENTUM] = bound.read_momentum(optimiser)
+            self._keep_momentum(bound.read_momentum(optimiser))
+
+    def _keep_momentum(self, momentum: Floats) -> None:
+        """Momentum that ran away is forgotten: with it, the client's next turn would fail like this one."""
+        if np.isfinite(momentum).all():
+            self.memory.extra[MOMENTUM] = momentum
+        else:
+            self.memory.extra.pop(MOMENTUM, None)
 
     def _record(self, seconds: float, loss: float, images: int) -> None:
         self.log.seconds += seconds

@@ -107,7 +107,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     length.add_argument("--batch", type=int, metavar="B", help="images per step (32)")
     length.add_argument("--lr", type=float, metavar="X", help="learning rate of SGD (0.05)")
-    length.add_argument("--momentum", type=float, metavar="X", help="momentum of SGD, fresh each round (0.9)")
+    length.add_argument("--momentum", type=float, metavar="X", help="momentum of SGD (0.9)")
     length.add_argument("--weight-decay", type=float, metavar="X", help="weight decay of SGD (0.0005)")
     length.add_argument("--seed", type=int, metavar="N", help="the run's only source of randomness (0)")
     length.add_argument(

@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from fedpai.data import Dataset
 from fedpai.federation.bound import BoundModel, ModelPool
 from fedpai.federation.config import RunConfig
-from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, pack, unpack
+from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, repack, unpack
 from fedpai.federation.payload import NO_MASK, SERVER, Kind, Payload, PayloadError, decode, encode
 from fedpai.federation.seeds import derive, generator, torch_seed
 from fedpai.federation.server import mask_from
 from fedpai_kernels import optim
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+MOMENTUM = "momentum"
+"""Where a client's memory keeps SGD's momentum between its turns, packed under its mask."""
 
 
 class ClientError(RuntimeError):
@@ -104,7 +107,7 @@ class Client:
             mask = self.memory.mask
             if payload.kind is Kind.MASK:
                 self._expect(payload, Kind.MASK, self.layout.weight_count, None, 0)
-                self.memory.mask = mask_from(payload, self.layout)
+                self.set_mask(mask_from(payload, self.layout))
             else:
                 count, digest = self.layout.float_count(mask), NO_MASK if mask is None else mask.digest
                 self._expect(payload, Kind.VALUES, count, digest, self.layout.int_count)
@@ -121,10 +124,14 @@ class Client:
             ints=ints,
         )
 
-    def values_message(self) -> bytes:
-        """The client's model, packed under its mask."""
+    def values_message(self, mask: MaskSet | None = None) -> bytes:
+        """The client's model, packed under its mask, or under another one that it sends along."""
         floats, ints = self.model_vectors()
-        return self._encode(Kind.VALUES, self.memory.mask, values=floats, ints=ints)
+        if mask is None:
+            mask = self.memory.mask
+        else:
+            floats = repack(floats, self.memory.mask, mask, self.layout)
+        return self._encode(Kind.VALUES, mask, values=floats, ints=ints)
 
     def scores_message(self, scores: Floats) -> bytes:
         """One score for each conv and linear weight."""
@@ -187,7 +194,14 @@ class Client:
     def remask(self, mask: MaskSet) -> None:
         """Trains under another mask from now on: values it drops are lost, weights it brings back start at 0."""
         floats, _ = self.model_vectors()
-        self.floats = pack(unpack(floats, self.memory.mask, self.layout), mask, self.layout)
+        self.floats = repack(floats, self.memory.mask, mask, self.layout)
+        self.set_mask(mask)
+
+    def set_mask(self, mask: MaskSet) -> None:
+        """Remembers another mask, and takes along the momentum of the weights that it keeps."""
+        kept = self.memory.extra
+        if MOMENTUM in kept:
+            kept[MOMENTUM] = repack(kept[MOMENTUM], self.memory.mask, mask, self.layout)
         self.memory.mask = mask
 
     def seed(self, purpose: str) -> int:
@@ -200,8 +214,9 @@ class Client:
         *,
         epochs: int | None = None,
         adjust: Callable[[BoundModel], None] | None = None,
+        carry_momentum: bool = False,
     ) -> None:
-        """Local training: SGD with momentum and weight decay, fresh optimiser, shuffled batches.
+        """Local training: SGD with momentum and weight decay, shuffled batches.
 
         Fills `log`; only the training steps are timed, not the making of batches.
 
@@ -209,6 +224,8 @@ class Client:
             loss: of (outputs, labels).
             epochs: passes over the client's images; by default the run's.
             adjust: called after each backward pass, before the optimiser's step, to change gradients in place.
+            carry_momentum: go on with the momentum of the client's last turn, less that of weights dropped since;
+                by default the optimiser is fresh.
         """
         config = self.config
         bound = self.bound()
@@ -217,6 +234,8 @@ class Client:
         # The dense network, the baseline of every comparison, is stepped by torch's fastest form.
         sgd = partial(torch.optim.SGD, fused=True) if bound.mask is None else optim.SGD
         optimiser = sgd(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        if carry_momentum and MOMENTUM in self.memory.extra:
+            bound.load_momentum(optimiser, self.memory.extra[MOMENTUM])
         batches = list(self._batches(config.local_epochs if epochs is None else epochs))
         with torch_seed(config.seed, "train", self.round, self.id):
             for number, batch in enumerate(batches):
@@ -233,6 +252,15 @@ class Client:
                 self._record(seconds, float(value.detach()), len(batch))
                 self.on_step(number + 1, len(batches))
         self.keep(bound)
+        if carry_momentum:
+            self._keep_momentum(bound.read_momentum(optimiser))
+
+    def _keep_momentum(self, momentum: Floats) -> None:
+        """Momentum that ran away is forgotten: with it, the client's next turn would fail like this one."""
+        if np.isfinite(momentum).all():
+            self.memory.extra[MOMENTUM] = momentum
+        else:
+            self.memory.extra.pop(MOMENTUM, None)
 
     def _record(self, seconds: float, loss: float, images: int) -> None:
         self.log.seconds += seconds

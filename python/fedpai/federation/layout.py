@@ -329,6 +329,11 @@ def unpack(packed: Floats, mask: MaskSet | None, layout: Layout) -> Floats:
     return floats
 
 
+def repack(packed: Floats, old: MaskSet | None, new: MaskSet | None, layout: Layout) -> Floats:
+    """From one mask's packed vector to another's: what `new` drops is lost, what it brings back is 0."""
+    return pack(unpack(packed, old, layout), new, layout)
+
+
 def union(masks: list[MaskSet]) -> MaskSet:
     """The positions that at least one of the masks keeps."""
     flags = np.zeros(masks[0].layout.weight_count, np.bool_)

@@ -7,10 +7,17 @@ from fedpai.federation.config import RunConfig, one_of
 from fedpai.methods.base import Method
 from fedpai.methods.fedavg import FedAvg
 from fedpai.methods.fedpai_u import FedPaiU
+from fedpai.methods.fedprox import FedProx
+from fedpai.methods.fedsparsify_global import FedSparsifyGlobal
+from fedpai.methods.fedsparsify_local import FedSparsifyLocal
+from fedpai.methods.local import Local
 from fedpai.methods.magnitude import Magnitude
 from fedpai.methods.random import Random
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (FedAvg, FedPaiU, Magnitude, Random)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (FedAvg, FedPaiU, FedProx, FedSparsifyGlobal, FedSparsifyLocal, Local, Magnitude, Random)
+}
 """Every method there is. Adding one is adding it here."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fedpai import cli
+from fedpai import cli, methods
 from fedpai.cli import run as run_command
 from fedpai.federation.config import PRESETS, RunConfig
 
@@ -75,8 +75,8 @@ def test_structure_and_budget_are_recorded(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (
-            ["--method", "fedprox"],
-            "unknown --method 'fedprox', expected one of: fedavg, fedpai-u, magnitude, random",
+            ["--method", "fedbest"],
+            f"unknown --method 'fedbest', expected one of: {', '.join(methods.names())}",
         ),
         (["--baseline", "nope"], "unknown --method 'nope', expected one of: fedavg"),
         (["--model", "resnet19"], "--model resnet19: unknown model 'resnet19', expected one of conv4"),

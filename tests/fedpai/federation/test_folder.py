@@ -28,6 +28,10 @@ CASES = {
     "shared": {"method": "fedpai-u", "baseline": "fedavg", "criterion": "grasp"},
     "personal": {"method": "fedpai-u", "criterion": "snip", "mask_mode": "personal"},
     "random": {"method": "random"},
+    "fedprox": {"method": "fedprox"},
+    "local": {"method": "local"},
+    "fedsparsify-global": {"method": "fedsparsify-global"},
+    "fedsparsify-local": {"method": "fedsparsify-local"},
     "channels": {"method": "fedpai-u", "criterion": "snip", "structure": "channel", "budget": "flops"},
 }
 
@@ -130,7 +134,7 @@ def test_folders_that_are_none(tiny: Make, tmp_path: Path) -> None:
     with pytest.raises(FolderError, match=r"config.json cannot be used"):
         RunFolder.reopen(tmp_path, {})
     (tmp_path / "config.json").write_text('{"rounds": 3}')
-    with pytest.raises(FolderError, match=r"not a run configuration of this version: missing \['alpha'"):
+    with pytest.raises(FolderError, match=r"not a run configuration of this version: missing \['adjust_every'"):
         RunFolder.reopen(tmp_path, {})
 
 

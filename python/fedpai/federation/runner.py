@@ -124,13 +124,15 @@ class Run:
         finally:
             self.progress.end()
         if self.folder is not None:
-            for arm in self.arms:
+            for arm in (arm for arm in self.arms if arm.federation.method.has_global):
                 self.folder.write(f"model-{arm.name}.safetensors", self.final_model(arm))
         return self.rows
 
     def _round(self, arm: Arm, number: int) -> None:
         self.progress.round(arm.name, number)
         row = arm.federation.choose_masks() if number == 0 else arm.federation.run_round()
+        if number == self.config.rounds:
+            row["held_accuracy"] = arm.clients.held_accuracy(number)
         if self.folder is not None:
             self.folder.append(row)
             self.folder.save(arm.name, checkpoint.dump(arm.name, arm.federation.server, arm.clients.memories))

@@ -9,8 +9,9 @@ from fedpai.methods.fedavg import FedAvg
 from fedpai.methods.fedpai_u import FedPaiU
 from fedpai.methods.magnitude import Magnitude
 from fedpai.methods.random import Random
+from fedpai.methods.spafl import SpaFL
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (FedAvg, FedPaiU, Magnitude, Random)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (FedAvg, FedPaiU, Magnitude, Random, SpaFL)}
 """Every method there is. Adding one is adding it here."""
 
 

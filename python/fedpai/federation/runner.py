@@ -80,8 +80,9 @@ class Run:
         self.partition = split(config, self.data)
         model = create_model(config, self.data)
         self.layout = Layout.of(model)
-        if any("structure" in methods.METHODS[name].uses for name in config.arms):
-            chooser(config, model)  # masks that cannot be are refused before anything is written
+        for method in (methods.create(name, config) for name in config.arms):
+            if "sparsity" in method.uses:
+                chooser(method.config, model)  # masks that cannot be are refused before anything is written
         self.pool = self._pool()
         self.evaluator = Evaluator(self.data, config.eval_images, config.seed)
         self.arms = [self._arm(name) for name in config.arms]

@@ -6,12 +6,18 @@ from __future__ import annotations
 from fedpai.federation.config import RunConfig, one_of
 from fedpai.methods.base import Method
 from fedpai.methods.fedavg import FedAvg
+from fedpai.methods.feddst import FedDST
+from fedpai.methods.fedpai_s import FedPaiS
 from fedpai.methods.fedpai_u import FedPaiU
 from fedpai.methods.magnitude import Magnitude
 from fedpai.methods.random import Random
 from fedpai.methods.spafl import SpaFL
+from fedpai.methods.ssfl import SSFL
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (FedAvg, FedPaiU, Magnitude, Random, SpaFL)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (FedAvg, FedDST, FedPaiS, FedPaiU, Magnitude, Random, SpaFL, SSFL)
+}
 """Every method there is. Adding one is adding it here."""
 
 

@@ -104,8 +104,10 @@ class LocalClients:
     def held_accuracy(self, round: int) -> float | None:
         """n_k mean over all clients, each by the model that it holds between its turns on its own class mix.
 
-        None for a method whose clients hold no models.
+        None where models do not stay on the clients, or one of them has none.
         """
+        if self._method.has_global:
+            return None
         found = []
         for client in self.memories:
             me = self._client(client, round)

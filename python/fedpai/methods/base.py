@@ -113,7 +113,11 @@ class Method:
     # -- after the last round ------------------------------------------------------------------------------
 
     def recall(self, client: Client) -> None:
-        """Client, where models stay there: makes the one it holds between its turns its current one."""
+        """Client, where models stay there: makes the one that it holds between its turns its current one.
+
+        Default: the vectors `floats` and `ints` of its memory, if it has any.
+        """
+        client.floats, client.ints = (client.memory.extra.get(name) for name in ("floats", "ints"))
 
 
 def only(messages: list[bytes]) -> bytes:

@@ -153,6 +153,10 @@ class ModelPool:
         model.load_state_dict(self.layout.scatter(floats, ints))
         return model
 
+    def initial(self) -> tuple[Floats, Ints]:
+        """The values that every run of these settings starts from, dense: they follow from its seed."""
+        return self.layout.gather(self._create().state_dict())
+
     def images(self, bound: BoundModel, x: Tensor) -> Tensor:
         """The batch in the memory format that the model likes best."""
         if bound.mask is None and x.dim() == 4:

@@ -74,6 +74,8 @@ class Client:
         pool: builds models.
         on_step: told (step, steps) as training goes on.
         log: filled by `fit`.
+        floats, ints: its current model, dense or packed under its mask; None before any was received.
+        thresholds: as the server sent them, where the method has any.
     """
 
     id: int
@@ -88,6 +90,7 @@ class Client:
     log: TrainingLog = field(default_factory=TrainingLog)
     floats: Floats | None = None
     ints: Ints | None = None
+    thresholds: Floats | None = None
 
     @property
     def examples(self) -> int:
@@ -97,7 +100,7 @@ class Client:
     # -- messages ----------------------------------------------------------------------------------------
 
     def receive(self, messages: list[bytes]) -> None:
-        """Takes in what the server sent: a mask, where it is new, then the model under it.
+        """Takes in what the server sent: a mask, where it is new, then the model under it; or thresholds.
 
         Raises:
             PayloadError: a message that is damaged, stale or for another model; nothing was changed by it.
@@ -108,6 +111,9 @@ class Client:
             if payload.kind is Kind.MASK:
                 self._expect(payload, Kind.MASK, self.layout.weight_count, None, 0)
                 self.set_mask(mask_from(payload, self.layout))
+            elif payload.kind is Kind.THRESHOLDS:
+                self._expect(payload, Kind.THRESHOLDS, self.layout.channel_count, NO_MASK, 0)
+                self.thresholds = payload.values
             else:
                 count, digest = self.layout.float_count(mask), NO_MASK if mask is None else mask.digest
                 self._expect(payload, Kind.VALUES, count, digest, self.layout.int_count)
@@ -136,6 +142,10 @@ class Client:
     def scores_message(self, scores: Floats) -> bytes:
         """One score for each conv and linear weight."""
         return self._encode(Kind.SCORES, None, values=scores)
+
+    def thresholds_message(self, thresholds: Floats) -> bytes:
+        """One threshold for each output channel of the conv and linear layers."""
+        return self._encode(Kind.THRESHOLDS, None, values=thresholds)
 
     def mask_message(self, mask: MaskSet) -> bytes:
         """A mask that this client chose."""
@@ -190,6 +200,12 @@ class Client:
     def keep(self, bound: BoundModel) -> None:
         """Takes the model's values as the client's own."""
         self.floats, self.ints = bound.read()
+
+    def density(self) -> float:
+        """Share of the conv and linear weights that are not zero."""
+        floats, _ = self.model_vectors()
+        kept = self.layout.weight_count if self.memory.mask is None else self.memory.mask.kept
+        return int(np.count_nonzero(floats[:kept])) / self.layout.weight_count
 
     def remask(self, mask: MaskSet) -> None:
         """Trains under another mask from now on: values it drops are lost, weights it brings back start at 0."""

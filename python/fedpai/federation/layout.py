@@ -111,6 +111,11 @@ class Layout:
         return self.weights[-1].stop
 
     @property
+    def channel_count(self) -> int:
+        """Output channels (filters, neurons) of all conv and linear layers."""
+        return sum(slot.shape[0] for slot in self.weights)
+
+    @property
     def other_count(self) -> int:
         """Float elements that always travel dense."""
         return self.others[-1].stop if self.others else 0

@@ -24,6 +24,7 @@ class Update:
         floats, ints: its model under its mask, where it sent one.
         scores: saliency per weight, where it sent them.
         mask: a new mask, where it sent one.
+        thresholds: one for each output channel of the conv and linear layers, where it sent them.
     """
 
     client: int
@@ -32,6 +33,7 @@ class Update:
     ints: Ints | None = None
     scores: Floats | None = None
     mask: MaskSet | None = None
+    thresholds: Floats | None = None
 
 
 @dataclass
@@ -147,6 +149,18 @@ class Server:
         )
         return [message]
 
+    def thresholds_message(self, thresholds: Floats) -> bytes:
+        """One threshold for each output channel, the same for every client."""
+        return encode(
+            Kind.THRESHOLDS,
+            round=self.round,
+            client=SERVER,
+            examples=0,
+            model_digest=self.layout.digest,
+            mask_digest=NO_MASK,
+            values=thresholds,
+        )
+
     def read_values(self, client: int, message: bytes, mask: MaskSet | None = None) -> Update:
         """Checks a client's VALUES message against its mask and this round.
 
@@ -178,6 +192,13 @@ class Server:
         """Checks a client's MASK message. Raises PayloadError as `read_values` does."""
         payload = self._expect(client, message, Kind.MASK, count=self.layout.weight_count, mask_digest=None)
         return Update(client, payload.examples, mask=mask_from(payload, self.layout))
+
+    def read_thresholds(self, client: int, message: bytes) -> Update:
+        """Checks a client's THRESHOLDS message. Raises PayloadError as `read_values` does."""
+        payload = self._expect(
+            client, message, Kind.THRESHOLDS, count=self.layout.channel_count, mask_digest=NO_MASK
+        )
+        return Update(client, payload.examples, thresholds=payload.values)
 
     def _expect(
         self, client: int, message: bytes, kind: Kind, *, count: int, mask_digest: bytes | None, ints: int = 0

@@ -18,6 +18,7 @@ The defaults below are dense federated averaging. A method overrides what it doe
     answer            client   what does it send back?
     accept            server   is that message fit to be used?
     merge             server   how do the answers become the next global model (and the next masks)?
+    recall            client   which model does it hold between its turns? (methods without a global model)
 """
 
 from __future__ import annotations
@@ -43,11 +44,13 @@ class Method:
         name: what `--method` takes.
         summary: one line for the help text.
         uses: settings of the run that mean something to this method, beside the common ones.
+        has_global: whether the server holds a model; false where models stay on the clients.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     uses: ClassVar[frozenset[str]] = frozenset()
+    has_global: ClassVar[bool] = True
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -106,6 +109,15 @@ class Method:
         else:
             server.floats = weighted_mean(floats, examples)
         server.ints = largest([ints_of(update) for update in updates])
+
+    # -- after the last round ------------------------------------------------------------------------------
+
+    def recall(self, client: Client) -> None:
+        """Client, where models stay there: makes the one that it holds between its turns its current one.
+
+        Default: the vectors `floats` and `ints` of its memory, if it has any.
+        """
+        client.floats, client.ints = (client.memory.extra.get(name) for name in ("floats", "ints"))
 
 
 def only(messages: list[bytes]) -> bytes:

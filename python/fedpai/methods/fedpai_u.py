@@ -20,6 +20,7 @@ from fedpai.federation.payload import PayloadError
 from fedpai.federation.server import Server, Update
 from fedpai.methods.base import Method, MethodError, only
 from fedpai.methods.fixed import chooser, prune_at_server, refusal
+from fedpai.pruning.criteria import Batch
 
 PER_CLASS = 10
 SCORED_ON_DATA = frozenset({"grasp", "snip"})
@@ -46,14 +47,17 @@ class FedPaiU(Method):
     def choose_masks(self, server: Server) -> None:
         """Chooses the mask at once where no client needs to be asked."""
         if not self.asks_clients:
-            server.set_mask(prune_at_server(server, self.config.criterion))
+            server.set_mask(prune_at_server(server, self.config, self.config.criterion))
+
+    def scoring_images(self, client: Client) -> Batch:
+        """What a client scores on: up to `PER_CLASS` images of each class that it has."""
+        seed = client.seed("scoring images")
+        return pruning.balanced_batch(client.data, client.indices, PER_CLASS, seed=seed)
 
     def propose(self, client: Client) -> list[bytes]:
         """Scores the initial model on the client's images; answers with the scores, or with its own mask."""
         config = self.config
-        data = pruning.balanced_batch(
-            client.data, client.indices, PER_CLASS, seed=client.seed("scoring images")
-        )
+        data = self.scoring_images(client)
         seed = client.seed("mask")
         try:
             if not self.personal:

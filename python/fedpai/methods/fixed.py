@@ -23,16 +23,18 @@ class FixedMask(Method):
 
     def choose_masks(self, server: Server) -> None:
         """Prunes the initial model at the server."""
-        server.set_mask(prune_at_server(server, self.criterion))
+        server.set_mask(prune_at_server(server, self.config, self.criterion))
 
 
-def prune_at_server(server: Server, criterion: str) -> MaskSet:
+def prune_at_server(server: Server, config: RunConfig, criterion: str) -> MaskSet:
     """A mask over the server's model, by a criterion that needs no data.
+
+    Args:
+        config: the method's; it may differ from the run's in what the method leaves no choice about.
 
     Raises:
         ConfigError: a sparsity or structure that the model cannot have.
     """
-    config = server.config
     try:
         masks = pruning.prune(
             server.model(),

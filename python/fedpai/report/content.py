@@ -137,12 +137,19 @@ def text(content: Content) -> str:
         f" {'step':>9} {'compute':>9}"
     ]
     for m in content.methods:
-        personal = "-" if m.personal_accuracy is None else f"{100 * m.personal_accuracy:.2f} %"
+        accuracy, personal = (
+            "-" if value is None else f"{100 * value:.2f} %" for value in (m.accuracy, m.personal_accuracy)
+        )
         step = "-" if m.step_ms is None else f"{m.step_ms:.1f} ms"
         lines.append(
-            f"{m.method:<12} {100 * m.accuracy:>7.2f} % {personal:>9} {100 * m.density:>6.2f} %"
+            f"{m.method:<12} {accuracy:>9} {personal:>9} {100 * m.density:>6.2f} %"
             f" {m.uplink / 1e6:>8.3f} MB {m.downlink / 1e6:>9.3f} MB {step:>9} {m.compute_seconds:>7.1f} s"
         )
+    lines += [
+        f"{m.method}: {100 * m.held_accuracy:.2f} % over all clients, each by the model it holds"
+        for m in content.methods
+        if m.held_accuracy is not None
+    ]
     if content.ratios is not None:
         lines += ["", *_ratio_lines(content.methods[0], content.methods[1], content.ratios)]
     return "\n".join(lines)
@@ -150,7 +157,8 @@ def text(content: Content) -> str:
 
 def _ratio_lines(method: MethodSummary, baseline: MethodSummary, ratios: Ratios) -> list[str]:
     lines = [f"{method.method} against {baseline.method}, {method.rounds} rounds each:"]
-    lines.append(f"  accuracy                    {ratios.accuracy_gap:+.2f} points")
+    if ratios.accuracy_gap is not None:
+        lines.append(f"  accuracy                    {ratios.accuracy_gap:+.2f} points")
     if ratios.compute_per_step is not None:
         lines.append(
             f"  compute per training step   {ratios.compute_per_step:.2f} x faster (median of full batches)"

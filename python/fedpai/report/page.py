@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -90,7 +91,7 @@ def _rounds(rows: list[Row]) -> list[float]:
 
 
 def _accuracy(rows: list[Row]) -> list[float]:
-    return [100 * row["accuracy"] for row in rows]
+    return [math.nan if row["accuracy"] is None else 100 * row["accuracy"] for row in rows]
 
 
 def _seconds(rows: list[Row]) -> list[float]:

@@ -93,6 +93,19 @@ def test_structure_and_budget_are_recorded(tmp_path: Path) -> None:
         ),
         (["--method", "fedavg", "--criterion", "snip"], "--criterion means nothing to fedavg"),
         (["--method", "random", "--mask-mode", "personal"], "--mask-mode means nothing to random"),
+        (["--method", "fedpai-s", "--structure", "16x1"], "--structure means nothing to fedpai-s"),
+        (["--method", "ssfl", "--criterion", "snip"], "--criterion means nothing to ssfl"),
+        (["--method", "spafl", "--sparsity", "0.9"], "--sparsity means nothing to spafl"),
+        (["--threshold-penalty", "1"], "--threshold-penalty means nothing to fedpai-u"),
+        (
+            ["--method", "spafl", "--threshold-penalty", "-1"],
+            "--threshold-penalty must lie in [0.0, inf), got -1.0",
+        ),
+        (["--method", "feddst", "--adjust-rate", "1"], "--adjust-rate must lie in [0.0, 1.0), got 1.0"),
+        (
+            ["--method", "feddst", "--adjust-every", "0"],
+            "--adjust-every must be a whole number of at least 1, got 0",
+        ),
         (
             ["--structure", "0x4"],
             "--structure: got '0x4', expected 'weight', a block such as '16x1' or '8x8-taps'",

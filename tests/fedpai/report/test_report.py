@@ -134,6 +134,32 @@ def test_personal_column_only_where_it_has_a_meaning(
     assert f"{100 * (content.methods[0].personal_accuracy or 0):.2f} %" in report.text(content)
 
 
+def test_a_method_without_a_global_model(
+    images: Dataset, tiny: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Its global accuracy is nowhere a number; everything else is as ever."""
+    run = Run(tiny(method="spafl", baseline="fedavg", rounds=2), data=images)
+    run.finish()
+    content = report.collect(run)
+    ours, base = content.methods
+    assert content.ratios is not None
+    assert (ours.accuracy, ours.best_accuracy, ours.global_density, content.ratios.accuracy_gap) == (None,) * 4
+    assert base.accuracy is not None
+    assert ours.held_accuracy is not None
+    plain = report.text(content)
+    row, other = (re.split(r" {2,}", line) for line in plain.splitlines()[1:3])
+    assert row[:3] == ["spafl", "-", f"{100 * (ours.personal_accuracy or 0):.2f} %"]
+    assert other[2].startswith("- ")
+    assert f"spafl: {100 * ours.held_accuracy:.2f} % over all clients" in plain
+    assert "points" not in plain
+    page = report.write(content, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert f"{100 * ours.held_accuracy:.2f} % over all clients" in page
+    assert "<td>spafl</td><td>–</td><td>–</td>" in page
+    assert "points" not in re.sub(r"(?s)<svg.*?</svg>|points=", "", page)
+    rows = report.json_rows(content)
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+
+
 def test_json_rows_are_json(finished: Run) -> None:
     rows = report.json_rows(report.collect(finished))
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows

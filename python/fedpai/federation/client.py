@@ -20,8 +20,19 @@ from torch import Tensor, nn
 from fedpai.data import Dataset
 from fedpai.federation.bound import BoundModel, ModelPool
 from fedpai.federation.config import RunConfig
+from fedpai.federation.feedback import move_residual, with_feedback
 from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, repack, unpack
-from fedpai.federation.payload import NO_MASK, SERVER, Kind, Payload, PayloadError, decode, encode
+from fedpai.federation.payload import (
+    NO_MASK,
+    SERVER,
+    WIRE_DTYPES,
+    DType,
+    Kind,
+    Payload,
+    PayloadError,
+    decode,
+    encode,
+)
 from fedpai.federation.seeds import derive, generator, torch_seed
 from fedpai.federation.server import mask_from
 from fedpai_kernels import optim
@@ -106,7 +117,7 @@ class Client:
             PayloadError: a message that is damaged, stale or for another model; nothing was changed by it.
         """
         for message in messages:
-            payload = decode(message)
+            payload = decode(message, most=self.layout.float_count(None))
             mask = self.memory.mask
             if payload.kind is Kind.MASK:
                 self._expect(payload, Kind.MASK, self.layout.weight_count, None, 0)
@@ -128,16 +139,31 @@ class Client:
             mask_digest=mask_digest,
             count=count,
             ints=ints,
+            dtype=WIRE_DTYPES[self.config.wire] if kind is Kind.VALUES else None,
+            exact=self.layout.other_count,
         )
 
     def values_message(self, mask: MaskSet | None = None) -> bytes:
-        """The client's model, packed under its mask, or under another one that it sends along."""
+        """The client's model, rounded with error feedback to the run's wire format.
+
+        Args:
+            mask: what to pack under, where the client sends a new mask along; else the one it trains under.
+
+        Raises:
+            PayloadError: a weight that the format cannot hold.
+        """
         floats, ints = self.model_vectors()
+        dtype, exact = WIRE_DTYPES[self.config.wire], self.layout.other_count
+        own, memory = self.memory.mask, self.memory.extra
         if mask is None:
-            mask = self.memory.mask
-        else:
-            floats = repack(floats, self.memory.mask, mask, self.layout)
-        return self._encode(Kind.VALUES, mask, values=floats, ints=ints)
+            return self._values(own, with_feedback(memory, floats, exact, dtype), ints, dtype)
+        move_residual(memory, own, mask, self.layout)
+        sent = with_feedback(memory, repack(floats, own, mask, self.layout), exact, dtype)
+        move_residual(memory, mask, own, self.layout)
+        return self._values(mask, sent, ints, dtype)
+
+    def _values(self, mask: MaskSet | None, floats: Floats, ints: Ints, dtype: DType) -> bytes:
+        return self._encode(Kind.VALUES, mask, values=floats, ints=ints, dtype=dtype)
 
     def scores_message(self, scores: Floats) -> bytes:
         """One score for each conv and linear weight."""
@@ -160,6 +186,7 @@ class Client:
         ints: Ints | None = None,
         bits: bytes = b"",
         count: int | None = None,
+        dtype: DType = DType.FLOAT32,
     ) -> bytes:
         return encode(
             kind,
@@ -172,6 +199,9 @@ class Client:
             ints=ints,
             bits=bits,
             count=count,
+            dtype=dtype,
+            exact=self.layout.other_count,
+            deflate=self.config.compress == "deflate",
         )
 
     # -- the model ---------------------------------------------------------------------------------------
@@ -214,10 +244,11 @@ class Client:
         self.set_mask(mask)
 
     def set_mask(self, mask: MaskSet) -> None:
-        """Remembers another mask, and takes along the momentum of the weights that it keeps."""
+        """Remembers another mask, and takes along momentum and error feedback of the weights that it keeps."""
         kept = self.memory.extra
         if MOMENTUM in kept:
             kept[MOMENTUM] = repack(kept[MOMENTUM], self.memory.mask, mask, self.layout)
+        move_residual(kept, self.memory.mask, mask, self.layout)
         self.memory.mask = mask
 
     def seed(self, purpose: str) -> int:

@@ -19,14 +19,14 @@ import numpy as np
 from fedpai.data import Dataset
 from fedpai.federation.bound import ModelPool
 from fedpai.federation.client import Client, ClientError, ClientMemory, TrainingLog
-from fedpai.federation.config import RunConfig
+from fedpai.federation.config import ConfigError, RunConfig
 from fedpai.federation.evaluate import Evaluator, Score
 from fedpai.federation.layout import Layout
 from fedpai.federation.payload import PayloadError
 from fedpai.federation.progress import Progress
 from fedpai.federation.seeds import generator
 from fedpai.federation.server import Server, Update
-from fedpai.methods.base import Method
+from fedpai.methods.base import Method, MethodError
 
 Row = dict[str, Any]
 Accept = Callable[[Server, int, list[bytes]], Update]
@@ -89,7 +89,15 @@ class LocalClients:
         self.memories = {client: ClientMemory() for client in range(len(partition))}
 
     def turn(self, client: int, round: int, messages: list[bytes]) -> Reply:
-        """See `Link.turn`."""
+        """See `Link.turn`. What goes wrong in a client's own work is that client's failure, not the server's."""
+        try:
+            return self._turn(client, round, messages)
+        except (ClientError, ConfigError, PayloadError):
+            raise
+        except (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError) as error:
+            raise ClientError(f"{type(error).__name__}: {error}") from error
+
+    def _turn(self, client: int, round: int, messages: list[bytes]) -> Reply:
         me = self._client(client, round)
         me.receive(messages)
         if round == 0:
@@ -166,10 +174,12 @@ class Federation:
         start = time.perf_counter()
         turns = _Turns()
         self.method.choose_masks(self.server)
+        self._round_to_wire()
         everybody = list(range(self.config.clients))
         if self.method.asks_clients:
             self._turns(everybody, turns, self.method.accept_proposal)
             self.method.agree(self.server, turns.updates)
+            self._round_to_wire()
         sampled = everybody if self.method.asks_clients else []
         masks = time.perf_counter() - start
         return self._row(sampled, turns, start, masks=masks, proposals=turns.choosing)
@@ -184,8 +194,15 @@ class Federation:
         merging = time.perf_counter()
         if turns.updates:
             self.method.merge(self.server, turns.updates)
+            self._round_to_wire()
         merging = time.perf_counter() - merging
         return self._row(sampled, turns, start, merge=merging)
+
+    def _round_to_wire(self) -> None:
+        try:
+            self.server.round_to_wire()
+        except PayloadError as error:
+            raise MethodError(f"--wire {self.config.wire} cannot carry the global model: {error}") from None
 
     def _sample(self) -> list[int]:
         """The clients of this round, ascending. One whose mask was refused sits out."""

@@ -11,8 +11,18 @@ from torch import nn
 
 from fedpai.federation.bound import ModelPool
 from fedpai.federation.config import RunConfig
+from fedpai.federation.feedback import move_residual, with_feedback
 from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, pack, places, union, unpack
-from fedpai.federation.payload import NO_MASK, SERVER, Kind, Payload, PayloadError, decode, encode
+from fedpai.federation.payload import (
+    NO_MASK,
+    SERVER,
+    WIRE_DTYPES,
+    Kind,
+    Payload,
+    PayloadError,
+    decode,
+    encode,
+)
 
 
 @dataclass
@@ -86,6 +96,7 @@ class Server:
     def _repack(self, mask: MaskSet) -> None:
         dense = unpack(self.floats, self.mask, self.layout)
         self.floats = pack(dense, mask, self.layout)
+        move_residual(self.extra, self.mask, mask, self.layout)
         self.mask = mask
         self._places = {}
 
@@ -114,6 +125,17 @@ class Server:
         """The global model as a separate dense torch model."""
         return self.pool.plain(*self.dense())
 
+    def round_to_wire(self) -> None:
+        """Rounds the global model to what its messages can carry; error feedback keeps the rest for the next time.
+
+        Everybody then holds the same numbers, and rounding again without a merge in between changes nothing.
+
+        Raises:
+            PayloadError: a weight that the run's wire format cannot hold; nothing was changed.
+        """
+        dtype = WIRE_DTYPES[self.config.wire]
+        self.floats = with_feedback(self.extra, self.floats, self.layout.other_count, dtype)
+
     # -- messages ----------------------------------------------------------------------------------------
 
     def values_message(self, client: int) -> bytes:
@@ -130,6 +152,9 @@ class Server:
             mask_digest=NO_MASK if mask is None else mask.digest,
             values=floats,
             ints=self.ints,
+            dtype=WIRE_DTYPES[self.config.wire],
+            exact=self.layout.other_count,
+            deflate=self.config.compress == "deflate",
         )
 
     def mask_message(self, client: int) -> list[bytes]:
@@ -203,7 +228,7 @@ class Server:
     def _expect(
         self, client: int, message: bytes, kind: Kind, *, count: int, mask_digest: bytes | None, ints: int = 0
     ) -> Payload:
-        return decode(message).expect(
+        return decode(message, most=self.layout.float_count(None)).expect(
             kind=kind,
             round=self.round,
             client=client,
@@ -211,6 +236,8 @@ class Server:
             mask_digest=mask_digest,
             count=count,
             ints=ints,
+            dtype=WIRE_DTYPES[self.config.wire] if kind is Kind.VALUES else None,
+            exact=self.layout.other_count,
         )
 
 

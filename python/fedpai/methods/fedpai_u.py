@@ -74,8 +74,9 @@ class FedPaiU(Method):
             )
         except ValueError as error:
             raise ClientError(f"scoring failed: {error}") from None
-        client.memory.mask = MaskSet.from_masks(client.layout, masks)
-        return [client.mask_message(client.memory.mask)]
+        mask = MaskSet.from_masks(client.layout, masks)
+        client.set_mask(mask)
+        return [client.mask_message(mask)]
 
     def accept_proposal(self, server: Server, client: int, messages: list[bytes]) -> Update:
         """Scores, or a mask of the agreed size and structure."""

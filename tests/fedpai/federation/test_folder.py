@@ -33,6 +33,7 @@ CASES = {
     "local": {"method": "local"},
     "fedsparsify-global": {"method": "fedsparsify-global"},
     "fedsparsify-local": {"method": "fedsparsify-local"},
+    "half": {"method": "fedpai-u", "criterion": "snip", "mask_mode": "personal", "wire": "bf16", "compress": "deflate"},
     "channels": {"method": "fedpai-u", "criterion": "snip", "structure": "channel", "budget": "flops"},
     "fedpai-s": {"method": "fedpai-s", "mask_mode": "personal"},
     "feddst": {"method": "feddst", "adjust_every": 1},

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedpai.bench.machine import identity
 from fedpai.federation.files import write_atomic
+from fedpai.federation.link_speed import LinkSpeed, LinkTimes, link_times
 from fedpai.federation.runner import Run
 from fedpai.federation.server import Server
 from fedpai.report.profile import profile_layers
@@ -27,6 +28,7 @@ class Content:
         rows: metrics, one a round and method.
         methods: totals, the method first, then the baseline.
         ratios: the method against the baseline, if there is one.
+        link, times: the link that times are stated for, and each method's under it; None and nothing without one.
         notes: what `sparsify_` said about the modules around the layers.
         layers: one row per conv and linear layer of the sparse network: density, structure, kernel, why, and, where
             they were timed, milliseconds dense and sparse.
@@ -37,22 +39,36 @@ class Content:
     rows: list[Row]
     methods: list[MethodSummary]
     ratios: Ratios | None
+    link: LinkSpeed | None
+    times: list[LinkTimes]
     layers: list[dict[str, Any]]
     notes: list[str]
 
 
-def collect(run: Run, layers: list[dict[str, Any]] | None = None) -> Content:
+def collect(
+    run: Run,
+    layers: list[dict[str, Any]] | None = None,
+    link: LinkSpeed | None = None,
+    target: float | None = None,
+) -> Content:
     """Summarises a finished run.
 
     Args:
         layers: what `layer_profile` returned; without it the layer table has no times.
+        link: what times are stated for; without it there are none.
+        target: the accuracy that they are counted to; by default a point less than the baseline ends with.
     """
     methods = [summarise(arm.name, run.rows) for arm in run.arms]
     ratios = compare(methods[0], methods[1]) if len(methods) == 2 else None
+    if target is None and len(methods) == 2 and methods[1].accuracy is not None:
+        target = methods[1].accuracy - 0.01
+    of_method = [[row for row in run.rows if row["method"] == m.method] for m in methods]
+    times = [] if link is None else [link_times(rows, link, target) for rows in of_method]
     config = run.config.to_json()
     server = _sparse_server(run)
     notes = [] if server is None else list(run.pool.get(_typical_mask(server)).report.notes)
-    return Content(config, identity(), run.rows, methods, ratios, layers or _layer_rows(run), notes)
+    layers = layers or _layer_rows(run)
+    return Content(config, identity(), run.rows, methods, ratios, link, times, layers, notes)
 
 
 def layer_profile(run: Run, file: Path) -> list[dict[str, Any]]:
@@ -112,11 +128,16 @@ def _typical_mask(server: Server) -> Any:
 
 
 def json_rows(content: Content) -> list[Row]:
-    """Everything machine-readable; the field `row` says what each is: run, round, layer, method or ratios."""
+    """Everything machine-readable; the field `row` says what each is: run, round, layer, method, time or ratios."""
     rows: list[Row] = [{"row": "run", "config": content.config, "machine": content.machine}]
     rows += [{"row": "round", **row} for row in content.rows]
     rows += [{"row": "layer", **layer} for layer in content.layers]
     rows += [{"row": "method", **method.to_json()} for method in content.methods]
+    if content.link is not None:
+        rows += [
+            {"row": "time", "method": method.method, "link": content.link.to_json(), **times.to_json()}
+            for method, times in zip(content.methods, content.times, strict=True)
+        ]
     if content.ratios is not None:
         method, baseline = content.methods
         rows.append(
@@ -137,20 +158,44 @@ def text(content: Content) -> str:
         f" {'step':>9} {'compute':>9}"
     ]
     for m in content.methods:
-        personal = "-" if m.personal_accuracy is None else f"{100 * m.personal_accuracy:.2f} %"
         step = "-" if m.step_ms is None else f"{m.step_ms:.1f} ms"
         lines.append(
-            f"{m.method:<12} {100 * m.accuracy:>7.2f} % {personal:>9} {100 * m.density:>6.2f} %"
+            f"{m.method:<12} {percent(m.accuracy):>9} {percent(m.personal_accuracy):>9} {100 * m.density:>6.2f} %"
             f" {m.uplink / 1e6:>8.3f} MB {m.downlink / 1e6:>9.3f} MB {step:>9} {m.compute_seconds:>7.1f} s"
         )
     if content.ratios is not None:
         lines += ["", *_ratio_lines(content.methods[0], content.methods[1], content.ratios)]
+    lines += _time_lines(content)
     return "\n".join(lines)
+
+
+def percent(share: float | None) -> str:
+    """A share as text; a dash for None."""
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def _time_lines(content: Content) -> list[str]:
+    """Times over the link, a line a method."""
+    if content.link is None:
+        return []
+    lines = ["", f"over a link of {content.link}, a round as long as its slowest client's:"]
+    for method, times in zip(content.methods, content.times, strict=True):
+        line = f"  {method.method:<12} {times.seconds:>9.1f} s in all"
+        for what, seconds, round in (
+            ("", times.target_seconds, times.target_round),
+            (" (personalised)", times.personal_target_seconds, times.personal_target_round),
+        ):
+            if times.target is not None and (seconds is not None or not what):
+                when = "not reached" if seconds is None else f"{seconds:.1f} s, in round {round}"
+                line += f"; to {percent(times.target)}{what}: {when}"
+        lines.append(line)
+    return lines
 
 
 def _ratio_lines(method: MethodSummary, baseline: MethodSummary, ratios: Ratios) -> list[str]:
     lines = [f"{method.method} against {baseline.method}, {method.rounds} rounds each:"]
-    lines.append(f"  accuracy                    {ratios.accuracy_gap:+.2f} points")
+    if ratios.accuracy_gap is not None:
+        lines.append(f"  accuracy                    {ratios.accuracy_gap:+.2f} points")
     if ratios.compute_per_step is not None:
         lines.append(
             f"  compute per training step   {ratios.compute_per_step:.2f} x faster (median of full batches)"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the cells of a grid amount to: one row a cell, and one entry for all seeds of a method's settings.
 
-A row has ``row`` ("cell"), ``cell``, ``family``, ``label``, ``seed``, ``model``, ``alpha``, ``config``, ``machine``,
-all fields of `fedpai.report.summary.MethodSummary` (accuracies, density, bytes, step and compute times, refused), ``link``,
-``times`` (`fedpai.federation.link_speed.LinkTimes`) and ``curve``: round by round the accuracies and the seconds over
-the link.
+A row has ``row`` ("cell"), ``cell``, ``family``, ``label``, ``seed``, ``model``, ``alpha``, ``config``, ``machine``;
+all fields of `fedpai.report.summary.MethodSummary` (accuracies, density, bytes, step and compute times, refused);
+``link``, ``times`` (`fedpai.federation.link_speed.LinkTimes`), and ``curve``: round by round the accuracies and the
+seconds over the link.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from typing import Any
 
 from fedpai.compare.grid import Cell
 from fedpai.federation.link_speed import LinkSpeed, link_times
-from fedpai.report.summary import gap, summarise
+from fedpai.report.content import MARGIN
+from fedpai.report.summary import summarise
 
 Row = dict[str, Any]
 
 DENSE = "fedavg"
 """Whom the tables compare with, and whose accuracy the target is derived from."""
-MARGIN = 0.01
-"""How much less than dense FedAvg's final accuracy the target is: one point."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,9 @@ class Entry:
     Attributes:
         family, label: see `Cell`.
         rows: of its cells.
-        accuracy, personal_accuracy, density: shares.
+        accuracy, density: shares.
+        personal_accuracy: over all clients by the models that they hold in the end, where the method leaves models
+            there; else over the last round's clients.
         accuracy_gap: global accuracy less dense FedAvg's mean, in points.
         uplink, downlink: bytes per client and round.
         sent: bytes of the whole run, both ways, choosing masks included.
@@ -193,12 +194,16 @@ def sections(rows: Sequence[Row]) -> list[Section]:
 
 
 def _values(rows: list[Row]) -> dict[str, Spread | None]:
-    direct = ("accuracy", "personal_accuracy", "density", "uplink", "downlink", "step_ms")
+    direct = ("accuracy", "density", "uplink", "downlink", "step_ms")
     timed = ("seconds", "target_seconds", "personal_target_seconds")
+    personal = [
+        row["personal_accuracy"] if row["held_accuracy"] is None else row["held_accuracy"] for row in rows
+    ]
     sent = [row["total_up"] + row["total_down"] + row["setup_up"] + row["setup_down"] for row in rows]
     return {
         **{key: Spread.of([row[key] for row in rows]) for key in direct},
         **{key: Spread.of([row["times"][key] for row in rows]) for key in timed},
+        "personal_accuracy": Spread.of(personal),
         "sent": Spread.of(sent),
     }
 
@@ -210,7 +215,7 @@ def _entry(label: str, rows: list[Row], dense: dict[str, Spread | None] | None) 
         rows[0]["family"],
         label,
         rows,
-        accuracy_gap=gap(mine["accuracy"], theirs.get("accuracy")),
+        accuracy_gap=_gap(mine["accuracy"], theirs.get("accuracy")),
         uplink_share=_over(mine["uplink"], theirs.get("uplink")),
         step_speed=_over(theirs.get("step_ms"), mine["step_ms"]),
         sooner=_over(theirs.get("target_seconds"), mine["target_seconds"]),
@@ -221,6 +226,10 @@ def _entry(label: str, rows: list[Row], dense: dict[str, Spread | None] | None) 
 def _means(values: dict[str, Spread | None]) -> dict[str, float | None]:
     """None where a seed has no value: a mean of those that did reach a target flatters."""
     return {key: None if spread is None or spread.missing else spread.mean for key, spread in values.items()}
+
+
+def _gap(accuracy: float | None, dense: float | None) -> float | None:
+    return None if accuracy is None or dense is None else 100 * (accuracy - dense)
 
 
 def _over(top: float | None, bottom: float | None) -> float | None:

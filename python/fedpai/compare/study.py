@@ -2,7 +2,7 @@
 """A grid on disk: runs what is missing, keeps what is finished.
 
     compare.json         the grid, and the link and target of its times
-    cells/<name>/        one run folder for each cell, and machine.json in it: where it ran
+    cells/<name>/        one run folder for each cell, and in it, once the run is finished, machine.json: where it ran
     results.jsonl        one row a finished cell (results.py)
     report.html          tables and plots
 
@@ -135,8 +135,7 @@ class Study:
         found = []
         for cell in self.cells:
             path = self.cell_path(cell)
-            # The final model is the last thing that a run writes.
-            if (path / f"model-{cell.config.method}.safetensors").exists():
+            if (path / MACHINE_FILE).exists():
                 rows = RunFolder.reopen(path, cell.config.to_json()).rows()
                 machine = json.loads((path / MACHINE_FILE).read_text(encoding="utf-8"))
                 found.append(Finished(cell, rows, machine))
@@ -164,9 +163,8 @@ class Study:
             for leftover in path.glob(f"*{PART}"):
                 leftover.unlink()
             folder = RunFolder.create(path, cell.config)
-        run = Run(folder.config, folder, progress, data=self._data)
+        Run(folder.config, folder, progress, data=self._data).finish()
         folder.write(MACHINE_FILE, (json.dumps(identity()) + "\n").encode())
-        run.finish()
 
     def save(self) -> list[Row]:
         """Writes the rows and the page of what is finished, and returns the rows."""

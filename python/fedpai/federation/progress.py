@@ -101,7 +101,7 @@ class Bars(Progress):
     def row(self, row: dict[str, Any]) -> None:
         """See Progress."""
         accuracy = row["personal_accuracy"] if row["accuracy"] is None else row["accuracy"]
-        self._latest[row["method"]] = "" if accuracy is None else f"{100 * accuracy:.1f}%"
+        self._latest[row["method"]] = "-" if accuracy is None else f"{100 * accuracy:.1f}%"
         self._bars[0].set_postfix(self._latest, refresh=False)
         if row["round"] > 0:
             self._bars[0].update(1)

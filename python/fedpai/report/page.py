@@ -11,7 +11,7 @@ from typing import Any
 
 from fedpai.federation.files import write_atomic
 from fedpai.report.charts import Bar, Series, bar_chart, line_chart, number
-from fedpai.report.content import Content, Row, percent
+from fedpai.report.content import Content, Row
 
 STYLES = ("s0", "s1")
 TEMPLATE = "report.html.j2"
@@ -42,7 +42,7 @@ def render(template: str, **values: Any) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters.update(number=number, size=size, percent=percent)
+    environment.filters.update(number=number, size=size)
     return environment.get_template(template).render(**values)
 
 

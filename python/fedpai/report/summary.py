@@ -22,9 +22,9 @@ class MethodSummary:
     Attributes:
         rounds: finished ones.
         accuracy, best_accuracy: global model after the last round, and its best round (chosen on test data); None
-            for a method that has no global model.
-        personal_accuracy, best_personal_accuracy: the same of the clients' own models on their own class mix; None
-            where clients have none.
+            for a method without one, as global_density.
+        personal_accuracy: own models of the last round's clients on their own class mix; else None.
+        held_accuracy: the same of all clients, by the models that they hold after the last round; else None.
         density: share of the conv and linear weights that a client trains.
         global_density: share that the server's model holds (more than `density` under personal masks).
         uplink, downlink: bytes per client and round of training.
@@ -43,9 +43,9 @@ class MethodSummary:
     accuracy: float | None
     best_accuracy: float | None
     personal_accuracy: float | None
-    best_personal_accuracy: float | None
+    held_accuracy: float | None
     density: float
-    global_density: float
+    global_density: float | None
     uplink: float
     downlink: float
     total_up: int
@@ -75,7 +75,7 @@ class Ratios:
         compute_total: the same for the sum of all training steps.
         uplink, downlink: the method's bytes / the baseline's over the rounds of training: below 1 is less.
         uplink_with_setup, downlink_with_setup: the same with round 0 counted in.
-        accuracy_gap: method's final global accuracy minus the baseline's, in points.
+        accuracy_gap: method's final accuracy minus the baseline's, in points; None without a global model.
     """
 
     compute_per_step: float | None
@@ -106,9 +106,9 @@ def summarise(method: str, rows: Sequence[Row]) -> MethodSummary:
         method=method,
         rounds=last["round"],
         accuracy=last["accuracy"],
-        best_accuracy=_best(mine, "accuracy"),
+        best_accuracy=max((row["accuracy"] for row in mine if row["accuracy"] is not None), default=None),
         personal_accuracy=last["personal_accuracy"],
-        best_personal_accuracy=_best(mine, "personal_accuracy"),
+        held_accuracy=last.get("held_accuracy"),
         density=fmean(row["density"] for row in trained or mine),
         global_density=last["global_density"],
         uplink=sum(row["bytes_up"] for row in trained) / turns,
@@ -139,17 +139,10 @@ def compare(method: MethodSummary, baseline: MethodSummary) -> Ratios:
         downlink_with_setup=_over(
             method.total_down + method.setup_down, baseline.total_down + baseline.setup_down
         ),
-        accuracy_gap=gap(method.accuracy, baseline.accuracy),
+        accuracy_gap=None
+        if method.accuracy is None or baseline.accuracy is None
+        else 100 * (method.accuracy - baseline.accuracy),
     )
-
-
-def gap(accuracy: float | None, baseline: float | None) -> float | None:
-    """An accuracy minus another, in points."""
-    return None if accuracy is None or baseline is None else 100 * (accuracy - baseline)
-
-
-def _best(rows: Sequence[Row], key: str) -> float | None:
-    return max((row[key] for row in rows if row[key] is not None), default=None)
 
 
 def _over(top: float | None, bottom: float | None) -> float | None:

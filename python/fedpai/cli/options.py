@@ -182,11 +182,13 @@ def _list_of(parse: Parse) -> Parse:
     """Values separated by commas, each once."""
 
     def values(text: str) -> list[Any]:
-        found = [parse(word.strip()) for word in text.split(",")]
-        repeated = [value for at, value in enumerate(found) if value in found[:at]]
-        if repeated or "" in found:
-            what = f"{repeated[0]} twice" if repeated else "an empty place"
-            raise argparse.ArgumentTypeError(f"got {text!r}, which has {what}")
+        words = [word.strip() for word in text.split(",")]
+        if "" in words:
+            raise argparse.ArgumentTypeError(f"got {text!r}, which has an empty place")
+        found = [parse(word) for word in words]
+        for at, (word, value) in enumerate(zip(words, found, strict=True)):
+            if value in found[:at]:
+                raise argparse.ArgumentTypeError(f"got {text!r}, which has {word} twice")
         return found
 
     values.__name__ = parse.__name__

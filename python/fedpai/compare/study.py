@@ -29,6 +29,7 @@ from fedpai.federation.folder import FolderError, RunFolder
 from fedpai.federation.link_speed import LinkSpeed
 from fedpai.federation.progress import Progress
 from fedpai.federation.runner import Run, load_data
+from fedpai.methods.base import MethodError
 
 LINK = LinkSpeed(1e6, 10e6)
 """What times are stated for unless a link is given: 1 MB/s up, 10 MB/s down."""
@@ -151,7 +152,10 @@ class Study:
         for cell in self.cells:
             if cell.name not in done:
                 progress.cell(cell.name)
-                self._run(cell, progress)
+                try:
+                    self._run(cell, progress)
+                except (ConfigError, MethodError) as error:
+                    raise type(error)(f"{cell.name}: {error}") from None
                 self.save()
                 progress.finished()
 

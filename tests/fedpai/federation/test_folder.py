@@ -130,7 +130,7 @@ def test_folders_that_are_none(tiny: Make, tmp_path: Path) -> None:
     with pytest.raises(FolderError, match=r"config.json cannot be used"):
         RunFolder.reopen(tmp_path, {})
     (tmp_path / "config.json").write_text('{"rounds": 3}')
-    with pytest.raises(FolderError, match=r"not a run configuration of this version: missing \['alpha'"):
+    with pytest.raises(FolderError, match=r"not a run configuration of this version: missing \['adjust_every'"):
         RunFolder.reopen(tmp_path, {})
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import pytest
 
 from fedpai import cli
 from fedpai.cli import compare as compare_command
+from fedpai.cli.options import explicit_settings
+from fedpai.compare.presets import PRESETS
 from fedpai.compare.progress import GridProgress
 
+PAGE = Path(__file__).parents[3] / "docs" / "compare.md"
 Read = Callable[[Path], list[dict[str, Any]]]
 
 TINY = [
@@ -207,3 +211,19 @@ def test_folders_that_hold_something_else(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "file").write_text("x")
     assert cli.main(["compare", *TINY, "--out", str(tmp_path)]) == 2
     assert "is not empty and is no run folder" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_and_of_the_help_are_right(capsys: pytest.CaptureFixture[str]) -> None:
+    text = PAGE.read_text(encoding="utf-8") + compare_command.EPILOG
+    commands = [line.split("   ")[0].split()[1:] for line in re.findall(r"^ +(fedpai compare .*)$", text, re.M)]
+    assert len(commands) == 11
+    for words in commands:
+        given = vars(cli.build_parser().parse_args(words))
+        axes, settings = compare_command.asked(explicit_settings(given), given.get("preset"))
+        assert given["out"].parts[0] == "runs"
+        assert not settings.keys() & axes.keys()
+
+
+def test_the_page_lists_every_preset() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert [name for name in PRESETS if f"| `{name}` |" not in text] == []

@@ -79,7 +79,7 @@ def add_settings(parser: argparse.ArgumentParser, several: frozenset[str] = froz
     add("--local-epochs", "E", "passes over a client's images per round (1)", int)
     add("--batch", "B", "images per step (32)", int)
     add("--lr", "X", "learning rate of SGD (0.05)", float)
-    add("--momentum", "X", "momentum of SGD, fresh each round (0.9)", float)
+    add("--momentum", "X", "momentum of SGD (0.9)", float)
     add("--weight-decay", "X", "weight decay of SGD (0.0005)", float)
     add("--seed", "N", "a run's only source of randomness (0)", int)
     add("--threads", "N", "CPU threads of torch and of the kernels (2)", int)

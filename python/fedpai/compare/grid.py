@@ -76,12 +76,14 @@ _NAMED = ("model", "method", "sparsity", "criterion", "allocation", "mask_mode",
 
 
 def _word(key: str, value: Any) -> str:
-    """A value in a cell's name, empty for none. Numbers are written in full, so that no two share a name."""
+    """A value in a cell's name, empty for none. Numbers are written in full, so that no two share a name; a colon
+    would be a host to copying tools.
+    """
     if key == "alpha":
         return partition(value)
     if key == "seed":
         return f"seed{value}"
-    return "" if value is None else str(value)
+    return "" if value is None else str(value).replace(":", "=")
 
 
 def partition(alpha: float | None) -> str:

@@ -92,32 +92,6 @@ def test_training_learns(images: Dataset, tiny: Make) -> None:
     assert rows[-1]["accuracy"] > rows[0]["accuracy"] + 0.1
 
 
-def test_rows_say_what_each_client_cost(images: Dataset, tiny: Make) -> None:
-    """Bytes and seconds of every turn; a client that cannot be reached was sent its messages all the same."""
-    run = Run(tiny(method="fedpai-u", criterion="snip", rounds=1, clients=3, sample=3), data=images)
-    federation = run.arms[0].federation
-    before = federation.choose_masks()
-    assert [client["client"] for client in before["clients"]] == [0, 1, 2]
-    assert before["time"]["proposals"] == sum(before["time"]["clients"])
-    assert before["time"]["proposals"] + before["time"]["merge"] <= before["time"]["masks"]
-
-    class Dead:
-        def turn(self, client: int, round: int, messages: list[bytes]) -> Reply:
-            if client == 1:
-                raise ClientError("out of battery")
-            return run.arms[0].clients.turn(client, round, messages)
-
-    federation._link = Dead()
-    row = federation.run_round()
-    for way in ("bytes_up", "bytes_down"):
-        assert row[way] == sum(client[way] for client in row["clients"]) > 0
-    dead = row["clients"][1]
-    assert (dead["client"], dead["bytes_up"]) == (1, 0)
-    assert dead["bytes_down"] == row["clients"][0]["bytes_down"]
-    assert row["time"]["clients"][1] == 0
-    assert sum(row["time"]["clients"]) > row["time"]["compute"] > 0
-
-
 class Tamper:
     """A link that changes what one client answers."""
 

@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from fedpai.data import Dataset
+from fedpai.federation.client import ClientError
+from fedpai.federation.config import RunConfig
+from fedpai.federation.engine import Reply
 from fedpai.federation.link_speed import LinkSpeed, LinkTimes, link_times, parse_rate
+from fedpai.federation.runner import Run
 
 
 def row(
@@ -101,3 +107,29 @@ def test_a_method_without_a_global_model() -> None:
 def test_in_words() -> None:
     assert str(LinkSpeed(1e6, 1e7)) == "1 MB/s up, 10 MB/s down"
     assert str(LinkSpeed(125e3, 2.5e9, 5)) == "125 KB/s up, 2.5 GB/s down, devices 5 x slower than this machine"
+
+
+def test_rows_say_what_each_client_cost(images: Dataset, tiny: Callable[..., RunConfig]) -> None:
+    """Bytes and seconds of every turn; a client that cannot be reached was sent its messages all the same."""
+    run = Run(tiny(method="fedpai-u", criterion="snip", rounds=1, clients=3, sample=3), data=images)
+    federation = run.arms[0].federation
+    before = federation.choose_masks()
+    assert [client["client"] for client in before["clients"]] == [0, 1, 2]
+    assert before["time"]["proposals"] == sum(before["time"]["clients"])
+    assert before["time"]["proposals"] + before["time"]["merge"] <= before["time"]["masks"]
+
+    class Dead:
+        def turn(self, client: int, round: int, messages: list[bytes]) -> Reply:
+            if client == 1:
+                raise ClientError("out of battery")
+            return run.arms[0].clients.turn(client, round, messages)
+
+    federation._link = Dead()
+    row = federation.run_round()
+    for way in ("bytes_up", "bytes_down"):
+        assert row[way] == sum(client[way] for client in row["clients"]) > 0
+    dead = row["clients"][1]
+    assert (dead["client"], dead["bytes_up"]) == (1, 0)
+    assert dead["bytes_down"] == row["clients"][0]["bytes_down"]
+    assert row["time"]["clients"][1] == 0
+    assert sum(row["time"]["clients"]) > row["time"]["compute"] > 0

@@ -126,7 +126,7 @@ def test_times_over_a_link_are_a_third_speed(finished: Run, tmp_path: Path) -> N
     assert "over the link" not in untimed
 
 
-def test_a_method_without_a_global_model(finished: Run, tmp_path: Path) -> None:
+def test_times_without_a_global_model(finished: Run, tmp_path: Path) -> None:
     for row in finished.rows:
         if row["method"] == "fedpai-u":
             row.update(accuracy=None, personal_accuracy=0.75 if row["round"] else None)

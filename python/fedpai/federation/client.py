@@ -153,17 +153,13 @@ class Client:
             PayloadError: a weight that the format cannot hold.
         """
         floats, ints = self.model_vectors()
-        dtype, exact = WIRE_DTYPES[self.config.wire], self.layout.other_count
-        own, memory = self.memory.mask, self.memory.extra
+        dtype, own = WIRE_DTYPES[self.config.wire], self.memory.mask
+        sent = with_feedback(self.memory.extra, floats, self.layout.other_count, dtype)
         if mask is None:
-            return self._values(own, with_feedback(memory, floats, exact, dtype), ints, dtype)
-        move_residual(memory, own, mask, self.layout)
-        sent = with_feedback(memory, repack(floats, own, mask, self.layout), exact, dtype)
-        move_residual(memory, mask, own, self.layout)
-        return self._values(mask, sent, ints, dtype)
-
-    def _values(self, mask: MaskSet | None, floats: Floats, ints: Ints, dtype: DType) -> bytes:
-        return self._encode(Kind.VALUES, mask, values=floats, ints=ints, dtype=dtype)
+            mask = own
+        else:
+            sent = repack(sent, own, mask, self.layout)
+        return self._encode(Kind.VALUES, mask, values=sent, ints=ints, dtype=dtype)
 
     def scores_message(self, scores: Floats) -> bytes:
         """One score for each conv and linear weight."""

@@ -39,7 +39,8 @@ class Reply:
     Attributes:
         messages: what goes to the server, as bytes.
         log: what its training measured; reporting only, the server's arithmetic never uses it.
-        seconds: wall-clock of the client's whole work in round 0.
+        seconds: wall-clock of the client's whole turn, from the arrival of its messages to its answer; evaluating its
+            model, which serves the metrics alone, is left out.
         personal_accuracy: of its own model on its own class mix, where the method asks for it.
         density: share of the weights that its model keeps, where only the client knows it.
     """
@@ -99,15 +100,19 @@ class LocalClients:
 
     def _turn(self, client: int, round: int, messages: list[bytes]) -> Reply:
         me = self._client(client, round)
+        start = time.perf_counter()
         me.receive(messages)
         if round == 0:
-            start = time.perf_counter()
             answer = self._method.propose(me)
             return Reply(answer, seconds=time.perf_counter() - start)
         self._method.train(me)
+        trained = time.perf_counter()
         accuracy = self._personal_accuracy(me) if self._method.personal else None
         density = None if self._method.has_global else me.density()
-        return Reply(self._method.answer(me), me.log, personal_accuracy=accuracy, density=density)
+        answering = time.perf_counter()
+        answer = self._method.answer(me)
+        seconds = trained - start + time.perf_counter() - answering
+        return Reply(answer, me.log, seconds, accuracy, density)
 
     def held_accuracy(self, round: int) -> float | None:
         """n_k mean over all clients, each by the model that it holds between its turns on its own class mix.
@@ -175,14 +180,17 @@ class Federation:
         turns = _Turns()
         self.method.choose_masks(self.server)
         self._round_to_wire()
+        merge = time.perf_counter() - start
         everybody = list(range(self.config.clients))
         if self.method.asks_clients:
             self._turns(everybody, turns, self.method.accept_proposal)
+            agreeing = time.perf_counter()
             self.method.agree(self.server, turns.updates)
             self._round_to_wire()
+            merge += time.perf_counter() - agreeing
         sampled = everybody if self.method.asks_clients else []
         masks = time.perf_counter() - start
-        return self._row(sampled, turns, start, masks=masks, proposals=turns.choosing)
+        return self._row(sampled, turns, start, masks=masks, proposals=sum(turns.turn_seconds), merge=merge)
 
     def run_round(self) -> Row:
         """One round of training."""
@@ -216,11 +224,10 @@ class Federation:
         for number, client in enumerate(clients):
             self._progress.client(number, len(clients), client)
             down = self.method.send(self.server, client)
-            turns.bytes_down += sum(map(len, down))
+            turns.begin(client, sum(map(len, down)))
             try:
                 reply = self._link.turn(client, self.server.round, down)
                 self.server.informed.add(client)
-                turns.bytes_up += sum(map(len, reply.messages))
                 turns.add(reply)
                 update = accept(self.server, client, reply.messages)
             except (PayloadError, ClientError) as error:
@@ -252,12 +259,14 @@ class Federation:
             "examples": sum(update.examples for update in turns.updates),
             "images": turns.images,
             "steps": turns.steps,
-            "bytes_up": turns.bytes_up,
-            "bytes_down": turns.bytes_down,
+            "bytes_up": sum(client["bytes_up"] for client in turns.clients),
+            "bytes_down": sum(client["bytes_down"] for client in turns.clients),
+            "clients": turns.clients,
             "density": fmean(turns.densities or [mask.density for mask in masks] or [overall]),
             "global_density": None if score is None else overall,
             "time": {
                 "compute": turns.seconds,
+                "clients": turns.turn_seconds,
                 "step_ms": [round(ms, 3) for ms in turns.step_ms],
                 "evaluate": evaluating,
                 "round": time.perf_counter() - start,
@@ -288,24 +297,34 @@ def _mean_accuracy(accuracies: Sequence[tuple[int, float]]) -> float | None:
 
 @dataclass
 class _Turns:
-    """What the turns of one round add up to."""
+    """What the turns of one round add up to.
+
+    Attributes:
+        clients: what travelled to and from each client, in the order of their turns; a failed one sent nothing.
+        turn_seconds: how long each of these turns took; 0 for a failed one.
+        seconds: of all training steps.
+    """
 
     updates: list[Update] = field(default_factory=list)
     refused: list[dict[str, Any]] = field(default_factory=list)
     personal: list[tuple[int, float]] = field(default_factory=list)
     densities: list[float] = field(default_factory=list)
-    bytes_up: int = 0
-    bytes_down: int = 0
+    clients: list[dict[str, int]] = field(default_factory=list)
+    turn_seconds: list[float] = field(default_factory=list)
     seconds: float = 0.0
-    choosing: float = 0.0
     step_ms: list[float] = field(default_factory=list)
     steps: int = 0
     images: int = 0
     loss: float = 0.0
 
+    def begin(self, client: int, bytes_down: int) -> None:
+        self.clients.append({"client": client, "bytes_up": 0, "bytes_down": bytes_down})
+        self.turn_seconds.append(0.0)
+
     def add(self, reply: Reply) -> None:
+        self.clients[-1]["bytes_up"] = sum(map(len, reply.messages))
+        self.turn_seconds[-1] = reply.seconds
         self.seconds += reply.log.seconds
-        self.choosing += reply.seconds
         self.step_ms += reply.log.step_ms
         self.steps += reply.log.steps
         self.images += reply.log.images

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run amounts to: per-method totals and the ratios between a method and its baseline.
 
-Three speeds, never merged: compute per local training step, bytes on the wire, and (not here) time to an
-accuracy over a stated link.
+Three speeds, never merged: compute per local training step, bytes on the wire, and (`federation/link_speed.py`) time
+to an accuracy over a stated link.
 """
 
 from __future__ import annotations

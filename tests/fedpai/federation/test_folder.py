@@ -28,6 +28,8 @@ CASES = {
     "shared": {"method": "fedpai-u", "baseline": "fedavg", "criterion": "grasp"},
     "personal": {"method": "fedpai-u", "criterion": "snip", "mask_mode": "personal"},
     "random": {"method": "random"},
+    "avgm": {"method": "random", "server_opt": "avgm"},
+    "yogi": {"method": "fedpai-u", "criterion": "snip", "mask_mode": "personal", "server_opt": "yogi"},
     "channels": {"method": "fedpai-u", "criterion": "snip", "structure": "channel", "budget": "flops"},
 }
 

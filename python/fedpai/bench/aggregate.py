@@ -264,7 +264,8 @@ def _measure(settings: Settings, base: MaskSet, form: str) -> Row:
     dense = state_dicts(task, clients, distinct)
     calls |= {("state_dict", name): call for name, call in dense.items() if name not in problems}
     values = torch.from_numpy(np.concatenate(task.vectors))
-    calls |= {("copy", name): call for name, call in copies(values, torch.empty_like(values), torch.get_num_threads()).items()}
+    copied = copies(values, torch.empty_like(values), torch.get_num_threads())
+    calls |= {("copy", name): call for name, call in copied.items()}
     timings = interleave(calls, settings.effort, lambda key: key[0])
     of = {
         contender: {name: timing for (whose, name), timing in timings.items() if whose == contender}

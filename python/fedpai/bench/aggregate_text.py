@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedpai.bench.rows import Row, best_of
+from fedpai.bench.rows import Row, median_ms
 from fedpai.bench.step_text import mask_label
 from fedpai.bench.table import Table, digits, ratio
 
@@ -15,7 +15,7 @@ def aggregate_table(rows: Sequence[Row]) -> Table:
     head = ["model", "mask", "form", "contender", "variant", "ms", "20-80 %", "ours is"]
     table = Table(head, left=5, title=f"merging {rows[0]['clients']} clients")
     for row in rows:
-        ours = best_of(row, "ours")
+        ours = median_ms(row, "ours")
         what = [row["model"], mask_label(row), row["form"]]
         copy = {name: numbers for name, numbers in row["copy"].items() if name != "bytes"}
         best_copy = min(copy, key=lambda name: copy[name]["median_ms"])
@@ -25,7 +25,7 @@ def aggregate_table(rows: Sequence[Row]) -> Table:
                 table.rows.append([*what, contender, result["status"], "-", "-", "-"])
                 continue
             for variant, numbers in result["variants"].items():
-                compared = contender == "state_dict" and ours is not None
+                faster = numbers["median_ms"] / ours if ours and contender in row["speedup"] else None
                 table.rows.append(
                     [
                         *what,
@@ -33,7 +33,7 @@ def aggregate_table(rows: Sequence[Row]) -> Table:
                         variant + (" *" if variant == result["best"] else ""),
                         digits(numbers["median_ms"]),
                         f"{digits(numbers['q20_ms'])}-{digits(numbers['q80_ms'])}",
-                        ratio(numbers["median_ms"] / ours["median_ms"] if compared and ours else None),
+                        ratio(faster),
                     ]
                 )
     return table

@@ -126,6 +126,9 @@ def configure(asked: dict[str, Any], explicit: dict[str, Any]) -> RunConfig:
     particular = frozenset().union(*(methods.METHODS[name].uses for name in methods.names()))
     for key in sorted((particular & explicit.keys()) - used):
         raise ConfigError(f"{option(key)} means nothing to {' and '.join(config.arms)}")
+    if config.server_opt == "none":
+        for key in sorted({"server_lr", "server_momentum"} & explicit.keys()):
+            raise ConfigError(f"{option(key)} means nothing without {option('server_opt')}")
     return config
 
 

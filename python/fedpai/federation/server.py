@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
+from fedpai.federation import server_opt
 from fedpai.federation.bound import ModelPool
 from fedpai.federation.config import RunConfig
 from fedpai.federation.feedback import move_residual, with_feedback
-from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, pack, places, union, unpack
+from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, Places, pack, places, union, unpack
 from fedpai.federation.payload import (
     NO_MASK,
     SERVER,
@@ -72,7 +73,7 @@ class Server:
     informed: set[int] = field(default_factory=set)
     round: int = 0
     extra: dict[str, np.ndarray] = field(default_factory=dict)
-    _places: dict[int, Ints] = field(default_factory=dict, repr=False)
+    _places: dict[int, Places] = field(default_factory=dict, repr=False)
 
     # -- masks -------------------------------------------------------------------------------------------
 
@@ -97,6 +98,7 @@ class Server:
         dense = unpack(self.floats, self.mask, self.layout)
         self.floats = pack(dense, mask, self.layout)
         move_residual(self.extra, self.mask, mask, self.layout)
+        server_opt.move_state(self, mask)
         self.mask = mask
         self._places = {}
 
@@ -104,15 +106,15 @@ class Server:
         """The mask under which a client trains."""
         return self.client_masks.get(client, self.mask)
 
-    def places_of(self, client: int) -> Ints:
+    def places_of(self, client: int) -> Places:
         """Where the floats of a client's message lie in the global vector."""
         known = self._places.get(client)
         if known is None:
             mask = self.mask_of(client)
             if mask is None or self.mask is None:
-                known = np.arange(self.floats.size, dtype=np.int64)
+                known = np.arange(self.floats.size, dtype=np.int32)
             else:
-                tail = np.arange(self.mask.kept, self.floats.size, dtype=np.int64)
+                tail = np.arange(self.mask.kept, self.floats.size, dtype=np.int32)
                 known = np.concatenate((places(mask, self.mask), tail))
             self._places[client] = known
         return known

@@ -25,12 +25,16 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from fedpai.federation import server_opt
 from fedpai.federation.aggregate import largest, masked_mean, weighted_mean
 from fedpai.federation.client import Client
 from fedpai.federation.config import RunConfig
 from fedpai.federation.layout import Floats, Ints
 from fedpai.federation.payload import PayloadError
 from fedpai.federation.server import Server, Update
+
+MERGES = frozenset({"server_opt", "server_lr", "server_momentum"})
+"""Settings of the default `merge`, for the `uses` of methods that keep it."""
 
 
 class MethodError(RuntimeError):
@@ -100,14 +104,15 @@ class Method:
         return server.read_values(client, only(messages))
 
     def merge(self, server: Server, updates: list[Update]) -> None:
-        """Server: the example-weighted mean; under personal masks, over the clients that keep the weight."""
+        """Server: a step towards the example-weighted mean; under personal masks, over those that keep the weight."""
         examples = [update.examples for update in updates]
         floats = [floats_of(update) for update in updates]
         if server.client_masks:
             at = [server.places_of(update.client) for update in updates]
-            server.floats = masked_mean(server.floats, floats, at, examples)
+            merged = masked_mean(server.floats, floats, at, examples)
         else:
-            server.floats = weighted_mean(floats, examples)
+            merged = weighted_mean(floats, examples)
+        server.floats = server_opt.step(server, merged)
         server.ints = largest([ints_of(update) for update in updates])
 
     # -- after the last round ------------------------------------------------------------------------------

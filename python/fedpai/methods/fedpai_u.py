@@ -18,7 +18,7 @@ from fedpai.federation.client import Client, ClientError
 from fedpai.federation.layout import MaskSet
 from fedpai.federation.payload import PayloadError
 from fedpai.federation.server import Server, Update
-from fedpai.methods.base import Method, MethodError, only
+from fedpai.methods.base import MERGES, Method, MethodError, only
 from fedpai.methods.fixed import chooser, prune_at_server, refusal
 from fedpai.pruning.criteria import Batch
 
@@ -32,7 +32,7 @@ class FedPaiU(Method):
 
     name = "fedpai-u"
     summary = "weights chosen by --criterion on the clients before training, --mask-mode shared or personal"
-    uses = frozenset({"sparsity", "criterion", "mask_mode", "structure", "budget"})
+    uses = MERGES | {"sparsity", "criterion", "mask_mode", "structure", "budget"}
 
     @property
     def personal(self) -> bool:

@@ -12,13 +12,13 @@ from fedpai.federation.config import ConfigError, RunConfig, option
 from fedpai.federation.layout import MaskSet
 from fedpai.federation.seeds import derive
 from fedpai.federation.server import Server
-from fedpai.methods.base import Method
+from fedpai.methods.base import MERGES, Method
 
 
 class FixedMask(Method):
     """Base of methods whose criterion needs no data. The mask travels once; values travel packed."""
 
-    uses = frozenset({"sparsity", "structure", "budget"})
+    uses = MERGES | {"sparsity", "structure", "budget"}
     criterion: ClassVar[str]
 
     def choose_masks(self, server: Server) -> None:

@@ -18,7 +18,7 @@ from fedpai.federation.config import RunConfig
 from fedpai.federation.payload import PayloadError
 from fedpai.federation.server import Server, Update
 from fedpai.methods.adjust import adjusted, counts, largest_weights
-from fedpai.methods.base import Method
+from fedpai.methods.base import MERGES, Method
 from fedpai.methods.fixed import prune_at_server
 
 
@@ -27,7 +27,7 @@ class FedDST(Method):
 
     name = "feddst"
     summary = "one mask that clients adjust every --adjust-every rounds: smallest weights out, largest gradients in"
-    uses = frozenset({"sparsity", "adjust_every", "adjust_rate"})
+    uses = MERGES | {"sparsity", "adjust_every", "adjust_rate"}
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(replace(config, structure="weight", budget="weights", allocation=None))

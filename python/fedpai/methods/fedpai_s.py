@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedpai.federation.config import RunConfig
+from fedpai.methods.base import MERGES
 from fedpai.methods.fedpai_u import FedPaiU
 
 
@@ -21,7 +22,7 @@ class FedPaiS(FedPaiU):
 
     name = "fedpai-s"
     summary = "channels removed before training, one choice of the server or --mask-mode personal"
-    uses = frozenset({"sparsity", "mask_mode", "budget"})
+    uses = MERGES | {"sparsity", "mask_mode", "budget"}
 
     def __init__(self, config: RunConfig) -> None:
         criterion = "grasp" if config.mask_mode == "personal" else "synflow"

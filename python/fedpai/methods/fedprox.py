@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedpai.federation.bound import BoundModel
 from fedpai.federation.client import Client
-from fedpai.methods.base import Method
+from fedpai.methods.base import MERGES, Method
 
 
 class FedProx(Method):
@@ -19,7 +19,7 @@ class FedProx(Method):
 
     name = "fedprox"
     summary = "dense federated averaging, each client held near the global model by --prox-mu"
-    uses = frozenset({"prox_mu"})
+    uses = MERGES | {"prox_mu"}
 
     def train(self, client: Client) -> None:
         """Local SGD; mu (w - w_t) is added to the gradients of all trainable parameters."""

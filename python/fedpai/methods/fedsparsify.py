@@ -19,7 +19,7 @@ from fedpai.federation.client import Client
 from fedpai.federation.config import ConfigError, RunConfig
 from fedpai.federation.layout import Floats, Layout, MaskSet, unpack
 from fedpai.federation.server import Server
-from fedpai.methods.base import Method
+from fedpai.methods.base import MERGES, Method
 
 START = 1
 EXPONENT = 3
@@ -36,7 +36,7 @@ def sparsity_after(round: int, rounds: int, final: float, every: int = 1) -> flo
 class FedSparsify(Method):
     """Base of both forms: local training under the global mask, and pruning by magnitude on the schedule."""
 
-    uses = frozenset({"sparsity", "prune_every"})
+    uses = MERGES | {"sparsity", "prune_every"}
     carry_momentum: ClassVar[bool] = True
     """Whether a client's momentum outlives its turn; that of dropped weights goes with them."""
 

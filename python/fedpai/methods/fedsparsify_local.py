@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedpai.federation import server_opt
 from fedpai.federation.aggregate import largest, masked_mean, weighted_mean
 from fedpai.federation.client import Client, ClientError
 from fedpai.federation.layout import LayoutError, MaskSet, places, repack
@@ -66,10 +67,11 @@ class FedSparsifyLocal(FedSparsify):
         if self.config.merge_rule == "voters":
             others = np.arange(held.kept, server.floats.size)
             full = [np.concatenate((where, others)) for where in at]
-            server.floats = masked_mean(server.floats, floats, full, examples)
+            merged = masked_mean(server.floats, floats, full, examples)
         else:
             zeroed = [repack(own, mask, held, server.layout) for own, mask in zip(floats, masks, strict=True)]
-            server.floats = weighted_mean(zeroed, examples)
+            merged = weighted_mean(zeroed, examples)
+        server.floats = server_opt.step(server, merged)
         server.ints = largest([ints_of(update) for update in updates])
         votes = np.bincount(np.concatenate(at), minlength=held.kept)
         stays = votes >= max(1, len(updates) // 2)

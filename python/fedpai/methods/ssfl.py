@@ -14,6 +14,7 @@ import numpy as np
 
 from fedpai.federation.client import Client
 from fedpai.federation.config import RunConfig
+from fedpai.methods.base import MERGES
 from fedpai.methods.fedpai_u import FedPaiU
 from fedpai.pruning.criteria import Batch
 
@@ -23,7 +24,7 @@ class SSFL(FedPaiU):
 
     name = "ssfl"
     summary = "one mask of the weights with the highest saliency, averaged over the clients before training"
-    uses = frozenset({"sparsity"})
+    uses = MERGES | {"sparsity"}
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(

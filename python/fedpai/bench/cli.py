@@ -122,7 +122,8 @@ def _add_common(parser: argparse.ArgumentParser, rivals: str) -> None:
         "--mask",
         default="uniform",
         metavar="KIND",
-        help="uniform, or a criterion: erk, grasp, magnitude, random, snip, synflow (uniform)",
+        help="uniform, or a criterion: erk, grasp, magnitude, random, snip, synflow; another allocation after @, "
+        "as in grasp@time (uniform)",
     )
     add(
         "--structure",

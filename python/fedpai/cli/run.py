@@ -76,7 +76,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     what.add_argument(
         "--allocation",
         metavar="NAME",
-        help=f"how layers share the kept weights: {', '.join(ALLOCATIONS)} (the criterion's own)",
+        help=f"how layers share the kept weights: {', '.join(ALLOCATIONS)}, or time:X, at most X times the time of "
+        "uniform (the criterion's own)",
     )
     what.add_argument(
         "--mask-mode",

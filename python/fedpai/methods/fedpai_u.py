@@ -31,7 +31,7 @@ class FedPaiU(Method):
 
     name = "fedpai-u"
     summary = "weights chosen by --criterion on the clients before training, --mask-mode shared or personal"
-    uses = frozenset({"sparsity", "criterion", "mask_mode", "structure", "budget"})
+    uses = frozenset({"sparsity", "criterion", "allocation", "mask_mode", "structure", "budget"})
 
     @property
     def personal(self) -> bool:
@@ -44,8 +44,10 @@ class FedPaiU(Method):
         return self.personal or self.config.criterion in SCORED_ON_DATA
 
     def choose_masks(self, server: Server) -> None:
-        """Chooses the mask at once where no client needs to be asked."""
-        if not self.asks_clients:
+        """Chooses the mask at once where no client needs to be asked; otherwise refuses what cannot be."""
+        if self.asks_clients:
+            chooser(self.config, server.model())
+        else:
             server.set_mask(prune_at_server(server, self.config.criterion))
 
     def propose(self, client: Client) -> list[bytes]:
@@ -63,6 +65,7 @@ class FedPaiU(Method):
                 client.model(),
                 config.sparsity,
                 config.criterion,
+                allocation=config.allocation,
                 data=data,
                 seed=seed,
                 structure=config.structure,

@@ -93,7 +93,7 @@ def chooser(
     layers = prunable_layers(model, exclude)
     if isinstance(kind, NOfM):
         return _NOfMChooser(layers, sparsity, kind, chosen if scope or allocation else "uniform")
-    spent = dict.fromkeys(layers, 1)
+    spent = dict.fromkeys(layers, 1)  # of the budget, by one weight
     if budget == "flops":
         spent = cost.positions(model, layers, input_shape)
     if isinstance(kind, Channel):

@@ -147,7 +147,8 @@ def add_mask(parser: argparse.ArgumentParser) -> None:
         "--mask",
         default="uniform",
         metavar="KIND",
-        help="uniform, or a criterion: erk, grasp, magnitude, random, snip, synflow (uniform)",
+        help="uniform, or a criterion: erk, grasp, magnitude, random, snip, synflow; another allocation after @, "
+        "as in grasp@time (uniform)",
     )
     add(
         "--mask-data",

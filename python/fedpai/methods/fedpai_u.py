@@ -32,7 +32,7 @@ class FedPaiU(Method):
 
     name = "fedpai-u"
     summary = "weights chosen by --criterion on the clients before training, --mask-mode shared or personal"
-    uses = MERGES | {"sparsity", "criterion", "mask_mode", "structure", "budget"}
+    uses = MERGES | {"sparsity", "criterion", "allocation", "mask_mode", "structure", "budget"}
 
     @property
     def personal(self) -> bool:
@@ -45,8 +45,10 @@ class FedPaiU(Method):
         return self.personal or self.config.criterion in SCORED_ON_DATA
 
     def choose_masks(self, server: Server) -> None:
-        """Chooses the mask at once where no client needs to be asked."""
-        if not self.asks_clients:
+        """Chooses the mask at once where no client needs to be asked; otherwise refuses what cannot be."""
+        if self.asks_clients:
+            chooser(self.config, server.model())
+        else:
             server.set_mask(prune_at_server(server, self.config, self.config.criterion))
 
     def scoring_images(self, client: Client) -> Batch:
@@ -67,6 +69,7 @@ class FedPaiU(Method):
                 client.model(),
                 config.sparsity,
                 config.criterion,
+                allocation=config.allocation,
                 data=data,
                 seed=seed,
                 structure=config.structure,

@@ -65,7 +65,7 @@ class FedSparsifyLocal(FedSparsify):
         floats = [floats_of(update) for update in updates]
         at = [places(mask, held) for mask in masks]
         if self.config.merge_rule == "voters":
-            others = np.arange(held.kept, server.floats.size)
+            others = np.arange(held.kept, server.floats.size, dtype=np.int32)
             full = [np.concatenate((where, others)) for where in at]
             merged = masked_mean(server.floats, floats, full, examples)
         else:

@@ -92,6 +92,8 @@ def test_structure_and_budget_are_recorded(tmp_path: Path) -> None:
             "unknown --dense-format 'nchw', expected one of: channels_last, contiguous",
         ),
         (["--method", "fedavg", "--criterion", "snip"], "--criterion means nothing to fedavg"),
+        (["--allocation", "layer"], "--allocation: got 'layer', expected one of global, uniform, erk, flops, time"),
+        (["--method", "fedavg", "--allocation", "time"], "--allocation means nothing to fedavg"),
         (["--method", "random", "--mask-mode", "personal"], "--mask-mode means nothing to random"),
         (["--method", "fedpai-s", "--structure", "16x1"], "--structure means nothing to fedpai-s"),
         (["--method", "ssfl", "--criterion", "snip"], "--criterion means nothing to ssfl"),

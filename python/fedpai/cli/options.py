@@ -59,7 +59,8 @@ def add_settings(parser: argparse.ArgumentParser, several: frozenset[str] = froz
     add(
         "--allocation",
         "NAME",
-        f"how layers share the kept weights: {', '.join(ALLOCATIONS)} (the criterion's own)",
+        f"how layers share the kept weights: {', '.join(ALLOCATIONS)}, or time:X, at most X times the time of "
+        "uniform (the criterion's own)",
     )
     add(
         "--mask-mode",

@@ -71,11 +71,8 @@ def pack_floats(values: Floats, dtype: DType, exact: int, deflate: bool) -> tupl
         PayloadError: see `rounded`.
     """
     split = values.size - exact
-    parts = [values[split:].astype("<f4")]
-    if dtype is DType.FLOAT32:
-        parts.insert(0, values[:split].astype("<f4"))
-    else:
-        parts.insert(0, _narrow(values[:split], dtype).astype("<i2"))
+    weights = values[:split].astype("<f4") if dtype is DType.FLOAT32 else _narrow(values[:split], dtype).astype("<i2")
+    parts = (weights, values[split:].astype("<f4"))
     plain = b"".join(part.tobytes() for part in parts)
     if deflate:
         planes = b"".join(part.view(np.uint8).reshape(-1, part.itemsize).T.tobytes() for part in parts)

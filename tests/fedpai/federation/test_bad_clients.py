@@ -14,6 +14,7 @@ from fedpai.data import Dataset
 from fedpai.federation.client import Client, ClientError
 from fedpai.federation.config import RunConfig
 from fedpai.federation.engine import Federation, Reply
+from fedpai.federation.layout import MaskSet
 from fedpai.federation.payload import Coding, DType, Kind, decode, encode
 from fedpai.federation.runner import Run
 from fedpai.methods.base import Method
@@ -218,6 +219,19 @@ def test_a_client_whose_work_fails_is_refused(
     monkeypatch.undo()
     absent, _ = tampered(config, images, {1: None})
     assert federation.server.floats.tobytes() == silent.server.floats.tobytes() == absent.server.floats.tobytes()
+
+
+def test_a_client_that_fails_after_changing_its_mask_comes_back(
+    images: Dataset, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(method: Method, client: Client) -> None:
+        if client.id == 1 and client.round == 2:
+            client.remask(MaskSet.from_positions(client.layout, client.memory.mask.positions[1:]))
+            raise RuntimeError("then it stops")
+
+    monkeypatch.setattr(Method, "train", train)
+    _, rows = tampered(tiny(**{**SMALL, "rounds": 3}, method="magnitude", sample=4), images, {})
+    assert [len(row["refused"]) for row in rows] == [0, 0, 1, 0]
 
 
 def test_a_mistake_in_the_program_is_not_a_failing_client(

@@ -17,7 +17,7 @@ from fedpai.cli.options import (
     link_of,
     with_sample,
 )
-from fedpai.federation.config import PRESETS, ConfigError, RunConfig, one_of, option
+from fedpai.federation.config import PRESETS, ConfigError, RunConfig, one_of
 from fedpai.federation.link_speed import LinkSpeed
 
 if TYPE_CHECKING:
@@ -122,13 +122,9 @@ def configure(asked: dict[str, Any], explicit: dict[str, Any]) -> RunConfig:
     from fedpai import methods
 
     config = RunConfig(**asked)
-    used = frozenset().union(*(methods.create(name, config).uses for name in config.arms))
-    particular = frozenset().union(*(methods.METHODS[name].uses for name in methods.names()))
-    for key in sorted((particular & explicit.keys()) - used):
-        raise ConfigError(f"{option(key)} means nothing to {' and '.join(config.arms)}")
-    if config.server_opt == "none":
-        for key in sorted({"server_lr", "server_momentum"} & explicit.keys()):
-            raise ConfigError(f"{option(key)} means nothing without {option('server_opt')}")
+    for name in config.arms:
+        methods.create(name, config)
+    methods.refuse_unused(explicit, config.arms, config.server_opt)
     return config
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from fedpai.federation.config import ConfigError, RunConfig, one_of, option
+from fedpai.federation.config import ConfigError, RunConfig, one_of
 
 if TYPE_CHECKING:  # a parser of command lines, which reads AXES, must not wait for torch
     from fedpai.data import Dataset
@@ -53,14 +53,11 @@ def expand(axes: Values, settings: Mapping[str, Any], explicit: frozenset[str] =
     lists = {key: list(axes.get(key, [getattr(RunConfig, key)])) for key in AXES}
     for name in lists["method"]:
         one_of("method", name, methods.names())
-    uses = {name: methods.METHODS[name].uses for name in lists["method"]}
-    particular = frozenset[str]().union(*(method.uses for method in methods.METHODS.values()))
-    for key in sorted((particular & explicit) - frozenset[str]().union(*uses.values())):
-        raise ConfigError(f"{option(key)} means nothing to {' and '.join(lists['method'])}")
+    methods.refuse_unused(explicit, lists["method"], settings.get("server_opt", RunConfig.server_opt))
     cells: dict[str, Cell] = {}
     for values in product(*lists.values()):
         point = dict(zip(lists, values, strict=True))
-        foreign = particular - uses[point["method"]]
+        foreign = methods.particular() - methods.METHODS[point["method"]].uses
         point = {key: value for key, value in point.items() if key not in foreign}
         own = {key: value for key, value in settings.items() if key not in foreign}
         name = "-".join(word for key in _NAMED if (word := _word(key, point.get(key))))
@@ -99,7 +96,10 @@ def check(cells: Sequence[Cell], data: Dataset) -> None:
     """
     from fedpai.federation.runner import Run, split
 
-    for config in dict.fromkeys(replace(cell.config, alpha=None, seed=0) for cell in cells):
-        Run(config, data=data)
+    for config, label in {replace(cell.config, alpha=None, seed=0): cell.label for cell in cells}.items():
+        try:
+            Run(config, data=data)
+        except ConfigError as error:
+            raise ConfigError(f"{config.model}, {label}: {error}") from None
     for config in {(cell.config.alpha, cell.config.seed): cell.config for cell in cells}.values():
         split(config, data)

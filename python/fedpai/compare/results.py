@@ -3,8 +3,8 @@
 
 A row has ``row`` ("cell"), ``cell``, ``family``, ``label``, ``seed``, ``model``, ``alpha``, ``config``, ``machine``;
 all fields of `fedpai.report.summary.MethodSummary` (accuracies, density, bytes, step and compute times, refused);
-``link``, ``times`` (`fedpai.federation.link_speed.LinkTimes`), and ``curve``: round by round the accuracies and the
-seconds over the link.
+``final_density``, that of the last round's masks; ``link``, ``times`` (`fedpai.federation.link_speed.LinkTimes`), and
+``curve``: round by round the accuracies and the seconds over the link.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def result_rows(finished: Sequence[Finished], link: LinkSpeed, target: float | N
                 "label": one.cell.label,
                 **{key: getattr(config, key) for key in ("seed", "model", "alpha")},
                 **summarise(config.method, one.rows).to_json(),
+                "final_density": one.rows[-1]["density"],
                 "link": link.to_json(),
                 "times": times.to_json(),
                 "curve": {
@@ -117,7 +118,7 @@ class Entry:
     Attributes:
         family, label: see `Cell`.
         rows: of its cells.
-        accuracy, density: shares.
+        accuracy, density: shares, after the last round.
         personal_accuracy: over all clients by the models that they hold in the end, where the method leaves models
             there; else over the last round's clients.
         accuracy_gap: global accuracy less dense FedAvg's mean, in points.
@@ -194,7 +195,7 @@ def sections(rows: Sequence[Row]) -> list[Section]:
 
 
 def _values(rows: list[Row]) -> dict[str, Spread | None]:
-    direct = ("accuracy", "density", "uplink", "downlink", "step_ms")
+    direct = ("accuracy", "uplink", "downlink", "step_ms")
     timed = ("seconds", "target_seconds", "personal_target_seconds")
     personal = [
         row["personal_accuracy"] if row["held_accuracy"] is None else row["held_accuracy"] for row in rows
@@ -204,6 +205,7 @@ def _values(rows: list[Row]) -> dict[str, Spread | None]:
         **{key: Spread.of([row[key] for row in rows]) for key in direct},
         **{key: Spread.of([row["times"][key] for row in rows]) for key in timed},
         "personal_accuracy": Spread.of(personal),
+        "density": Spread.of([row["final_density"] for row in rows]),
         "sent": Spread.of(sent),
     }
 

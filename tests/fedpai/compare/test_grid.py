@@ -74,6 +74,7 @@ def test_a_cell_is_a_normal_run_without_what_means_nothing_to_it() -> None:
             "--criterion means nothing to fedavg and random",
         ),
         ({"method": ["fedavg"]}, {"structure": "16x1"}, {"structure"}, "--structure means nothing to fedavg"),
+        ({}, {"server_lr": 0.1}, {"server_lr"}, "--server-lr means nothing without --server-opt"),
     ],
 )
 def test_mistakes(axes: dict[str, Any], settings: dict[str, Any], explicit: set[str], message: str) -> None:
@@ -118,7 +119,7 @@ def test_presets(name: str) -> None:
 
 
 def test_explicit_options_win_over_a_preset() -> None:
-    axes, settings = asked({"sparsity": [0.5], "clients": 20, "rounds": 1}, "study")
+    axes, settings = asked({"sparsity": [0.5], "clients": 20, "rounds": 1}, "fashion-smoke")
     assert axes["sparsity"] == [0.5]
-    assert axes["method"] == PRESETS["study"]["method"]
+    assert axes["method"] == PRESETS["fashion-smoke"]["method"]
     assert (settings["clients"], settings["sample"], settings["rounds"]) == (20, 20, 1)

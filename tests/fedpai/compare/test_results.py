@@ -134,13 +134,14 @@ def test_a_method_without_a_global_model() -> None:
         Finished(cells[0], rows("fedavg", [0.1, 0.8]), MACHINE),
         Finished(cells[1], rows("random", [None, None, None], [None, 0.7, 0.9]), MACHINE),
     ]
-    finished[1].rows[-1]["held_accuracy"] = 0.85
+    finished[1].rows[-1].update(held_accuracy=0.85, density=0.04)
     (section,) = sections(result_rows(finished, LINK, None))
     line = tables.table(section).rows[1]
     head = tables.table(section).head
     assert line[head.index("accuracy, %")] == "-"
     assert line[head.index("personalised, %")] == "85.00"
     assert line[head.index("personalised, s")] == "6.00"
+    assert line[head.index("kept, %")] == "4", "after the last round, not on average"
 
 
 def test_the_table(found: list[Section]) -> None:

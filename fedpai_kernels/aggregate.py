@@ -11,7 +11,8 @@ sums run over the clients in the given order, in float64 unless said otherwise, 
 operands and on nothing else: neither on the number of threads nor on the instruction set.
 
 Vectors are one-dimensional float32 arrays of numpy or CPU tensors of torch; results are what the first one is. An
-array that is not contiguous or not aligned is copied first. NaN and infinities go through the arithmetic as they are.
+array that is not contiguous or not aligned is copied first. NaN and infinities go through the arithmetic as they are;
+compensated, an infinity becomes NaN.
 """
 
 from __future__ import annotations

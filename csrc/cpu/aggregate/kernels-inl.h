@@ -183,11 +183,11 @@ std::int64_t masked_add(const MaskedVector& vector, std::int64_t i, std::int64_t
   return i;
 }
 
-// Asks for `count` values from number i on.
+// Asks for some `count` values from number i on.
 FEDPAI_INLINE void masked_prefetch(const MaskedVector& vector, std::int64_t i, std::int64_t count) {
-  for (std::int64_t ahead = 0; ahead < count + kLineFloats; ahead += kLineFloats) {
-    __builtin_prefetch(vector.values + i + ahead);
-    __builtin_prefetch(vector.at + i + ahead);
+  for (const std::int64_t end = i + count + kLineFloats; i < end && i < vector.count; i += kLineFloats) {
+    __builtin_prefetch(vector.values + i);
+    __builtin_prefetch(vector.at + i);
   }
 }
 

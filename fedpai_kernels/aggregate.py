@@ -226,7 +226,8 @@ def _plain(name: str, given: object, dtypes: tuple[type[np.generic], ...]) -> np
 
 def _vector(name: str, given: object, *dtypes: type[np.generic]) -> npt.NDArray[Any]:
     """A vector that the kernels can read: a copy where it is not contiguous or not aligned."""
-    return np.require(_plain(name, given, dtypes), requirements=("C", "A"))
+    found = _plain(name, given, dtypes)
+    return found if found.flags.c_contiguous and found.flags.aligned else found.copy()
 
 
 def _state(name: str, given: object) -> npt.NDArray[np.float32]:

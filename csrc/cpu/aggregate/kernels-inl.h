@@ -48,11 +48,12 @@ struct OneDouble {
   static FEDPAI_INLINE reg where_gt0(reg a, reg b, reg c) { return a > 0 ? b : c; }
 };
 
-// The sums of a block. lost: what their additions have rounded away; not used unless compensated.
+// The sums of a block. lost: what their additions have rounded away; not used unless compensated. Arrays are set apart by
+// a line besides, so that an element's places in them do not meet at the same distance from a page.
 struct BlockSums {
-  alignas(64) double sum[kMaskedBlock];
-  alignas(64) double lost[kMaskedBlock];
-  alignas(64) double weight[kMaskedBlock];
+  alignas(64) double sum[kMaskedBlock + 8];
+  alignas(64) double lost[kMaskedBlock + 8];
+  alignas(64) double weight[kMaskedBlock + 8];
 };
 
 // sum += term; what that rounds away is added to lost.

@@ -176,7 +176,7 @@ def server_step(
     Raises:
         TypeError: what is not an array, or not float32.
         ValueError: an unknown rule, a v where the rule has none or the reverse, unequal lengths, state that cannot be
-            changed in place, or a factor that cannot be.
+            changed in place or shares memory with another argument, or a factor that cannot be.
     """
     if rule not in RULES:
         raise ValueError(f"rule: got {rule!r}, expected one of {', '.join(RULES)}")
@@ -196,6 +196,9 @@ def server_step(
     for name, array in arrays.items():
         if array.size != arrays["old"].size:
             raise ValueError(f"{name}: got {array.size} values, expected the {arrays['old'].size} of old")
+        for other in {"m", "v"} & arrays.keys() - {name}:
+            if np.may_share_memory(array, arrays[other]):
+                raise ValueError(f"{other}: it is changed in place, so it must share no memory with {name}")
     out = np.empty(arrays["old"].size, np.float32)
     address_of_v = _address(arrays["v"]) if v is not None else 0
     _C.server_step(

@@ -11,7 +11,8 @@ sums run over the clients in the given order, in float64 unless said otherwise, 
 operands and on nothing else: neither on the number of threads nor on the instruction set.
 
 Vectors are one-dimensional float32 arrays of numpy or CPU tensors of torch; results are what the first one is. An
-array that is not contiguous or not aligned is copied first. NaN and infinities go through the arithmetic as they are.
+array that is not contiguous or not aligned is copied first. NaN and infinities go through the arithmetic as they are;
+compensated, an infinity becomes NaN.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def server_step(
     Raises:
         TypeError: what is not an array, or not float32.
         ValueError: an unknown rule, a v where the rule has none or the reverse, unequal lengths, state that cannot be
-            changed in place, or a factor that cannot be.
+            changed in place or shares memory with another argument, or a factor that cannot be.
     """
     if rule not in RULES:
         raise ValueError(f"rule: got {rule!r}, expected one of {', '.join(RULES)}")
@@ -195,6 +196,9 @@ def server_step(
     for name, array in arrays.items():
         if array.size != arrays["old"].size:
             raise ValueError(f"{name}: got {array.size} values, expected the {arrays['old'].size} of old")
+        for other in {"m", "v"} & arrays.keys() - {name}:
+            if np.may_share_memory(array, arrays[other]):
+                raise ValueError(f"{other}: it is changed in place, so it must share no memory with {name}")
     out = np.empty(arrays["old"].size, np.float32)
     address_of_v = _address(arrays["v"]) if v is not None else 0
     _C.server_step(
@@ -225,7 +229,8 @@ def _plain(name: str, given: object, dtypes: tuple[type[np.generic], ...]) -> np
 
 def _vector(name: str, given: object, *dtypes: type[np.generic]) -> npt.NDArray[Any]:
     """A vector that the kernels can read: a copy where it is not contiguous or not aligned."""
-    return np.require(_plain(name, given, dtypes), requirements=("C", "A"))
+    found = _plain(name, given, dtypes)
+    return found if found.flags.c_contiguous and found.flags.aligned else found.copy()
 
 
 def _state(name: str, given: object) -> npt.NDArray[np.float32]:

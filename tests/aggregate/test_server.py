@@ -121,6 +121,16 @@ def test_tensors_are_changed_in_place() -> None:
     assert m.tolist() == [1, 1, 1]
 
 
+def test_state_shares_no_memory() -> None:
+    both = np.ones(7, np.float32)
+    with pytest.raises(ValueError, match="must share no memory with"):
+        aggregate.server_step("adam", vector(4), vector(4), both[:4], both[3:], lr=1.0, beta1=0.9)
+    with pytest.raises(ValueError, match=r"m: .*must share no memory with merged"):
+        aggregate.server_step("avgm", vector(7), both, both, lr=1.0, beta1=0.9)
+    halves = both[:3], both[3:6]  # side by side is no overlap
+    aggregate.server_step("yogi", vector(3), vector(3), *halves, lr=1.0, beta1=0.9)
+
+
 def vector(size: int = 2) -> np.ndarray:
     return np.ones(size, np.float32)
 

@@ -48,11 +48,12 @@ struct OneDouble {
   static FEDPAI_INLINE reg where_gt0(reg a, reg b, reg c) { return a > 0 ? b : c; }
 };
 
-// The sums of a block. lost: what their additions have rounded away; not used unless compensated.
+// The sums of a block. lost: what their additions have rounded away; not used unless compensated. Arrays are set apart by
+// a line besides, so that an element's places in them do not meet at the same distance from a page.
 struct BlockSums {
-  alignas(64) double sum[kMaskedBlock];
-  alignas(64) double lost[kMaskedBlock];
-  alignas(64) double weight[kMaskedBlock];
+  alignas(64) double sum[kMaskedBlock + 8];
+  alignas(64) double lost[kMaskedBlock + 8];
+  alignas(64) double weight[kMaskedBlock + 8];
 };
 
 // sum += term; what that rounds away is added to lost.
@@ -183,11 +184,11 @@ std::int64_t masked_add(const MaskedVector& vector, std::int64_t i, std::int64_t
   return i;
 }
 
-// Asks for `count` values from number i on.
+// Asks for some `count` values from number i on.
 FEDPAI_INLINE void masked_prefetch(const MaskedVector& vector, std::int64_t i, std::int64_t count) {
-  for (std::int64_t ahead = 0; ahead < count + kLineFloats; ahead += kLineFloats) {
-    __builtin_prefetch(vector.values + i + ahead);
-    __builtin_prefetch(vector.at + i + ahead);
+  for (const std::int64_t end = i + count + kLineFloats; i < end && i < vector.count; i += kLineFloats) {
+    __builtin_prefetch(vector.values + i);
+    __builtin_prefetch(vector.at + i);
   }
 }
 

@@ -146,7 +146,8 @@ def test_bytes(images: Dataset, tiny: Make) -> None:
     server = run.arms[0].federation.server
     values = HEADER_BYTES + 4 * run.layout.float_count(server.mask) + 8 * run.layout.int_count
     up, down = ([row[key] - 4 * values for row in rows[1:]] for key in ("bytes_up", "bytes_down"))
-    bitmap = HEADER_BYTES + (run.layout.weight_count + 7) // 8  # masks travel as a bitmap, or coded where that is smaller
+    # Masks travel as a bitmap, or coded where that is smaller.
+    bitmap = HEADER_BYTES + (run.layout.weight_count + 7) // 8
     assert rows[0]["bytes_up"] == rows[0]["bytes_down"] == 0
     assert [up[0], down[1], up[2]] == [0, 0, 0]
     for masks in (down[0], up[1], down[2]):

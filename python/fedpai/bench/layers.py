@@ -33,7 +33,7 @@ class Settings:
     Attributes:
         models: networks by name, CSV files of layers, or "transformer".
         densities: share of the weights that is kept, of each layer ("uniform") or of the network.
-        mask: "uniform", or a criterion that allocates the network's weights to its layers.
+        mask: "uniform", or another kind of :func:`fedpai.bench.masks.network_masks`.
         structure: of the masks; a name of :mod:`fedpai_kernels.structure`.
         batch: images.
         directions: of :data:`fedpai.bench.work.DIRECTIONS`.

@@ -95,12 +95,23 @@ def check_structure(name: str) -> Structure:
         raise BenchError(f"--{error}") from error
 
 
-def check_kind(kind: str) -> None:
-    """Raises a BenchError unless :func:`network_masks` knows the kind of mask."""
-    from fedpai.pruning import criteria
+def check_kind(kind: str) -> tuple[str, str | None]:
+    """A kind of mask as criterion and allocation: ``"grasp@time"`` is ``("grasp", "time")``.
 
-    if kind not in criteria():
+    Raises:
+        BenchError: unless :func:`network_masks` knows both.
+    """
+    from fedpai.pruning import criteria, parse_allocation
+
+    criterion, at, allocation = kind.partition("@")
+    if criterion not in criteria():
         raise BenchError(f"--mask: unknown kind {kind!r}, expected one of {', '.join(criteria())}")
+    try:
+        if at:
+            parse_allocation(allocation)
+    except ValueError as error:
+        raise BenchError(f"--mask {kind}: {error}") from None
+    return criterion, allocation if at else None
 
 
 def network_masks(
@@ -116,7 +127,7 @@ def network_masks(
 
     Args:
         model: of :mod:`fedpai.models`; not changed.
-        kind: a criterion or allocation of :func:`fedpai.pruning.criteria`.
+        kind: a criterion of :func:`fedpai.pruning.criteria`, with its own allocation, or with another one after "@".
         sparsity: share of the weights that goes.
         structure: of the masks; a name of :mod:`fedpai_kernels.structure`.
         data: images for the criteria that score with them; one channel is shown to all of the network's.
@@ -130,11 +141,13 @@ def network_masks(
     """
     from fedpai import pruning
 
-    check_kind(kind)
+    criterion, allocation = check_kind(kind)
     check_structure(structure)
-    batch = _scoring_batch(model, data, seed) if kind in _NEEDS_DATA else None
+    batch = _scoring_batch(model, data, seed) if criterion in _NEEDS_DATA else None
     try:
-        masks = pruning.prune(model, sparsity, kind, data=batch, seed=seed, structure=structure)
+        masks = pruning.prune(
+            model, sparsity, criterion, allocation=allocation, data=batch, seed=seed, structure=structure
+        )
     except ValueError as error:
         raise BenchError(f"--mask {kind}: {error}") from error
     return masks, data if batch is not None else None

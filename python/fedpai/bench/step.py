@@ -31,7 +31,7 @@ class Settings:
     Attributes:
         models: networks of :mod:`fedpai.models`, by name.
         sparsities: shares of the weights that are removed.
-        mask: "uniform", or another criterion or allocation of :func:`fedpai.pruning.criteria`.
+        mask: "uniform", or another kind of :func:`fedpai.bench.masks.network_masks`.
         structure: of the masks; a name of :mod:`fedpai_kernels.structure`.
         batch: images.
         rivals: of :data:`RIVALS`.

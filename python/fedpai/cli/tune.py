@@ -36,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="time each layer's chosen kernel and the other one; writes no figures",
     )
     add("--model", default="resnet18", metavar="NAME", help="--check: network (resnet18)")
-    add("--mask", default="grasp", metavar="KIND", help="--check: uniform, or a criterion (grasp)")
+    add("--mask", default="grasp", metavar="KIND", help="--check: a criterion, as for fedpai bench (grasp)")
     add(
         "--mask-data",
         default="fashion-mnist",

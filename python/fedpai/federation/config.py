@@ -31,14 +31,15 @@ class RunConfig:
         data, data_root: data set name and the folder to look in (None: the loader's own search).
         sparsity: share of the conv and linear weights that is removed.
         criterion: how weights are scored before training (methods that prune on data).
-        allocation: how the kept weights are shared among layers; None leaves it to the criterion.
+        allocation: how the kept weights are shared among layers, "time:X" with a limit of its own; None leaves it to
+            the criterion (docs/methods/allocation.md).
         structure: what is kept or removed together: "weight", a block such as "16x1" or "8x8-taps", "channel",
             "2:4" or "fan-in" (see docs/structure.md).
         budget: what the sparsity is a share of: "weights", or "flops" for the multiply-adds of one image.
         mask_mode: "shared" (one mask for everybody) or "personal" (each client its own).
         clients, sample: number of clients, and how many of them train in a round.
         rounds, local_epochs, batch: length of the run, passes per round, images per step.
-        lr, momentum, weight_decay: plain SGD on the clients, fresh in every round.
+        lr, momentum, weight_decay: plain SGD on the clients, fresh in every round but in FedSparsify.
         prox_mu: FedProx, weight of the squared distance to the global model.
         prune_every: FedSparsify, rounds from one pruning to the next.
         merge_rule: FedSparsify-Local, whose values a kept weight is averaged over: all clients' (zeros included) or
@@ -114,8 +115,6 @@ class RunConfig:
         _between("weight-decay", self.weight_decay, 0.0, math.inf, open_right=True)
         if self.alpha is not None:
             _positive("alpha", self.alpha)
-        if self.allocation is not None:
-            one_of("allocation", self.allocation, ALLOCATIONS)
         _between("prox-mu", self.prox_mu, 0.0, math.inf, open_right=True)
         _at_least("prune-every", self.prune_every, 1)
         one_of("merge-rule", self.merge_rule, MERGE_RULES)
@@ -128,7 +127,7 @@ class RunConfig:
         one_of("wire", self.wire, WIRE_FORMATS)
         one_of("compress", self.compress, COMPRESSIONS)
         one_of("mask-mode", self.mask_mode, MASK_MODES)
-        _structure_and_budget(self.structure, self.budget)
+        _pruning(self)
         one_of("dense-format", self.dense_format, DENSE_FORMATS)
         if self.baseline == self.method:
             raise ConfigError(f"--baseline {self.baseline} is the method itself; name another one")
@@ -218,14 +217,17 @@ def one_of(name: str, value: object, known: tuple[str, ...] | list[str]) -> None
         raise ConfigError(f"unknown {option(name)} {value!r}, expected one of: {', '.join(known)}")
 
 
-def _structure_and_budget(structure: str, budget: str) -> None:
+def _pruning(config: RunConfig) -> None:
     # Imported here, because a parser of command lines must not wait for torch.
-    from fedpai.pruning import BUDGETS
+    from fedpai.pruning import BUDGETS, parse_allocation, split_alias
     from fedpai_kernels.structure import parse
 
-    one_of("budget", budget, BUDGETS)
+    one_of("budget", config.budget, BUDGETS)
     try:
-        parse(structure)
+        parse(config.structure)
+        if config.allocation is not None:
+            parse_allocation(config.allocation)
+        split_alias(config.criterion, config.allocation)
     except ValueError as error:
         raise ConfigError(f"--{error}") from None
 

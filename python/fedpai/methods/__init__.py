@@ -3,14 +3,40 @@
 
 from __future__ import annotations
 
-from fedpai.federation.config import RunConfig, one_of
+from collections.abc import Collection, Sequence
+
+from fedpai.federation.config import ConfigError, RunConfig, one_of, option
 from fedpai.methods.base import Method
 from fedpai.methods.fedavg import FedAvg
+from fedpai.methods.feddst import FedDST
+from fedpai.methods.fedpai_s import FedPaiS
 from fedpai.methods.fedpai_u import FedPaiU
+from fedpai.methods.fedprox import FedProx
+from fedpai.methods.fedsparsify_global import FedSparsifyGlobal
+from fedpai.methods.fedsparsify_local import FedSparsifyLocal
+from fedpai.methods.local import Local
 from fedpai.methods.magnitude import Magnitude
 from fedpai.methods.random import Random
+from fedpai.methods.spafl import SpaFL
+from fedpai.methods.ssfl import SSFL
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (FedAvg, FedPaiU, Magnitude, Random)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        FedAvg,
+        FedDST,
+        FedPaiS,
+        FedPaiU,
+        FedProx,
+        FedSparsifyGlobal,
+        FedSparsifyLocal,
+        Local,
+        Magnitude,
+        Random,
+        SpaFL,
+        SSFL,
+    )
+}
 """Every method there is. Adding one is adding it here."""
 
 
@@ -27,3 +53,18 @@ def create(name: str, config: RunConfig) -> Method:
     """
     one_of("method", name, names())
     return METHODS[name](config)
+
+
+def particular() -> frozenset[str]:
+    """Settings that mean something to some methods only."""
+    return frozenset[str]().union(*(method.uses for method in METHODS.values()))
+
+
+def refuse_unused(explicit: Collection[str], methods: Sequence[str], server_opt: str) -> None:
+    """Raises ConfigError for a setting that was asked for and that none of the methods of a run or grid uses."""
+    used = frozenset[str]().union(*(METHODS[name].uses for name in methods))
+    for key in sorted(particular().intersection(explicit) - used):
+        raise ConfigError(f"{option(key)} means nothing to {' and '.join(methods)}")
+    if server_opt == "none":
+        for key in sorted({"server_lr", "server_momentum"}.intersection(explicit)):
+            raise ConfigError(f"{option(key)} means nothing without {option('server_opt')}")

@@ -18,8 +18,9 @@ from fedpai.federation.client import Client, ClientError
 from fedpai.federation.layout import MaskSet
 from fedpai.federation.payload import PayloadError
 from fedpai.federation.server import Server, Update
-from fedpai.methods.base import Method, MethodError, only
+from fedpai.methods.base import MERGES, Method, MethodError, only
 from fedpai.methods.fixed import chooser, prune_at_server, refusal
+from fedpai.pruning.criteria import Batch
 
 PER_CLASS = 10
 SCORED_ON_DATA = frozenset({"grasp", "snip"})
@@ -31,7 +32,7 @@ class FedPaiU(Method):
 
     name = "fedpai-u"
     summary = "weights chosen by --criterion on the clients before training, --mask-mode shared or personal"
-    uses = frozenset({"sparsity", "criterion", "mask_mode", "structure", "budget"})
+    uses = MERGES | {"sparsity", "criterion", "allocation", "mask_mode", "structure", "budget"}
 
     @property
     def personal(self) -> bool:
@@ -44,16 +45,21 @@ class FedPaiU(Method):
         return self.personal or self.config.criterion in SCORED_ON_DATA
 
     def choose_masks(self, server: Server) -> None:
-        """Chooses the mask at once where no client needs to be asked."""
-        if not self.asks_clients:
-            server.set_mask(prune_at_server(server, self.config.criterion))
+        """Chooses the mask at once where no client needs to be asked; otherwise refuses what cannot be."""
+        if self.asks_clients:
+            chooser(self.config, server.model())
+        else:
+            server.set_mask(prune_at_server(server, self.config, self.config.criterion))
+
+    def scoring_images(self, client: Client) -> Batch:
+        """What a client scores on: up to `PER_CLASS` images of each class that it has."""
+        seed = client.seed("scoring images")
+        return pruning.balanced_batch(client.data, client.indices, PER_CLASS, seed=seed)
 
     def propose(self, client: Client) -> list[bytes]:
         """Scores the initial model on the client's images; answers with the scores, or with its own mask."""
         config = self.config
-        data = pruning.balanced_batch(
-            client.data, client.indices, PER_CLASS, seed=client.seed("scoring images")
-        )
+        data = self.scoring_images(client)
         seed = client.seed("mask")
         try:
             if not self.personal:
@@ -63,6 +69,7 @@ class FedPaiU(Method):
                 client.model(),
                 config.sparsity,
                 config.criterion,
+                allocation=config.allocation,
                 data=data,
                 seed=seed,
                 structure=config.structure,

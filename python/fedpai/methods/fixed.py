@@ -12,32 +12,35 @@ from fedpai.federation.config import ConfigError, RunConfig, option
 from fedpai.federation.layout import MaskSet
 from fedpai.federation.seeds import derive
 from fedpai.federation.server import Server
-from fedpai.methods.base import Method
+from fedpai.methods.base import MERGES, Method
 
 
 class FixedMask(Method):
     """Base of methods whose criterion needs no data. The mask travels once; values travel packed."""
 
-    uses = frozenset({"sparsity", "structure", "budget"})
+    uses = MERGES | {"sparsity", "allocation", "structure", "budget"}
     criterion: ClassVar[str]
 
     def choose_masks(self, server: Server) -> None:
         """Prunes the initial model at the server."""
-        server.set_mask(prune_at_server(server, self.criterion))
+        server.set_mask(prune_at_server(server, self.config, self.criterion))
 
 
-def prune_at_server(server: Server, criterion: str) -> MaskSet:
+def prune_at_server(server: Server, config: RunConfig, criterion: str) -> MaskSet:
     """A mask over the server's model, by a criterion that needs no data.
 
+    Args:
+        config: the method's; it may differ from the run's in what the method leaves no choice about.
+
     Raises:
-        ConfigError: a sparsity or structure that the model cannot have.
+        ConfigError: a sparsity, allocation or structure that the model cannot have.
     """
-    config = server.config
     try:
         masks = pruning.prune(
             server.model(),
             config.sparsity,
             criterion,
+            allocation=config.allocation,
             seed=derive(config.seed, "mask"),
             structure=config.structure,
             budget=config.budget,
@@ -51,10 +54,16 @@ def chooser(config: RunConfig, model: nn.Module) -> pruning.Chooser:
     """What turns scores of a run's model into masks, and checks the masks that clients send.
 
     Raises:
-        ConfigError: a sparsity or structure that the model cannot have.
+        ConfigError: a sparsity, allocation or structure that the model cannot have.
     """
     try:
-        return pruning.chooser(model, config.sparsity, structure=config.structure, budget=config.budget)
+        return pruning.chooser(
+            model,
+            config.sparsity,
+            allocation=config.allocation,
+            structure=config.structure,
+            budget=config.budget,
+        )
     except ValueError as error:
         raise refusal(config, error) from None
 
@@ -62,5 +71,7 @@ def chooser(config: RunConfig, model: nn.Module) -> pruning.Chooser:
 def refusal(config: RunConfig, error: ValueError) -> ConfigError:
     """What pruning refused, under the option that it speaks of."""
     spoken = str(error).split(":", 1)[0]
-    key = {"structure": "structure", "budget": "budget", "allocation": "criterion"}.get(spoken, "sparsity")
+    key = spoken if spoken in ("criterion", "allocation", "structure", "budget") else "sparsity"
+    if key == "allocation" and config.allocation is None:
+        key = "criterion"  # whose own allocation it is
     return ConfigError(f"{option(key)} {getattr(config, key)}: {error}")

@@ -5,7 +5,8 @@
 >>> print(summary(masks, model))
 
 Choices are separate. The *criterion* scores every weight (higher = keep). The *allocation* says how many
-weights each layer keeps: one ranking over all layers, or counts fixed beforehand (uniform, ERK, given). Masks
+weights each layer keeps: one ranking over all layers, or counts fixed beforehand (uniform, ERK, by multiply-adds,
+by time, given); see docs/methods/allocation.md. Masks
 are ``{module name: bool tensor of the weight's shape}``; only weights of convolutions and linear layers are
 pruned.
 
@@ -18,11 +19,11 @@ SynFlow need no data, so the server alone can make that mask.
 """
 
 from fedpai.data.sampling import balanced_batch
-from fedpai.pruning.allocation import allocate, kept_count
+from fedpai.pruning.allocation import allocate, kept_count, parse_allocation
 from fedpai.pruning.choose import BUDGETS, Chooser, chooser, structured_masks
 from fedpai.pruning.layers import prunable_layers
 from fedpai.pruning.masks import average_scores, masks_from_scores
-from fedpai.pruning.prune import criteria, prune, scores
+from fedpai.pruning.prune import criteria, prune, scores, split_alias
 from fedpai.pruning.summary import LayerSummary, Summary, summary
 
 __all__ = [
@@ -37,9 +38,11 @@ __all__ = [
     "criteria",
     "kept_count",
     "masks_from_scores",
+    "parse_allocation",
     "prunable_layers",
     "prune",
     "scores",
+    "split_alias",
     "structured_masks",
     "summary",
 ]

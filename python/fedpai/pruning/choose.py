@@ -10,11 +10,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedpai.pruning import criteria
-from fedpai.pruning.allocation import Allocation, allocate, checked_count, kept_count, shares
+from fedpai.pruning import cost, criteria
+from fedpai.pruning.allocation import (
+    PRICED,
+    Allocation,
+    Prices,
+    allocate,
+    checked_count,
+    kept_count,
+    parse_allocation,
+    shares,
+)
 from fedpai.pruning.channel_masks import ChannelChooser
 from fedpai.pruning.criteria import Layers
-from fedpai.pruning.layers import Exclude, Shape, Tensors, input_shape_of, prunable_layers
+from fedpai.pruning.layers import Exclude, Shape, Tensors, prunable_layers
 from fedpai.pruning.masks import (
     Scores,
     check_budget,
@@ -23,7 +32,6 @@ from fedpai.pruning.masks import (
     masks_from_scores,
     resolve_allocation,
 )
-from fedpai.pruning.summary import output_positions
 from fedpai.pruning.units import best_by_layer, best_together, cut_layer
 from fedpai_kernels.structure import Block, Channel, FanIn, NOfM, Structure, Unstructured, grouped, parse
 
@@ -75,19 +83,28 @@ def chooser(
     if budget not in BUDGETS:
         raise ValueError(f"budget: got {budget!r}, expected one of {', '.join(BUDGETS)}")
     chosen = resolve_allocation(scope, allocation)
+    name = parse_allocation(chosen)[0] if isinstance(chosen, str) else "counts"
+    if budget == "flops" and name in ("counts", "time"):
+        raise ValueError(
+            f"allocation: {name} are of weights, expected a name with budget 'flops'"
+            if name == "counts"
+            else f"allocation: {chosen!r} shares out weights, expected another one with budget 'flops'"
+        )
     layers = prunable_layers(model, exclude)
     if isinstance(kind, NOfM):
         return _NOfMChooser(layers, sparsity, kind, chosen if scope or allocation else "uniform")
-    if budget == "weights" and isinstance(kind, Unstructured):
-        return _WeightChooser(layers, sparsity, chosen, keep_layers_alive)
-    prices = dict.fromkeys(layers, 1)
+    spent = dict.fromkeys(layers, 1)  # of the budget, by one weight
     if budget == "flops":
-        if not isinstance(chosen, str):
-            raise ValueError("allocation: counts are of weights, expected a name with budget 'flops'")
-        prices = _multiply_adds(model, layers, input_shape)
+        spent = cost.positions(model, layers, input_shape)
     if isinstance(kind, Channel):
-        return ChannelChooser(model, layers, sparsity, chosen, prices)
-    return _UnitChooser(layers, sparsity, chosen, kind, prices, keep_layers_alive)
+        return ChannelChooser(model, layers, sparsity, chosen, spent)
+    prices: Prices | None = None
+    if name in PRICED:
+        find = cost.positions if name == "flops" else cost.nanoseconds
+        prices = find(model, layers, input_shape)
+    if budget == "weights" and isinstance(kind, Unstructured):
+        return _WeightChooser(layers, sparsity, chosen, prices, keep_layers_alive)
+    return _UnitChooser(layers, sparsity, chosen, prices, kind, spent, keep_layers_alive)
 
 
 def structured_masks(
@@ -123,16 +140,6 @@ def structured_masks(
     ).masks(scores)
 
 
-def _multiply_adds(model: nn.Module, layers: Layers, input_shape: Shape | None) -> dict[str, int]:
-    """Multiply-adds of one weight of each layer: the positions it is applied at."""
-    positions = output_positions(model, input_shape_of(model, input_shape))
-    if idle := [name for name in layers if not positions.get(name)]:
-        raise ValueError(
-            f"budget: {', '.join(idle)} computes nothing for one image, expected layers that run"
-        )
-    return {name: positions[name] for name in layers}
-
-
 def _numels(layers: Layers) -> dict[str, int]:
     return {name: module.weight.numel() for name, module in layers.items()}
 
@@ -149,13 +156,17 @@ def _towards(final: int, size: int, part: float) -> int:
 class _WeightChooser:
     """Single weights, counted."""
 
-    def __init__(self, layers: Layers, sparsity: float, allocation: Allocation, alive: bool) -> None:
+    def __init__(
+        self, layers: Layers, sparsity: float, allocation: Allocation, prices: Prices | None, alive: bool
+    ) -> None:
         self._layers, self._sparsity, self._alive = layers, sparsity, alive
         self._whole = sum(_numels(layers).values())
         checked_count(_shapes(layers), sparsity, alive)
         self._counts: dict[str, int] | None = None
         if allocation != "global":
-            self._counts = allocate(_shapes(layers), sparsity, allocation, keep_layers_alive=alive)
+            self._counts = allocate(
+                _shapes(layers), sparsity, allocation, keep_layers_alive=alive, prices=prices
+            )
 
     def masks(self, scores: Scores, within: Tensors | None = None, part: float = 1.0) -> Tensors:
         if self._counts is not None:
@@ -173,6 +184,9 @@ class _WeightChooser:
         wanted = kept_count(self._whole, self._sparsity)
         if kept != wanted:
             raise ValueError(f"mask keeps {kept} weights, the agreed sparsity keeps {wanted}")
+        for name, count in (self._counts or {}).items():
+            if (found := int(masks[name].sum())) != count:
+                raise ValueError(f"mask of {name} keeps {found} weights, the agreed allocation {count}")
 
 
 class _UnitChooser:
@@ -183,11 +197,12 @@ class _UnitChooser:
         layers: Layers,
         sparsity: float,
         allocation: Allocation,
+        prices: Prices | None,
         structure: Structure,
-        prices: Mapping[str, int],
+        spent: Mapping[str, int],
         alive: bool,
     ) -> None:
-        self._layers, self._prices, self._alive = layers, prices, alive
+        self._layers, self._spent, self._alive = layers, spent, alive
         kind = structure if isinstance(structure, Block | FanIn) else None
         if isinstance(kind, Block):
             _check_fits(layers, kind)
@@ -195,11 +210,11 @@ class _UnitChooser:
             name: cut_layer(module.weight.shape, kind, getattr(module, "groups", 1))
             for name, module in layers.items()
         }
-        costs = {name: numel * prices[name] for name, numel in _numels(layers).items()}
+        costs = {name: numel * spent[name] for name, numel in _numels(layers).items()}
         self._whole = sum(costs.values())
         self._budget = kept_count(self._whole, sparsity)
-        largest = {name: cut.largest * prices[name] for name, cut in self._cuts.items()}
-        smallest = min(cut.smallest * prices[name] for name, cut in self._cuts.items())
+        largest = {name: cut.largest * spent[name] for name, cut in self._cuts.items()}
+        smallest = min(cut.smallest * spent[name] for name, cut in self._cuts.items())
         least = sum(largest.values()) if alive else smallest
         if self._budget < least:
             raise ValueError(
@@ -210,7 +225,7 @@ class _UnitChooser:
         self._budgets: dict[str, int] | None = None
         if allocation != "global":
             floors = largest if alive else dict.fromkeys(layers, 0)
-            self._budgets = shares(_shapes(layers), allocation, costs, self._budget, floors)
+            self._budgets = shares(_shapes(layers), allocation, costs, self._budget, floors, prices)
         self._costs = costs
 
     def masks(self, scores: Scores, within: Tensors | None = None, part: float = 1.0) -> Tensors:
@@ -220,9 +235,9 @@ class _UnitChooser:
             units[name] = cut.units(score, within[name] if within else None)
         if self._budgets is None:
             now = _towards(self._budget, self._whole, part)
-            return best_together(units, self._prices, now, self._alive)
+            return best_together(units, self._spent, now, self._alive)
         each = {name: _towards(self._budgets[name], self._costs[name], part) for name in units}
-        return best_by_layer(units, self._prices, each, self._alive)
+        return best_by_layer(units, self._spent, each, self._alive)
 
     def random(self, seed: int) -> Tensors:
         generator = torch.Generator().manual_seed(seed)
@@ -237,7 +252,7 @@ class _UnitChooser:
                 self._cuts[name].check(mask)
             except ValueError as error:
                 raise ValueError(f"mask of {name}: {error}") from None
-        check_budget(masks, self._prices, self._budget)
+        check_budget(masks, self._spent, self._budget)
 
 
 def _check_fits(layers: Layers, block: Block) -> None:

@@ -20,7 +20,7 @@ _Values = npt.NDArray[np.floating]
 
 
 def resolve_allocation(scope: str | None, allocation: Allocation | None) -> Allocation:
-    """``scope`` and ``allocation`` as one choice: ``"global"``, ``"uniform"``, ``"erk"`` or counts.
+    """``scope`` and ``allocation`` as one choice: a name of :func:`allocate`, ``"global"`` or counts.
 
     ``scope="global"`` means ``allocation="global"``; ``scope="layer"`` means counts fixed per layer, uniform
     unless ``allocation`` says which. Neither given: global.
@@ -56,7 +56,8 @@ def masks_from_scores(
         sparsity: share of all weights that goes, in [0, 1).
         scope: ``"global"``, one ranking over all layers (default), or ``"layer"``, fixed counts a layer.
         allocation: the counts: ``"uniform"`` (default of scope ``"layer"``), ``"erk"``, or
-            ``{layer name: count}``; ``"global"`` is the same as scope ``"global"``.
+            ``{layer name: count}``; ``"global"`` is the same as scope ``"global"``. ``"flops"`` and ``"time"`` need
+            the model: :func:`fedpai.pruning.structured_masks`.
         keep_layers_alive: no layer is emptied.
         within: masks; only their weights may be kept (pruning further what is pruned already).
 

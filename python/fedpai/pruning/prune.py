@@ -114,12 +114,13 @@ def prune(
         criterion: ``"random"``, ``"magnitude"``, ``"snip"``, ``"grasp"``, ``"synflow"``; ``"erk"`` and
             ``"uniform"`` are random weights under that allocation.
         scope: ``"global"`` (default) or ``"layer"``; see :func:`masks_from_scores`.
-        allocation: ``"global"``, ``"uniform"``, ``"erk"`` or ``{layer name: count}``.
+        allocation: ``"global"``, ``"uniform"``, ``"erk"``, ``"flops"``, ``"time"``, ``"time:X"`` or ``{layer name:
+            count}``; see :func:`allocate`.
         data: for SNIP and GraSP: (images, labels), or an iterable of such batches.
         seed: of everything random.
         exclude: layers to leave dense: names, or a function of (name, module); they get no mask.
         keep_layers_alive: every layer keeps at least its best weight or block.
-        input_shape: for SynFlow and budget ``"flops"``; see :func:`scores`.
+        input_shape: for SynFlow, budget ``"flops"`` and allocations ``"flops"`` and ``"time"``; see :func:`scores`.
         iterations: of SynFlow, 100 by default; the other criteria have no such choice.
         loss: of (outputs, labels); a mean over images.
         structure: what is kept or dropped together, a name of :mod:`fedpai_kernels.structure`. Blocks are cut off at
@@ -133,12 +134,8 @@ def prune(
     Raises:
         ValueError: as :func:`scores`, :func:`masks_from_scores` and :func:`chooser`.
     """
-    if criterion in _RANDOM_UNDER:
-        if allocation not in (None, criterion) or scope == "global":
-            raise ValueError(
-                f"allocation: criterion {criterion!r} is an allocation itself, expected none besides"
-            )
-        criterion, allocation = "random", criterion
+    named = "global" if scope == "global" and allocation is None else allocation
+    criterion, allocation = split_alias(criterion, named)
     if iterations is not None and (criterion != "synflow" or iterations < 1):
         raise ValueError(f"iterations: got {iterations}, expected at least 1 and criterion 'synflow' only")
     batches = _batches(data, criterion)
@@ -163,6 +160,19 @@ def prune(
         with _gradients_on():
             return synflow_masks(*scoring_copy(model, exclude), shape, choice, iterations or ITERATIONS)
     return choice.masks(scores(model, criterion, data=batches or None, seed=seed, exclude=exclude, loss=loss))
+
+
+def split_alias(criterion: str, allocation: Allocation | None) -> tuple[str, Allocation | None]:
+    """Criterion and allocation; ``"erk"`` and ``"uniform"`` as criteria are random weights under that allocation.
+
+    Raises:
+        ValueError: such a criterion and another allocation.
+    """
+    if criterion not in _RANDOM_UNDER:
+        return criterion, allocation
+    if allocation not in (None, criterion):
+        raise ValueError(f"allocation: criterion {criterion!r} is an allocation itself, expected none besides")
+    return "random", criterion
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedpai import models, pruning
 from fedpai.bench import BenchError
-from fedpai.bench.masks import check_structure, network_masks, uniform_mask
+from fedpai.bench.masks import check_kind, check_structure, network_masks, uniform_mask
 from fedpai_kernels.structure import check, describe, parse
 
 SHAPES = {"conv": ((20, 10, 3, 3), 1), "grouped": ((24, 6, 3, 1), 2), "linear": ((33, 70), 1)}
@@ -134,3 +135,29 @@ def test_unknown_structures_are_refused_before_anything_is_scored() -> None:
         check_structure("4:2")
     with pytest.raises(BenchError, match="--structure: got '4:2'"):
         network_masks(torch.nn.Linear(2, 2), "uniform", 0.5, structure="4:2")
+
+
+def test_an_allocation_after_the_criterion() -> None:
+    assert check_kind("grasp") == ("grasp", None)
+    assert check_kind("grasp@time:1.5") == ("grasp", "time:1.5")
+    model = models.create("conv4", width=0.1)
+    masks, data = network_masks(model, "magnitude@time:0.5", 0.9)
+    assert data is None
+    expected = pruning.prune(model, 0.9, "magnitude", allocation="time:0.5")
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("gras", "--mask: unknown kind 'gras'"),
+        ("gras@time", "--mask: unknown kind 'gras@time'"),
+        ("random@", "--mask random@: allocation: got ''"),
+        ("random@time:fast", "--mask random@time:fast: allocation: got 'time:fast'"),
+        ("erk@time", "--mask erk@time: allocation: criterion 'erk' is an allocation itself"),
+        ("random@time:0.001", "--mask random@time:0.001: allocation: 'time:0.001' is less than"),
+    ],
+)
+def test_unknown_kinds(kind: str, words: str) -> None:
+    with pytest.raises(BenchError, match=words):
+        network_masks(models.create("conv4", width=0.1), kind, 0.9)

@@ -52,6 +52,9 @@ def test_round_trip(tmp_path: Path, compress: bool, sub: str) -> None:
     assert padded.test_images.sum() == native.test_images.sum()
     odd = data.load("fashion-mnist", tmp_path, image_size=31)
     assert torch.equal(odd.test_images[:, :, 1:29, 1:29], native.test_images)
+    small = data.load("fashion-mnist-28", tmp_path)
+    assert small.name == "fashion-mnist-28"
+    assert torch.equal(small.train_images, native.train_images)
 
 
 @pytest.mark.parametrize("name", ["mnist", "kmnist"])
@@ -154,7 +157,7 @@ def test_package_folder_is_found_through_dpkg(monkeypatch: pytest.MonkeyPatch, t
     write_set(tmp_path / "datasets")
     listed = [str(tmp_path), *(str(tmp_path / "datasets" / f"{name}.gz") for name in FILES)]
     monkeypatch.setattr(loading, "_dpkg_list", lambda: listed)
-    assert len(data.load("fashion-mnist")) == 7
+    assert len(data.load("fashion-mnist")) == len(data.load("fashion-mnist-28")) == 7
 
 
 def test_folder_in_place_of_a_file(tmp_path: Path) -> None:

@@ -266,9 +266,22 @@ def test_a_sparsity_that_leaves_nothing(images: Dataset, tiny: Make) -> None:
 
 
 def test_unknown_method_lists_the_known_ones(tiny: Make) -> None:
-    with pytest.raises(ConfigError, match="unknown --method 'nope', expected one of: fedavg, fedpai-u"):
+    with pytest.raises(ConfigError, match="unknown --method 'nope', expected one of: fedavg, feddst"):
         methods.create("nope", tiny())
-    assert methods.names() == ["fedavg", "fedpai-u", "magnitude", "random"]
+    assert methods.names() == [
+        "fedavg",
+        "feddst",
+        "fedpai-s",
+        "fedpai-u",
+        "fedprox",
+        "fedsparsify-global",
+        "fedsparsify-local",
+        "local",
+        "magnitude",
+        "random",
+        "spafl",
+        "ssfl",
+    ]
 
 
 def test_a_mask_that_empties_a_layer_is_refused(images: Dataset, tiny: Make) -> None:

@@ -311,7 +311,7 @@ X, Y = torch.randn(4, 3, 32, 32), torch.arange(4)
         ({"criterion": "uniform", "scope": "global"}, "criterion 'uniform' is an allocation itself"),
         ({"criterion": "magnitude", "iterations": 3}, "iterations: got 3"),
         ({"criterion": "synflow", "iterations": 0}, "iterations: got 0"),
-        ({"criterion": "random", "allocation": "time"}, "allocation: got 'time'"),
+        ({"criterion": "random", "allocation": "layer"}, "allocation: got 'layer'"),
         ({"criterion": "random", "structure": "4:2"}, "structure: got '4:2', expected 'weight'"),
         ({"criterion": "random", "structure": "2:4"}, "sparsity: got 0.9, but structure 2:4 removes 0.5"),
         ({"criterion": "random", "budget": "params"}, "budget: got 'params'"),

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedpai import methods
 from fedpai.data import Dataset
 from fedpai.federation.client import Client
 from fedpai.federation.config import RunConfig
@@ -155,6 +156,20 @@ def test_a_run_is_the_double_pass(
     for client, memory in run.arms[0].clients.memories.items():
         np.testing.assert_array_equal(memory.extra.get(RESIDUAL, np.zeros(1)), client_errors[client])
     assert np.abs(server_error).max() > 0
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_every_method_keeps_its_residuals_in_step_with_its_masks(images: Dataset, tiny: Make, method: str) -> None:
+    changes = {"adjust_every": 1, "rounds": 4, "server_opt": "avgm", "model": "mlp", "width": 0.05}
+    run = Run(tiny(method=method, wire="bf16", compress="deflate", sample=4, **changes), data=images)
+    assert [row["refused"] for row in run.finish()] == [[]] * 5
+    server, layout = run.arms[0].federation.server, run.layout
+    memories = run.arms[0].clients.memories.values()
+    for extra, mask in ((server.extra, server.mask), *((memory.extra, memory.mask) for memory in memories)):
+        if RESIDUAL in extra:
+            assert extra[RESIDUAL].size == layout.float_count(mask) - layout.other_count
+    split = layout.float_count(server.mask) - layout.other_count
+    np.testing.assert_array_equal(server.floats[:split], half(server.floats[:split], "bf16"))
 
 
 @pytest.mark.parametrize("mode", ["shared", "personal"])

@@ -34,6 +34,7 @@ CASES = {
     "fedsparsify-global": {"method": "fedsparsify-global"},
     "fedsparsify-local": {"method": "fedsparsify-local"},
     "half": {"method": "fedpai-u", "criterion": "snip", "mask_mode": "personal", "wire": "bf16", "compress": "deflate"},
+    "half-adjusting": {"method": "feddst", "adjust_every": 1, "server_opt": "avgm", "wire": "fp16"},
     "avgm": {"method": "random", "server_opt": "avgm"},
     "yogi": {"method": "fedpai-u", "criterion": "snip", "mask_mode": "personal", "server_opt": "yogi"},
     "channels": {"method": "fedpai-u", "criterion": "snip", "structure": "channel", "budget": "flops"},

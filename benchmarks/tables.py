@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Renders the committed result rows into the documents: python benchmarks/tables.py [--check]
 
-Between ``<!-- results:begin -->`` and ``<!-- results:end -->`` of the README go the whole steps and a summary of the
-layers; ``docs/benchmarking.md`` gets every layer besides. Of rows that measure the same thing on the same machine,
-the newest counts.
+Between ``<!-- results:begin -->`` and ``<!-- results:end -->`` of the README go the whole steps;
+``docs/benchmarking.md`` gets a summary of the layers and every layer besides. Of rows that measure the same thing on
+the same machine, the newest counts.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows = newest([row for row in read(sorted(arguments.results.glob("*.jsonl"))) if row["row"] in SHOWN])
         old = {path: path.read_text(encoding="utf-8") for path in documents(arguments.root)}
+        steps = [row for row in rows if row["row"] == "step"]  # what a first screen has room for
         new = {
-            path: replaced(path, text, section(rows, path.name == "README.md")) for path, text in old.items()
+            path: replaced(path, text, section(steps if path.name == "README.md" else rows))
+            for path, text in old.items()
         }
     except (BenchError, OSError) as error:
         print(f"tables: {error}", file=sys.stderr)
@@ -99,7 +101,7 @@ def newest(rows: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
-def section(rows: Sequence[Row], short: bool) -> str:
+def section(rows: Sequence[Row]) -> str:
     """Markdown for all machines; empty without rows."""
     parts: list[str] = []
     for setting in dict.fromkeys(_setting(row) for row in rows):
@@ -114,8 +116,7 @@ def section(rows: Sequence[Row], short: bool) -> str:
         if layers:
             title = "Layers, forward and both gradients, speed-up over the layers of a network:"
             parts += [title, layer_summary(layers).to_markdown()]
-            if not short:
-                parts += ["The same, layer by layer:", layer_table(layers).to_markdown()]
+            parts += ["The same, layer by layer:", layer_table(layers).to_markdown()]
     return "".join(f"\n{part}\n" for part in parts) + ("\n" if parts else "")
 
 

@@ -8,6 +8,7 @@ set(FEDPAI_CORE_SOURCES
   csrc/plan/plan.cpp
   csrc/plan/row_groups.cpp
   csrc/cpu/dispatch.cpp
+  csrc/cpu/aggregate/aggregate.cpp
   csrc/cpu/bf16/bf16.cpp
   csrc/cpu/conv2d/axis.cpp
   csrc/cpu/conv2d/partition.cpp
@@ -32,6 +33,7 @@ set(FEDPAI_CORE_SOURCES
 # The only files that know Python.
 set(FEDPAI_BINDING_SOURCES
   csrc/bindings/module.cpp
+  csrc/bindings/aggregate.cpp
   csrc/bindings/bf16.cpp
   csrc/bindings/plan.cpp
   csrc/bindings/conv2d.cpp

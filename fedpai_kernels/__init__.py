@@ -25,7 +25,7 @@ except ImportError as error:
         "built."
     ) from error
 
-from . import nn, ops, optim
+from . import aggregate, nn, ops, optim
 from ._C import available_isas, compiled_isas, isa, set_isa
 from .layout import empty_batch_last, is_batch_last, to_batch_last, to_contiguous
 from .memory import MemoryStats, empty_cache, memory_stats
@@ -41,6 +41,7 @@ __all__ = [
     "Plan",
     "Report",
     "__version__",
+    "aggregate",
     "available_isas",
     "compiled_isas",
     "densify_",

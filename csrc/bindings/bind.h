@@ -5,6 +5,7 @@
 
 namespace fedpai {
 
+void bind_aggregate(pybind11::module_& m);
 void bind_bf16(pybind11::module_& m);
 void bind_plan(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);

@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &fedpai::select_isa, pybind11::arg("name"));
   m.def("available_isas", &fedpai::available_isas, "Instruction sets that this machine can run, best last.");
   m.def("compiled_isas", &fedpai::compiled_isas, "Instruction sets compiled into this library, best last.");
+  fedpai::bind_aggregate(m);
   fedpai::bind_bf16(m);
   fedpai::bind_plan(m);
   fedpai::bind_conv2d(m);

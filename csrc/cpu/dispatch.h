@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/aggregate/kernels.h"
 #include "cpu/bf16/kernels.h"
 #include "cpu/conv2d/kernels.h"
 #include "cpu/layout/kernels.h"
@@ -18,6 +19,7 @@ namespace fedpai {
 
 struct KernelTable {
   const char* isa;
+  AggregateKernels aggregate;
   Bf16Kernels bf16;
   Conv2dKernels<float> conv2d_f32;
   Conv2dKernels<double> conv2d_f64;

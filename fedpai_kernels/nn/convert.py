@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..memory import trim_heap
 from ..plan import Plan
-from ..structure import describe
+from ..structure import Structure, describe
 from ..tuning import BreakEvens, break_evens
 from .choice import KernelChoice, LayerInfo, choose_kernel
 from .compact import Cuts, find_cuts, may_cut
@@ -28,7 +28,7 @@ from .conv2d import BatchLastConv2d, MaskedConv2d, SparseConv2d
 from .deferred import detach
 from .fuse import Fusions, find_fusions
 from .linear import MaskedLinear, SparseLinear
-from .masks import checked_mask, is_pruned, mask_of, remove_pruning, unpruned_weight
+from .masks import check_structure, checked_mask, is_pruned, mask_of, remove_pruning, unpruned_weight
 from .packed import PackedWeight
 from .removed import Cut, Restored, original_mask, original_shape, restore_, shrink_
 from .report import LayerRow, Report
@@ -68,6 +68,7 @@ def sparsify_(
     model: nn.Module,
     masks: Mapping[str, Tensor] | None = None,
     *,
+    structure: str | Structure = "auto",
     fuse: bool = True,
     compact: bool | None = None,
     filter_fn: Filter | None = None,
@@ -90,6 +91,8 @@ def sparsify_(
             no weight. Without `masks`, a layer's mask is the one that `torch.nn.utils.prune` gave it (whose
             hooks and buffers are then removed), else the exact zeros of its weight; layers that are sparse
             already stay as they are.
+        structure: what all masks must be, such as ``"16x1"`` (:mod:`fedpai_kernels.structure`); layers smaller than a
+            block are cut at their edges. ``"auto"`` finds each mask's own; declaring it changes no kernel.
         fuse: computes a batch norm, the sum that alone reads it (``norm(x) + shortcut``) and the activation
             (ReLU, ReLU6, LeakyReLU, SiLU, GELU) that alone reads either in one pass, or, where a sparse
             convolution alone reads the norm or its activation, while that loads its input: the normalised
@@ -115,7 +118,8 @@ def sparsify_(
         TypeError: a mask that is no tensor, or one for a module that is no plain Conv2d or Linear; an
             `activation_dtype` for a model with float64 layers.
         ValueError: a mask for a missing module (with the nearest name), of another shape, with entries other
-            than 0 and 1 (NaN, infinity), or that keeps nothing; no masks at all; where channels are removed, masks
+            than 0 and 1 (NaN, infinity), that keeps nothing, or that is not of the declared `structure`; no masks
+            at all; where channels are removed, masks
             that leave no path from the input to the output (with the layer where it breaks off); a parameter shared
             by layers of different masks; an `activation_dtype` other than bfloat16; FEDPAI_TUNING names a file that
             cannot be used. The model is unchanged then.
@@ -125,6 +129,7 @@ def sparsify_(
     names = dict(_named(model))
     with Restored(model) as restored:
         found = _masks_of(model, masks, wanted)
+        check_structure(found, structure)
         every: dict[nn.Module, Tensor] = {m: m.mask for m in names.values() if isinstance(m, PackedWeight)}
         every.update({module: mask for _, module, mask in found})
         cutting = _whole_channels(every) if compact is None else compact
@@ -156,6 +161,7 @@ def sparsify(
     model: Model,
     masks: Mapping[str, Tensor] | None = None,
     *,
+    structure: str | Structure = "auto",
     fuse: bool = True,
     compact: bool | None = None,
     filter_fn: Filter | None = None,
@@ -166,7 +172,13 @@ def sparsify(
     """
     copied = copy.deepcopy(model, copy_memo(model))
     sparsify_(
-        copied, masks, fuse=fuse, compact=compact, filter_fn=filter_fn, activation_dtype=activation_dtype
+        copied,
+        masks,
+        structure=structure,
+        fuse=fuse,
+        compact=compact,
+        filter_fn=filter_fn,
+        activation_dtype=activation_dtype,
     )
     return copied
 

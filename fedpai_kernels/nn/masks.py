@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from ..plan import Plan
+from ..structure import Block, NOfM, Structure, check, grouped, parse
 
-__all__ = ["checked_mask", "is_pruned", "mask_of", "plan_for"]
+__all__ = ["check_structure", "checked_mask", "is_pruned", "mask_of", "plan_for"]
 
 
 def is_pruned(module: nn.Module) -> bool:
@@ -43,6 +46,51 @@ def checked_mask(mask: object, shape: torch.Size, name: str = "mask") -> Tensor:
             f"{name}: it keeps no weight; a layer without weights should be removed from the model"
         )
     return mask.detach()
+
+
+def check_structure(layers: Sequence[tuple[str, nn.Module, Tensor]], structure: str | Structure) -> None:
+    """Checks that all masks have a structure; ``"auto"`` is any.
+
+    Args:
+        layers: name, module and bool mask of each.
+        structure: a structure, or its name. Layers smaller than a block, or narrower than an M, are all edge.
+
+    Raises:
+        ValueError: an unknown structure; a block that is larger than every layer; a mask that is not of it (the message
+            names the layer, and the first block or channel that is not).
+    """
+    if structure == "auto":
+        return
+    kind = parse(structure) if isinstance(structure, str) else structure
+    if isinstance(kind, Block) and layers and not any(_fits(kind, *layer[1:]) for layer in layers):
+        raise ValueError(f"structure: a block of {kind} is larger than every layer that gets a mask")
+    for name, module, mask in layers:
+        try:
+            wanted = _cut_to(kind, module, mask)
+            if wanted is not None:
+                check(mask, wanted, _groups(module))
+        except ValueError as error:
+            raise ValueError(f"masks[{name!r}]: {error}") from None
+
+
+def _fits(block: Block, module: nn.Module, mask: Tensor) -> bool:
+    _, rows, columns, _ = grouped(mask, _groups(module)).shape
+    return rows >= block.rows and columns >= block.columns
+
+
+def _cut_to(kind: Structure, module: nn.Module, mask: Tensor) -> Structure | None:
+    """The structure at the edges of a layer that is smaller; None where nothing is left of it."""
+    _, rows, columns, taps = grouped(mask, _groups(module)).shape
+    if isinstance(kind, Block):
+        rows, columns, together = min(kind.rows, rows), min(kind.columns, columns), kind.taps and taps > 1
+        return Block(rows, columns, together) if rows * columns > 1 or together else None
+    if isinstance(kind, NOfM) and kind.m > columns:
+        return NOfM(kind.n, columns) if kind.n < columns else None
+    return kind
+
+
+def _groups(module: nn.Module) -> int:
+    return int(getattr(module, "groups", 1))
 
 
 def mask_of(module: nn.Module) -> Tensor | None:
@@ -81,7 +129,7 @@ def plan_for(module: nn.Module, mask: Tensor | Plan | None) -> Plan:
     Raises:
         TypeError, ValueError: as :func:`checked_mask`; a plan of another shape or number of groups.
     """
-    shape, groups = unpruned_weight(module).shape, int(getattr(module, "groups", 1))
+    shape, groups = unpruned_weight(module).shape, _groups(module)
     if isinstance(mask, Plan):
         if mask.mask_shape != tuple(shape) or mask.groups != groups:
             raise ValueError(

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ENDINGS = r"py|pyi|md|cpp|h|cmake|toml|sh|txt|json|jsonl|csv|html|inc"
 # What a run or a build makes, or a reader is to write.
 MADE = re.compile(
-    r"(runs|build|data|\.venv|dist)/.*|(config|profile)\.json|metrics\.jsonl|report\.html|\w+\.jsonl"
+    r"(runs|build|data|\.venv|dist)/.*|(config|profile|compare|machine)\.json|metrics\.jsonl|report\.html|\w+\.jsonl"
 )
 
 

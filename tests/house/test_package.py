@@ -89,6 +89,8 @@ def test_wheel_is_complete_and_works_elsewhere(tmp_path: Path) -> None:
         "fedpai_kernels/_C.pyi",
         "fedpai/py.typed",
         "fedpai/report/report.html.j2",
+        "fedpai/report/compare.html.j2",
+        "fedpai/report/style.css",
     ):
         assert name in names
     assert [name for name in names if not name.startswith(("fedpai_kernels", "fedpai/"))] == []

@@ -161,3 +161,52 @@ def test_the_report_says_the_structure_and_the_kernel() -> None:
     again = fk.sparsify_(model, {}, compact=False)
     assert {row.name: row.structure for row in again} == structures
     assert model(x).shape == (3, 24)
+
+
+@pytest.mark.parametrize(
+    ("declared", "structures"),
+    [
+        ("16x1", {"stem": "16x1", "conv1": "16x1", "conv2": "12x1", "mix": "16x1", "head": "5x1"}),
+        ("8x8-taps", {"stem": "8x3-taps", "conv1": "8x8-taps", "mix": "8x8", "head": "5x8"}),
+        ("4x4", {"conv1": "4x4", "conv2": "12x4", "mix": "4x8"}),
+        ("channel", STRUCTURES["channel"]),
+        ("weight", STRUCTURES["lost"]),
+        ("auto", STRUCTURES["lost"]),
+    ],
+)
+def test_declared_structures(declared: str, structures: dict[str, str]) -> None:
+    """Those that hold, layers smaller than a block included; the model is the one that nothing was declared of."""
+    model = ConvNet()
+    masks = masks_of(model, structures)
+    found, declaredly = fk.sparsify(model, masks), fk.sparsify(model, masks, structure=declared)
+    x = torch.randn(2, 3, 6, 6)
+    assert torch.equal(found(x), declaredly(x))
+
+
+@pytest.mark.parametrize(
+    ("declared", "changed", "message"),
+    [
+        ("16x1", "conv1", r"^masks\['conv1'\]: structure: the mask is not 16x1: the block of output"),
+        ("5x4", "head", r"^masks\['stem'\]: structure: the mask is not 5x3"),
+        ("64x64", None, "^structure: a block of 64x64 is larger than every layer"),
+        ("2:4", None, r"^masks\['conv1'\]: structure: the mask is not 2:4"),
+        ("16*1", None, r"^structure: got '16\*1', expected 'weight'"),
+    ],
+)
+def test_masks_of_another_structure_are_refused(declared: str, changed: str | None, message: str) -> None:
+    model = ConvNet()
+    masks = masks_of(model, STRUCTURES["16x1"])
+    if changed is not None:
+        position = masks[changed].nonzero()[0].tolist()
+        masks[changed][tuple(position)] = False
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=message):
+        fk.sparsify_(model, masks, structure=declared)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_layers_narrower_than_an_m_are_all_edge() -> None:
+    masks = {"stem": torch.tensor([True, False, True]).view(1, 3, 1, 1).expand(16, 3, 3, 3).clone()}
+    fk.sparsify(ConvNet(), masks, structure="2:4")
+    with pytest.raises(ValueError, match=r"^masks\['stem'\]: structure: .*1:3"):
+        fk.sparsify(ConvNet(), masks, structure="1:4")

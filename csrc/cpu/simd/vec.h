@@ -18,6 +18,7 @@
 //     add sub mul div max min sqrt
 //     fma(a, b, c) = a * b + c        one rounding where the hardware has it
 //     loadu_bf16(p) storeu_bf16(p, v)   float only: upper halves of floats, rounded to nearest even; NaN stays NaN
+//     loadu_f32(p) storeu_f32(p, v)   double only: as many floats, widened exactly and rounded to nearest even
 //     select_gt0(a, b)                b where a > 0, else 0 (NaN in a gives 0): the gradient of ReLU
 //     where_gt0(a, b, c)              b where a > 0, else c (NaN in a gives c)
 //     pow2(n)                         2^n for integers n for which that is a normal number

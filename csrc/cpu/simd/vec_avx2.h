@@ -118,6 +118,8 @@ struct Vec<double> {
   static FEDPAI_INLINE reg loadu(const double* p) { return _mm256_loadu_pd(p); }
   static FEDPAI_INLINE void store(double* p, reg v) { _mm256_store_pd(p, v); }
   static FEDPAI_INLINE void storeu(double* p, reg v) { _mm256_storeu_pd(p, v); }
+  static FEDPAI_INLINE reg loadu_f32(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+  static FEDPAI_INLINE void storeu_f32(float* p, reg v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
   static FEDPAI_INLINE __m256i partial_mask(int n) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kPartialMask64 + (lanes - n)));
   }

@@ -102,6 +102,8 @@ struct Vec<double> {
   static FEDPAI_INLINE reg loadu(const double* p) { return _mm512_loadu_pd(p); }
   static FEDPAI_INLINE void store(double* p, reg v) { _mm512_store_pd(p, v); }
   static FEDPAI_INLINE void storeu(double* p, reg v) { _mm512_storeu_pd(p, v); }
+  static FEDPAI_INLINE reg loadu_f32(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+  static FEDPAI_INLINE void storeu_f32(float* p, reg v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
   static FEDPAI_INLINE __mmask8 partial_mask(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
   static FEDPAI_INLINE reg load_partial(const double* p, int n) { return _mm512_maskz_loadu_pd(partial_mask(n), p); }
   static FEDPAI_INLINE void store_partial(double* p, reg v, int n) { _mm512_mask_storeu_pd(p, partial_mask(n), v); }

@@ -96,6 +96,8 @@ struct Vec<double> {
   static FEDPAI_INLINE reg loadu(const double* p) { return vld1q_f64(p); }
   static FEDPAI_INLINE void store(double* p, reg v) { vst1q_f64(p, v); }
   static FEDPAI_INLINE void storeu(double* p, reg v) { vst1q_f64(p, v); }
+  static FEDPAI_INLINE reg loadu_f32(const float* p) { return vcvt_f64_f32(vld1_f32(p)); }
+  static FEDPAI_INLINE void storeu_f32(float* p, reg v) { vst1_f32(p, vcvt_f32_f64(v)); }
   static FEDPAI_INLINE reg load_partial(const double* p, int n) {
     double t[lanes] = {0, 0};
     for (int i = 0; i < n; ++i) t[i] = p[i];

@@ -58,6 +58,12 @@ struct Vec {
       p[i] = static_cast<std::uint16_t>(v.x[i] != v.x[i] ? upper | 0x40u : rounded);
     }
   }
+  static FEDPAI_INLINE reg loadu_f32(const float* p) {
+    return each([&](int i) { return static_cast<T>(p[i]); });
+  }
+  static FEDPAI_INLINE void storeu_f32(float* p, const reg& v) {
+    for (int i = 0; i < lanes; ++i) p[i] = static_cast<float>(v.x[i]);
+  }
   static FEDPAI_INLINE reg load_partial(const T* p, int n) {
     return each([&](int i) { return i < n ? p[i] : T(0); });
   }

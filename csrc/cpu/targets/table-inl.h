@@ -2,6 +2,7 @@
 // The kernel table of the target whose vec_<isa>.h was included before this file.
 #pragma once
 
+#include "cpu/aggregate/kernels-inl.h"
 #include "cpu/bf16/kernels-inl.h"
 #include "cpu/conv2d/kernels-inl.h"
 #include "cpu/dispatch.h"
@@ -20,6 +21,7 @@ namespace fedpai::FEDPAI_TARGET {
 extern const KernelTable kTable;
 const KernelTable kTable = {
     FEDPAI_NAME(FEDPAI_TARGET),
+    make_aggregate_kernels(),
     make_bf16_kernels(),
     make_conv2d_kernels<float>(),
     make_conv2d_kernels<double>(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fedpai bench layers` and `fedpai bench step`."""
+"""`fedpai bench layers` and `fedpai bench step`, and what all of `fedpai bench` share."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ _STEP_RIVALS = "dense,sparseprop"
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Registers the sub-command. Nothing heavy is imported before it runs."""
+    from fedpai.bench import aggregate_cli  # which needs what is defined here
+
     bench = subparsers.add_parser(
         "bench",
-        help="measure layers or whole training steps against dense torch and other sparse kernels",
-        description="Measure layers or whole training steps against dense torch and other sparse kernels.",
+        help="measure layers, whole training steps or merging against dense torch and other sparse kernels",
+        description="Measure layers, whole training steps or the server's merging against dense torch and other "
+        "sparse kernels.",
     )
-    kinds = bench.add_subparsers(dest="bench", required=True, metavar="layers|step")
+    kinds = bench.add_subparsers(dest="bench", required=True, metavar="layers|step|aggregate")
     _add_layers(kinds)
     _add_step(kinds)
+    aggregate_cli.add_parser(kinds)
 
 
 def _add_layers(kinds: argparse._SubParsersAction[Any]) -> None:
@@ -42,33 +46,33 @@ def _add_layers(kinds: argparse._SubParsersAction[Any]) -> None:
     _add_common(parser, _RIVALS)
     add(
         "--model",
-        type=_words,
+        type=words,
         default=["resnet18"],
         metavar="NAME,..",
         help="networks, CSV files of layers, or transformer: linear layers of ViT-Base (resnet18)",
     )
     add(
         "--density",
-        type=_numbers,
+        type=numbers,
         default=[0.1, 0.05, 0.02, 0.01],
         metavar="D,..",
         help="share of the weights that is kept (0.1,0.05,0.02,0.01)",
     )
     add(
         "--layers",
-        type=_words,
+        type=words,
         default=[],
         metavar="PATTERN,..",
         help="only layers whose name or sizes match, such as layer1* or 3x3/2",
     )
     add(
         "--directions",
-        type=_words,
+        type=words,
         default=["forward", "input-grad", "weight-grad", "train"],
         metavar="D,..",
         help="forward, input-grad, weight-grad, backward (both gradients), train; default all but backward",
     )
-    add("--kinds", type=_words, default=["conv2d"], metavar="K,..", help="conv2d, linear (conv2d)")
+    add("--kinds", type=words, default=["conv2d"], metavar="K,..", help="conv2d, linear (conv2d)")
     add("--compile", action="store_true", help="also try dense torch compiled")
     add(
         "--roofline",
@@ -76,7 +80,7 @@ def _add_layers(kinds: argparse._SubParsersAction[Any]) -> None:
         help="also show which share of the machine's bound each layer reaches, and the median over the layers",
     )
     add("--cold", action="store_true", help="empty the caches before each sample")
-    parser.set_defaults(run=_guarded(_layers))
+    parser.set_defaults(run=guarded(_layers))
 
 
 def _add_step(kinds: argparse._SubParsersAction[Any]) -> None:
@@ -87,10 +91,10 @@ def _add_step(kinds: argparse._SubParsersAction[Any]) -> None:
     )
     add = parser.add_argument
     _add_common(parser, _STEP_RIVALS)
-    add("--model", type=_words, default=["resnet18"], metavar="NAME,..", help="networks (resnet18)")
+    add("--model", type=words, default=["resnet18"], metavar="NAME,..", help="networks (resnet18)")
     add(
         "--sparsity",
-        type=_numbers,
+        type=numbers,
         default=[0.98],
         metavar="S,..",
         help="share of the weights removed (0.98)",
@@ -113,10 +117,31 @@ def _add_step(kinds: argparse._SubParsersAction[Any]) -> None:
         choices=["bf16"],
         help="also train ours with what the backward pass needs kept in bfloat16 (kept as it is)",
     )
-    parser.set_defaults(run=_guarded(_step))
+    parser.set_defaults(run=guarded(_step))
 
 
 def _add_common(parser: argparse.ArgumentParser, rivals: str) -> None:
+    add = parser.add_argument
+    add_mask(parser)
+    add(
+        "--structure",
+        default="weight",
+        metavar="NAME",
+        help="which weights masks keep together: weight, 16x1 or any RxC, 16x1-taps, channel, 2:4, fan-in (weight)",
+    )
+    add("--batch", type=positive, default=64, metavar="N", help="images (64)")
+    parser.set_defaults(usual_rivals=rivals.split(","))
+    add(
+        "--rivals",
+        type=words,
+        metavar="NAME,..",
+        help=f"whom to compare with ({rivals}); none for ours alone",
+    )
+    add_effort(parser)
+
+
+def add_mask(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a network's masks."""
     add = parser.add_argument
     add(
         "--mask",
@@ -126,18 +151,16 @@ def _add_common(parser: argparse.ArgumentParser, rivals: str) -> None:
         "as in grasp@time (uniform)",
     )
     add(
-        "--structure",
-        default="weight",
-        metavar="NAME",
-        help="which weights masks keep together: weight, 16x1 or any RxC, 16x1-taps, channel, 2:4, fan-in (weight)",
-    )
-    add(
         "--mask-data",
         default="fashion-mnist",
         metavar="NAME",
         help="images that grasp and snip score with (fashion-mnist; synthetic needs no files)",
     )
-    add("--batch", type=positive, default=64, metavar="N", help="images (64)")
+
+
+def add_effort(parser: argparse.ArgumentParser) -> None:
+    """The options that say how long to measure, and where the rows go."""
+    add = parser.add_argument
     add("--threads", type=positive, metavar="N", help="of torch and of the kernels (torch's default)")
     add("--samples", type=positive, default=30, metavar="N", help="of each contender (30)")
     add("--min-time", type=float, default=2.0, metavar="MS", help="a sample lasts at least so long (2)")
@@ -148,23 +171,18 @@ def _add_common(parser: argparse.ArgumentParser, rivals: str) -> None:
         metavar="S",
         help="a contender gets no more samples after so many seconds of one measurement (10)",
     )
-    parser.set_defaults(usual_rivals=rivals.split(","))
-    add(
-        "--rivals",
-        type=_words,
-        metavar="NAME,..",
-        help=f"whom to compare with ({rivals}); none for ours alone",
-    )
     add("--json", type=Path, metavar="FILE", help="append result rows to FILE, one JSON object a line")
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """Words separated by commas, as the type of an argument."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _numbers(text: str) -> list[float]:
+def numbers(text: str) -> list[float]:
+    """Numbers above 0 and at most 1 separated by commas, as the type of an argument."""
     try:
-        numbers = [float(word) for word in _words(text)]
+        numbers = [float(word) for word in words(text)]
     except ValueError:
         numbers = []
     if not numbers or not all(0 < number <= 1 for number in numbers):
@@ -185,7 +203,7 @@ def positive(text: str) -> int:
     return number
 
 
-def _guarded(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
+def guarded(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
     """A command whose BenchErrors are one line and exit code 2."""
 
     def run(arguments: argparse.Namespace) -> int:
@@ -231,7 +249,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
 
 
-def _effort(arguments: argparse.Namespace) -> Effort:
+def effort(arguments: argparse.Namespace) -> Effort:
+    """How long to measure, as it was asked for."""
     from fedpai.bench.timing import Effort
 
     return Effort(arguments.samples, arguments.min_time / 1e3, arguments.budget)
@@ -260,11 +279,11 @@ def _layers(arguments: argparse.Namespace) -> None:
         kinds=arguments.kinds,
         compiled=arguments.compile,
         cold=arguments.cold,
-        effort=_effort(arguments),
+        effort=effort(arguments),
         mask_data=arguments.mask_data,
     )
     work = layers.prepare(settings)
-    rows = _collect(arguments, partial(layers.measure, settings, work))
+    rows = collect(arguments, partial(layers.measure, settings, work))
     for table in detail_tables(rows):
         table.show()
         print()
@@ -288,7 +307,7 @@ def _step(arguments: argparse.Namespace) -> None:
         batch=arguments.batch,
         rivals=arguments.rivals,
         compiled=arguments.compiled,
-        effort=_effort(arguments),
+        effort=effort(arguments),
         mask_data=arguments.mask_data,
         bf16=arguments.activation_dtype == "bf16",
     )
@@ -299,7 +318,7 @@ def _step(arguments: argparse.Namespace) -> None:
     if arguments.memory:
         _memory(arguments, settings)
         return
-    rows = _collect(arguments, partial(step.measure, settings))
+    rows = collect(arguments, partial(step.measure, settings))
     step_table(rows).show()
     print(*remarks(rows), sep="\n")
 
@@ -308,7 +327,7 @@ def _profile(arguments: argparse.Namespace, settings: Settings) -> None:
     from fedpai.bench import profile
     from fedpai.bench import profile_text as text
 
-    rows = _collect(arguments, partial(profile.measure, settings))
+    rows = collect(arguments, partial(profile.measure, settings))
     for group in text.groups(rows):
         print(text.title(group))
         text.show_bar(group)
@@ -322,12 +341,12 @@ def _memory(arguments: argparse.Namespace, settings: Settings) -> None:
     from fedpai.bench import memory
     from fedpai.bench.memory_text import memory_table, remarks
 
-    rows = _collect(arguments, partial(memory.measure, settings))
+    rows = collect(arguments, partial(memory.measure, settings))
     memory_table(rows).show()
     print(*remarks(rows), sep="\n")
 
 
-def _collect(
+def collect(
     arguments: argparse.Namespace, measure: Callable[[MachineModel, Callable[[str], None]], Iterator[Row]]
 ) -> list[Row]:
     """Measures; rows are written as they come, so that Ctrl-C loses only what is under way."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Result rows: one JSON object a line, complete in itself, so that files can be appended to and joined.
 
-Every row has ``schema``, ``row`` ("layer", "step", "profile" or "memory"), ``time``, ``machine``, ``software``,
-``commit``, ``threads``, ``isa``, ``machine_model``, ``model``, ``mask``, ``structure`` (of the masks, as it was asked
-for; rows without it are read as "weight"), ``density``, ``batch``. Those of layers and steps have ``results``: for each
-contender
+Every row has ``schema``, ``row`` ("layer", "step", "profile", "memory" or "aggregate"), ``time``, ``machine``,
+``software``, ``commit``, ``threads``, ``isa``, ``machine_model``, ``model``, ``mask``, ``structure`` (of the masks, as
+it was asked for; rows without it are read as "weight"), ``density``, ``batch``. Those of layers, steps and aggregation
+have ``results``: for each contender
 
     {"status": "ok", "best": variant, "variants": {variant: {"median_ms": ..., "q20_ms": ..., ...}}}
     {"status": "wrong" | "unavailable", "reason": text}
@@ -14,7 +14,8 @@ and ours ``convert_ms``, what `sparsify_` took. A profile row is one part of our
 (``layer`` null) of all: ``counted`` says whether it is an "operation", a "gap" between operations, or the "remainder"
 that the trace does not show, and ``step`` what holds for the whole. A layer row has ``structure_found``, what
 :func:`fedpai_kernels.structure.describe` says of its mask. A memory row has ``peaks``: {contender: {variant:
-{"peak_bytes": ..., "start_bytes": ..., ...}}}, as written in ``memory.py``.
+{"peak_bytes": ..., "start_bytes": ..., ...}}}, as written in ``memory.py``. An aggregate row has no ``batch`` (null),
+but ``copy`` and ``copy_share``, as written in ``aggregate.py``.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ _OWN = {
     "profile": (
         *("sparsity", "mac_share", "input", "mask_data", "step", "part", "layer", "counted"),
         *("median_ms", "q20_ms", "q80_ms", "share"),
+    ),
+    "aggregate": (
+        *_COMPARED,
+        *("sparsity", "mask_data", "form", "clients", "distinct", "values", "union", "bytes", "copy", "copy_share"),
     ),
     "memory": ("sparsity", "mac_share", "input", "mask_data", "steps", "method", "peaks"),
 }

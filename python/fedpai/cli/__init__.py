@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `fedpai run`, `fedpai bench`, `fedpai tune`, `fedpai doctor`."""
+"""The command line: `fedpai run`, `fedpai compare`, `fedpai bench`, `fedpai tune`, `fedpai doctor`."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 import fedpai
@@ -26,7 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The whole parser. Sub-commands import their heavy parts when they run."""
     from fedpai.bench import cli as bench
-    from fedpai.cli import doctor, run, tune
+    from fedpai.cli import compare, doctor, run, tune
 
     parser: argparse.ArgumentParser = OneLineParser(
         prog="fedpai",
@@ -35,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fedpai-kernels {fedpai.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run.add_parser(commands)
+    compare.add_parser(commands)
     bench.add_parser(commands)
     tune.add_parser(commands)
     doctor.add_parser(commands)
@@ -64,3 +68,17 @@ def complain(error: Exception | str) -> int:
     """Prints one line on stderr and returns the exit code of a user's mistake."""
     print(f"fedpai: {' '.join(str(error).split())}", file=sys.stderr)
     return ERROR
+
+
+@contextmanager
+def terminated_like_ctrl_c() -> Iterator[None]:
+    """While it lasts, SIGTERM stops the process the way Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)

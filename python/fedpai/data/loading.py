@@ -24,6 +24,7 @@ _IDX_FILES = (
 )
 _IDX_FOLDERS = {
     "fashion-mnist": ("fashion-mnist", "FashionMNIST/raw", "fashion"),
+    "fashion-mnist-28": ("fashion-mnist", "FashionMNIST/raw", "fashion"),
     "mnist": ("mnist", "MNIST/raw"),
     "kmnist": ("kmnist", "KMNIST/raw"),
 }
@@ -48,7 +49,8 @@ def load(
         root: the folder with the files. For CIFAR also the downloaded ``.tar.gz`` itself, or the folder that
             holds it or the unpacked folder. Without it, Fashion-MNIST is looked for where Debian's package
             ``dataset-fashion-mnist`` puts it; the others need it; synthetic images use no files.
-        image_size: pad 28x28 images with zeros to this side; ``None`` keeps the files' size.
+        image_size: pad 28x28 images with zeros to this side; ``None`` keeps the files' size, and so does the name
+            ``fashion-mnist-28``.
         seed: for the synthetic images only.
 
     Raises:
@@ -59,7 +61,8 @@ def load(
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: got {image_size}, expected at least 1, or None for the files' size")
     if name in _IDX_FOLDERS:
-        return _load_idx(name, None if root is None else Path(root), image_size)
+        size = None if name == "fashion-mnist-28" else image_size
+        return _load_idx(name, None if root is None else Path(root), size)
     if name in ("cifar10", "cifar100"):
         layout = CIFAR10 if name == "cifar10" else CIFAR100
         if root is None:
@@ -123,7 +126,7 @@ def _idx_folder(name: str, root: Path | None) -> Path:
     """The folder that holds the files: the given one, a usual sub-folder of it, or Debian's."""
     hint = _hint(name)
     if root is None:
-        folder = _debian_folder() if name == "fashion-mnist" else None
+        folder = _debian_folder() if name.startswith("fashion-mnist") else None
         if folder is None:
             raise DataError(f"{name}: no data folder given and none installed; {hint}")
         return folder
@@ -162,7 +165,7 @@ def _idx_list() -> str:
 def _hint(name: str) -> str:
     """How to get the files."""
     folder = "name the folder with root=... (--data-root on the command line)"
-    if name == "fashion-mnist":
+    if name.startswith("fashion-mnist"):
         return f"on Debian or Ubuntu `apt-get install {FASHION_PACKAGE}` provides them, elsewhere {folder}"
     return folder
 

@@ -3,9 +3,10 @@
 
     shared mask      theta_j = sum_k n_k w_kj / sum_k n_k
     personal masks   theta_j = sum_k n_k m_kj w_kj / sum_k n_k m_kj ;  nobody sent j: theta_j keeps its value
+    votes            j is kept if at least so many clients keep it
 
-Every sum runs over the clients in the given order with float64 accumulators and is rounded once to
-float32, so the result depends on nothing but the inputs and their order.
+`fedpai_kernels.aggregate` computes them in one pass. Every sum runs over the clients in the given order with float64
+accumulators and is rounded once to float32, so the result depends on nothing but the inputs and their order.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedpai.federation.layout import Floats, Ints
+from fedpai.federation.layout import Floats, Ints, MaskSet, Places
+from fedpai_kernels import aggregate
 
 
 def weighted_mean(vectors: Sequence[Floats], examples: Sequence[int]) -> Floats:
@@ -24,47 +26,44 @@ def weighted_mean(vectors: Sequence[Floats], examples: Sequence[int]) -> Floats:
         ValueError: no vectors, unequal lengths, or a weight below one.
     """
     _check(vectors, examples)
-    total = np.zeros(vectors[0].shape, np.float64)
-    term = np.empty_like(total)
-    for vector, n in zip(vectors, examples, strict=True):
-        if vector.shape != total.shape:
-            raise ValueError(f"vectors of {vector.shape} and {total.shape} cannot be averaged")
-        np.multiply(vector, float(n), out=term, dtype=np.float64)
-        total += term
-    total /= float(sum(examples))
-    return total.astype(np.float32)
+    return aggregate.weighted_mean(vectors, examples)
 
 
 def masked_mean(
-    old: Floats, vectors: Sequence[Floats], at: Sequence[Ints], examples: Sequence[int]
+    old: Floats, vectors: Sequence[Floats], at: Sequence[Places | Ints], examples: Sequence[int]
 ) -> Floats:
     """Masked mean: vector k speaks about positions at[k] of the result, and about no other.
 
     Args:
         old: float32, the values that uncovered positions keep.
         vectors: float32, one a client, vectors[k].shape == at[k].shape.
-        at: int64, ascending unique positions into `old`.
+        at: int32 or, more slowly, int64: ascending unique positions into `old`.
         examples: n_k.
 
     Returns:
         float32 of old's shape. Cost: O(sum of the vectors' lengths) plus one copy of `old`.
 
     Raises:
-        ValueError: no vectors, lengths that do not fit, or a weight below one.
+        ValueError: no vectors, lengths that do not fit, positions that cannot be, or a weight below one.
     """
     _check(vectors, examples)
-    total = np.zeros(old.shape, np.float64)
-    weight = np.zeros(old.shape, np.float64)
-    for vector, places, n in zip(vectors, at, examples, strict=True):
-        if vector.shape != places.shape:
-            raise ValueError(f"{vector.shape} values for {places.shape} positions")
-        total[places] += np.multiply(vector, float(n), dtype=np.float64)
-        weight[places] += float(n)
-    merged = old.copy()
-    covered = weight > 0
-    np.divide(total, weight, out=total, where=covered)
-    np.copyto(merged, total, where=covered, casting="same_kind")
-    return merged
+    return aggregate.masked_mean(old, vectors, at, examples)
+
+
+def majority(masks: Sequence[MaskSet], votes: int) -> MaskSet:
+    """The weights that at least so many of the masks keep.
+
+    Args:
+        masks: of one layout, at least one.
+        votes: 1 (the union) to the number of masks (the intersection).
+
+    Raises:
+        ValueError: no masks, or a number of votes that cannot be.
+    """
+    if not masks:
+        raise ValueError("nothing to vote about: no client sent a mask")
+    bitmaps = [np.frombuffer(mask.bits(), np.uint8) for mask in masks]
+    return MaskSet.from_bits(masks[0].layout, aggregate.majority(bitmaps, votes).tobytes())
 
 
 def largest(ints: Sequence[Ints]) -> Ints:

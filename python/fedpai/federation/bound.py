@@ -89,6 +89,29 @@ class BoundModel:
             ints[where] = tensor.reshape(-1).numpy()
         return floats, ints
 
+    def load_momentum(self, optimiser: torch.optim.Optimizer, momentum: Floats) -> None:
+        """Gives every parameter its momentum buffer back, from a vector that `read_momentum` made under this mask.
+
+        Raises:
+            LayoutError: a vector of another length or dtype.
+        """
+        self.layout.check(momentum, np.zeros(self.layout.int_count, np.int64), self.mask)
+        source = torch.from_numpy(momentum)
+        for where, tensor in self._floats:
+            if isinstance(tensor, nn.Parameter):
+                buffer = torch.empty_like(tensor, requires_grad=False)  # stored as the parameter is
+                optimiser.state[tensor]["momentum_buffer"] = buffer.copy_(source[where].view(tensor.shape))
+
+    def read_momentum(self, optimiser: torch.optim.Optimizer) -> Floats:
+        """SGD's momentum in the order of the packed floats; zeros for what no gradient steps (running statistics)."""
+        momentum = np.zeros(self.layout.float_count(self.mask), np.float32)
+        target = torch.from_numpy(momentum)
+        for where, tensor in self._floats:
+            buffer = optimiser.state.get(tensor, {}).get("momentum_buffer")
+            if buffer is not None:
+                target[where] = buffer.reshape(-1)
+        return momentum
+
 
 class ModelPool:
     """Hands out bound models by mask.
@@ -120,11 +143,19 @@ class ModelPool:
         self._kept.move_to_end(key)
         return bound
 
+    def drop(self, mask: MaskSet | None) -> None:
+        """Lets go of the model for a mask that nobody will train under again."""
+        self._kept.pop(None if mask is None else mask.digest, None)
+
     def plain(self, floats: Floats, ints: Ints) -> nn.Module:
         """A separate dense torch model with the given dense values, for scoring."""
         model = self._create()
         model.load_state_dict(self.layout.scatter(floats, ints))
         return model
+
+    def initial(self) -> tuple[Floats, Ints]:
+        """The values that every run of these settings starts from, dense: they follow from its seed."""
+        return self.layout.gather(self._create().state_dict())
 
     def images(self, bound: BoundModel, x: Tensor) -> Tensor:
         """The batch in the memory format that the model likes best."""

@@ -20,13 +20,27 @@ from torch import Tensor, nn
 from fedpai.data import Dataset
 from fedpai.federation.bound import BoundModel, ModelPool
 from fedpai.federation.config import RunConfig
-from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, pack, unpack
-from fedpai.federation.payload import NO_MASK, SERVER, Kind, Payload, PayloadError, decode, encode
+from fedpai.federation.feedback import move_residual, with_feedback
+from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, repack, unpack
+from fedpai.federation.payload import (
+    NO_MASK,
+    SERVER,
+    WIRE_DTYPES,
+    DType,
+    Kind,
+    Payload,
+    PayloadError,
+    decode,
+    encode,
+)
 from fedpai.federation.seeds import derive, generator, torch_seed
 from fedpai.federation.server import mask_from
 from fedpai_kernels import optim
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+MOMENTUM = "momentum"
+"""Where a client's memory keeps SGD's momentum between its turns, packed under its mask."""
 
 
 class ClientError(RuntimeError):
@@ -71,6 +85,8 @@ class Client:
         pool: builds models.
         on_step: told (step, steps) as training goes on.
         log: filled by `fit`.
+        floats, ints: its current model, dense or packed under its mask; None before any was received.
+        thresholds: as the server sent them, where the method has any.
     """
 
     id: int
@@ -85,6 +101,7 @@ class Client:
     log: TrainingLog = field(default_factory=TrainingLog)
     floats: Floats | None = None
     ints: Ints | None = None
+    thresholds: Floats | None = None
 
     @property
     def examples(self) -> int:
@@ -94,17 +111,20 @@ class Client:
     # -- messages ----------------------------------------------------------------------------------------
 
     def receive(self, messages: list[bytes]) -> None:
-        """Takes in what the server sent: a mask, where it is new, then the model under it.
+        """Takes in what the server sent: a mask, where it is new, then the model under it; or thresholds.
 
         Raises:
             PayloadError: a message that is damaged, stale or for another model; nothing was changed by it.
         """
         for message in messages:
-            payload = decode(message)
+            payload = decode(message, most=self.layout.float_count(None))
             mask = self.memory.mask
             if payload.kind is Kind.MASK:
                 self._expect(payload, Kind.MASK, self.layout.weight_count, None, 0)
-                self.memory.mask = mask_from(payload, self.layout)
+                self.set_mask(mask_from(payload, self.layout))
+            elif payload.kind is Kind.THRESHOLDS:
+                self._expect(payload, Kind.THRESHOLDS, self.layout.channel_count, NO_MASK, 0)
+                self.thresholds = payload.values
             else:
                 count, digest = self.layout.float_count(mask), NO_MASK if mask is None else mask.digest
                 self._expect(payload, Kind.VALUES, count, digest, self.layout.int_count)
@@ -119,16 +139,35 @@ class Client:
             mask_digest=mask_digest,
             count=count,
             ints=ints,
+            dtype=WIRE_DTYPES[self.config.wire] if kind is Kind.VALUES else None,
+            exact=self.layout.other_count,
         )
 
-    def values_message(self) -> bytes:
-        """The client's model, packed under its mask."""
+    def values_message(self, mask: MaskSet | None = None) -> bytes:
+        """The client's model, rounded with error feedback to the run's wire format.
+
+        Args:
+            mask: what to pack under, where the client sends a new mask along; else the one it trains under.
+
+        Raises:
+            PayloadError: a weight that the format cannot hold.
+        """
         floats, ints = self.model_vectors()
-        return self._encode(Kind.VALUES, self.memory.mask, values=floats, ints=ints)
+        dtype, own = WIRE_DTYPES[self.config.wire], self.memory.mask
+        sent = with_feedback(self.memory.extra, floats, self.layout.other_count, dtype)
+        if mask is None:
+            mask = own
+        else:
+            sent = repack(sent, own, mask, self.layout)
+        return self._encode(Kind.VALUES, mask, values=sent, ints=ints, dtype=dtype)
 
     def scores_message(self, scores: Floats) -> bytes:
         """One score for each conv and linear weight."""
         return self._encode(Kind.SCORES, None, values=scores)
+
+    def thresholds_message(self, thresholds: Floats) -> bytes:
+        """One threshold for each output channel of the conv and linear layers."""
+        return self._encode(Kind.THRESHOLDS, None, values=thresholds)
 
     def mask_message(self, mask: MaskSet) -> bytes:
         """A mask that this client chose."""
@@ -143,6 +182,7 @@ class Client:
         ints: Ints | None = None,
         bits: bytes = b"",
         count: int | None = None,
+        dtype: DType = DType.FLOAT32,
     ) -> bytes:
         return encode(
             kind,
@@ -155,6 +195,9 @@ class Client:
             ints=ints,
             bits=bits,
             count=count,
+            dtype=dtype,
+            exact=self.layout.other_count,
+            deflate=self.config.compress == "deflate",
         )
 
     # -- the model ---------------------------------------------------------------------------------------
@@ -184,10 +227,24 @@ class Client:
         """Takes the model's values as the client's own."""
         self.floats, self.ints = bound.read()
 
+    def density(self) -> float:
+        """Share of the conv and linear weights that are not zero."""
+        floats, _ = self.model_vectors()
+        kept = self.layout.weight_count if self.memory.mask is None else self.memory.mask.kept
+        return int(np.count_nonzero(floats[:kept])) / self.layout.weight_count
+
     def remask(self, mask: MaskSet) -> None:
         """Trains under another mask from now on: values it drops are lost, weights it brings back start at 0."""
         floats, _ = self.model_vectors()
-        self.floats = pack(unpack(floats, self.memory.mask, self.layout), mask, self.layout)
+        self.floats = repack(floats, self.memory.mask, mask, self.layout)
+        self.set_mask(mask)
+
+    def set_mask(self, mask: MaskSet) -> None:
+        """Remembers another mask, and takes along momentum and error feedback of the weights that it keeps."""
+        kept = self.memory.extra
+        if MOMENTUM in kept:
+            kept[MOMENTUM] = repack(kept[MOMENTUM], self.memory.mask, mask, self.layout)
+        move_residual(kept, self.memory.mask, mask, self.layout)
         self.memory.mask = mask
 
     def seed(self, purpose: str) -> int:
@@ -200,8 +257,9 @@ class Client:
         *,
         epochs: int | None = None,
         adjust: Callable[[BoundModel], None] | None = None,
+        carry_momentum: bool = False,
     ) -> None:
-        """Local training: SGD with momentum and weight decay, fresh optimiser, shuffled batches.
+        """Local training: SGD with momentum and weight decay, shuffled batches.
 
         Fills `log`; only the training steps are timed, not the making of batches.
 
@@ -209,6 +267,8 @@ class Client:
             loss: of (outputs, labels).
             epochs: passes over the client's images; by default the run's.
             adjust: called after each backward pass, before the optimiser's step, to change gradients in place.
+            carry_momentum: go on with the momentum of the client's last turn, less that of weights dropped since;
+                by default the optimiser is fresh.
         """
         config = self.config
         bound = self.bound()
@@ -217,6 +277,8 @@ class Client:
         # The dense network, the baseline of every comparison, is stepped by torch's fastest form.
         sgd = partial(torch.optim.SGD, fused=True) if bound.mask is None else optim.SGD
         optimiser = sgd(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        if carry_momentum and MOMENTUM in self.memory.extra:
+            bound.load_momentum(optimiser, self.memory.extra[MOMENTUM])
         batches = list(self._batches(config.local_epochs if epochs is None else epochs))
         with torch_seed(config.seed, "train", self.round, self.id):
             for number, batch in enumerate(batches):
@@ -233,6 +295,15 @@ class Client:
                 self._record(seconds, float(value.detach()), len(batch))
                 self.on_step(number + 1, len(batches))
         self.keep(bound)
+        if carry_momentum:
+            self._keep_momentum(bound.read_momentum(optimiser))
+
+    def _keep_momentum(self, momentum: Floats) -> None:
+        """Momentum that ran away is forgotten: with it, the client's next turn would fail like this one."""
+        if np.isfinite(momentum).all():
+            self.memory.extra[MOMENTUM] = momentum
+        else:
+            self.memory.extra.pop(MOMENTUM, None)
 
     def _record(self, seconds: float, loss: float, images: int) -> None:
         self.log.seconds += seconds

@@ -39,7 +39,7 @@ class RunConfig:
         mask_mode: "shared" (one mask for everybody) or "personal" (each client its own).
         clients, sample: number of clients, and how many of them train in a round.
         rounds, local_epochs, batch: length of the run, passes per round, images per step.
-        lr, momentum, weight_decay: plain SGD on the clients, fresh in every round.
+        lr, momentum, weight_decay: plain SGD on the clients, fresh in every round but in FedSparsify.
         prox_mu: FedProx, weight of the squared distance to the global model.
         prune_every: FedSparsify, rounds from one pruning to the next.
         merge_rule: FedSparsify-Local, whose values a kept weight is averaged over: all clients' (zeros included) or

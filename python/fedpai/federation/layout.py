@@ -3,7 +3,7 @@
 
 A federation moves and averages vectors, never modules. `Layout` fixes the order once per architecture:
 
-    floats = [ kept weights of every conv and linear layer | every other float tensor ]
+    floats = [ kept weights of every conv and linear layer | other parameters | running statistics ]
     ints   = [ every integer buffer ]                        (batch norm's `num_batches_tracked`)
 
 `MaskSet` says which weights are kept. It stores their positions, not a bitmap, so that everything done
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Places = npt.NDArray[np.int32]
 
 
 class LayoutError(ValueError):
@@ -49,7 +50,10 @@ class Slot:
         return self.offset + self.size
 
 
-def _slots(items: list[tuple[str, tuple[int, ...]]]) -> tuple[Slot, ...]:
+_Item = tuple[str, tuple[int, ...]]  # key and shape
+
+
+def _slots(items: list[_Item]) -> tuple[Slot, ...]:
     slots, offset = [], 0
     for key, shape in items:
         slots.append(Slot(key, shape, offset))
@@ -63,14 +67,16 @@ class Layout:
 
     Attributes:
         weights: conv and linear weights, the only tensors a mask may thin out.
-        others: every other floating tensor (biases, norm parameters, running statistics).
+        others: every other floating tensor: first parameters (biases, of norms), then running statistics.
         ints: every integer buffer.
+        statistics_count: elements at the end of `others` that are buffers and no parameters.
         digest: 32 bytes that name the architecture (keys, shapes, sections).
     """
 
     weights: tuple[Slot, ...]
     others: tuple[Slot, ...]
     ints: tuple[Slot, ...]
+    statistics_count: int
     digest: bytes = field(repr=False)
 
     @classmethod
@@ -85,13 +91,17 @@ class Layout:
             for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d | nn.Linear)
         }
-        weights, others, ints = [], [], []
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        weights: list[_Item] = []
+        trained: list[_Item] = []
+        statistics: list[_Item] = []
+        ints: list[_Item] = []
         for key, tensor in model.state_dict().items():
             item = (key, tuple(tensor.shape))
             if key in maskable:
                 weights.append(item)
             elif tensor.dtype == torch.float32:
-                others.append(item)
+                (trained if key in parameters else statistics).append(item)
             elif not tensor.is_floating_point() and not tensor.is_complex():
                 ints.append(item)
             else:
@@ -102,13 +112,20 @@ class Layout:
             raise LayoutError(
                 "the model has no conv or linear layer, so there is nothing to federate sparsely"
             )
+        others = trained + statistics
         text = repr(("fedpai layout 1", weights, others, ints)).encode()
-        return cls(_slots(weights), _slots(others), _slots(ints), hashlib.sha256(text).digest())
+        count = sum(prod(shape) for _, shape in statistics)
+        return cls(_slots(weights), _slots(others), _slots(ints), count, hashlib.sha256(text).digest())
 
     @property
     def weight_count(self) -> int:
         """Weights a mask speaks about."""
         return self.weights[-1].stop
+
+    @property
+    def channel_count(self) -> int:
+        """Output channels (filters, neurons) of all conv and linear layers."""
+        return sum(slot.shape[0] for slot in self.weights)
 
     @property
     def other_count(self) -> int:
@@ -319,14 +336,19 @@ def pack(floats: Floats, mask: MaskSet | None, layout: Layout) -> Floats:
     return np.concatenate((floats[mask.positions], floats[layout.weight_count :]))
 
 
-def unpack(packed: Floats, mask: MaskSet | None, layout: Layout) -> Floats:
-    """Packed vector -> dense vector with zeros at the pruned weights."""
+def unpack(packed: Floats, mask: MaskSet | None, layout: Layout, fill: float = 0.0) -> Floats:
+    """Packed vector -> dense vector with zeros, or another number, at the pruned weights."""
     if mask is None:
         return packed.copy()
-    floats = np.zeros(layout.weight_count + layout.other_count, np.float32)
+    floats = np.full(layout.weight_count + layout.other_count, fill, np.float32)
     floats[mask.positions] = packed[: mask.kept]
     floats[layout.weight_count :] = packed[mask.kept :]
     return floats
+
+
+def repack(packed: Floats, old: MaskSet | None, new: MaskSet | None, layout: Layout) -> Floats:
+    """From one mask's packed vector to another's: what `new` drops is lost, what it brings back is 0."""
+    return pack(unpack(packed, old, layout), new, layout)
 
 
 def union(masks: list[MaskSet]) -> MaskSet:
@@ -337,7 +359,7 @@ def union(masks: list[MaskSet]) -> MaskSet:
     return MaskSet.from_positions(masks[0].layout, np.flatnonzero(flags).astype(np.int64))
 
 
-def places(mask: MaskSet, inside: MaskSet) -> Ints:
+def places(mask: MaskSet, inside: MaskSet) -> Places:
     """Where each kept weight of `mask` lies among the kept weights of `inside`.
 
     Raises:
@@ -346,4 +368,4 @@ def places(mask: MaskSet, inside: MaskSet) -> Ints:
     at = np.searchsorted(inside.positions, mask.positions)
     if mask.kept and (at[-1] >= inside.kept or not np.array_equal(inside.positions[at], mask.positions)):
         raise LayoutError("a mask keeps weights that the enclosing mask does not")
-    return at.astype(np.int64)
+    return at.astype(np.int32)

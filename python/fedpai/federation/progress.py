@@ -34,7 +34,9 @@ class Progress:
 
 def summary_line(row: dict[str, Any]) -> str:
     """One row of metrics for human eyes."""
-    text = f"{row['method']:<12} round {row['round']:>3}  accuracy {100 * row['accuracy']:5.2f} %"
+    text = f"{row['method']:<12} round {row['round']:>3}"
+    if row["accuracy"] is not None:
+        text += f"  accuracy {100 * row['accuracy']:5.2f} %"
     if row["personal_accuracy"] is not None:
         text += f"  personal {100 * row['personal_accuracy']:5.2f} %"
     text += f"  up {row['bytes_up'] / 1e6:.3f} MB  down {row['bytes_down'] / 1e6:.3f} MB"
@@ -98,7 +100,8 @@ class Bars(Progress):
 
     def row(self, row: dict[str, Any]) -> None:
         """See Progress."""
-        self._latest[row["method"]] = f"{100 * row['accuracy']:.1f}%"
+        accuracy = row["personal_accuracy"] if row["accuracy"] is None else row["accuracy"]
+        self._latest[row["method"]] = "-" if accuracy is None else f"{100 * accuracy:.1f}%"
         self._bars[0].set_postfix(self._latest, refresh=False)
         if row["round"] > 0:
             self._bars[0].update(1)

@@ -80,8 +80,9 @@ class Run:
         self.partition = split(config, self.data)
         model = create_model(config, self.data)
         self.layout = Layout.of(model)
-        if any("structure" in methods.METHODS[name].uses for name in config.arms):
-            chooser(config, model)  # masks that cannot be are refused before anything is written
+        for method in (methods.create(name, config) for name in config.arms):
+            if "sparsity" in method.uses:
+                chooser(method.config, model)  # masks that cannot be are refused before anything is written
         self.pool = self._pool()
         self.evaluator = Evaluator(self.data, config.eval_images, config.seed)
         self.arms = [self._arm(name) for name in config.arms]
@@ -124,13 +125,15 @@ class Run:
         finally:
             self.progress.end()
         if self.folder is not None:
-            for arm in self.arms:
+            for arm in (arm for arm in self.arms if arm.federation.method.has_global):
                 self.folder.write(f"model-{arm.name}.safetensors", self.final_model(arm))
         return self.rows
 
     def _round(self, arm: Arm, number: int) -> None:
         self.progress.round(arm.name, number)
         row = arm.federation.choose_masks() if number == 0 else arm.federation.run_round()
+        if number == self.config.rounds:
+            row["held_accuracy"] = arm.clients.held_accuracy(number)
         if self.folder is not None:
             self.folder.append(row)
             self.folder.save(arm.name, checkpoint.dump(arm.name, arm.federation.server, arm.clients.memories))

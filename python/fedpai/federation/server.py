@@ -9,10 +9,21 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
+from fedpai.federation import server_opt
 from fedpai.federation.bound import ModelPool
 from fedpai.federation.config import RunConfig
-from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, pack, places, union, unpack
-from fedpai.federation.payload import NO_MASK, SERVER, Kind, Payload, PayloadError, decode, encode
+from fedpai.federation.feedback import move_residual, with_feedback
+from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, Places, pack, places, union, unpack
+from fedpai.federation.payload import (
+    NO_MASK,
+    SERVER,
+    WIRE_DTYPES,
+    Kind,
+    Payload,
+    PayloadError,
+    decode,
+    encode,
+)
 
 
 @dataclass
@@ -24,6 +35,7 @@ class Update:
         floats, ints: its model under its mask, where it sent one.
         scores: saliency per weight, where it sent them.
         mask: a new mask, where it sent one.
+        thresholds: one for each output channel of the conv and linear layers, where it sent them.
     """
 
     client: int
@@ -32,6 +44,7 @@ class Update:
     ints: Ints | None = None
     scores: Floats | None = None
     mask: MaskSet | None = None
+    thresholds: Floats | None = None
 
 
 @dataclass
@@ -60,7 +73,7 @@ class Server:
     informed: set[int] = field(default_factory=set)
     round: int = 0
     extra: dict[str, np.ndarray] = field(default_factory=dict)
-    _places: dict[int, Ints] = field(default_factory=dict, repr=False)
+    _places: dict[int, Places] = field(default_factory=dict, repr=False)
 
     # -- masks -------------------------------------------------------------------------------------------
 
@@ -84,6 +97,8 @@ class Server:
     def _repack(self, mask: MaskSet) -> None:
         dense = unpack(self.floats, self.mask, self.layout)
         self.floats = pack(dense, mask, self.layout)
+        move_residual(self.extra, self.mask, mask, self.layout)
+        server_opt.move_state(self, mask)
         self.mask = mask
         self._places = {}
 
@@ -91,15 +106,15 @@ class Server:
         """The mask under which a client trains."""
         return self.client_masks.get(client, self.mask)
 
-    def places_of(self, client: int) -> Ints:
+    def places_of(self, client: int) -> Places:
         """Where the floats of a client's message lie in the global vector."""
         known = self._places.get(client)
         if known is None:
             mask = self.mask_of(client)
             if mask is None or self.mask is None:
-                known = np.arange(self.floats.size, dtype=np.int64)
+                known = np.arange(self.floats.size, dtype=np.int32)
             else:
-                tail = np.arange(self.mask.kept, self.floats.size, dtype=np.int64)
+                tail = np.arange(self.mask.kept, self.floats.size, dtype=np.int32)
                 known = np.concatenate((places(mask, self.mask), tail))
             self._places[client] = known
         return known
@@ -111,6 +126,17 @@ class Server:
     def model(self) -> nn.Module:
         """The global model as a separate dense torch model."""
         return self.pool.plain(*self.dense())
+
+    def round_to_wire(self) -> None:
+        """Rounds the global model to what its messages can carry; error feedback keeps the rest for the next time.
+
+        Everybody then holds the same numbers, and rounding again without a merge in between changes nothing.
+
+        Raises:
+            PayloadError: a weight that the run's wire format cannot hold; nothing was changed.
+        """
+        dtype = WIRE_DTYPES[self.config.wire]
+        self.floats = with_feedback(self.extra, self.floats, self.layout.other_count, dtype)
 
     # -- messages ----------------------------------------------------------------------------------------
 
@@ -128,6 +154,9 @@ class Server:
             mask_digest=NO_MASK if mask is None else mask.digest,
             values=floats,
             ints=self.ints,
+            dtype=WIRE_DTYPES[self.config.wire],
+            exact=self.layout.other_count,
+            deflate=self.config.compress == "deflate",
         )
 
     def mask_message(self, client: int) -> list[bytes]:
@@ -146,6 +175,18 @@ class Server:
             count=self.layout.weight_count,
         )
         return [message]
+
+    def thresholds_message(self, thresholds: Floats) -> bytes:
+        """One threshold for each output channel, the same for every client."""
+        return encode(
+            Kind.THRESHOLDS,
+            round=self.round,
+            client=SERVER,
+            examples=0,
+            model_digest=self.layout.digest,
+            mask_digest=NO_MASK,
+            values=thresholds,
+        )
 
     def read_values(self, client: int, message: bytes, mask: MaskSet | None = None) -> Update:
         """Checks a client's VALUES message against its mask and this round.
@@ -179,10 +220,17 @@ class Server:
         payload = self._expect(client, message, Kind.MASK, count=self.layout.weight_count, mask_digest=None)
         return Update(client, payload.examples, mask=mask_from(payload, self.layout))
 
+    def read_thresholds(self, client: int, message: bytes) -> Update:
+        """Checks a client's THRESHOLDS message. Raises PayloadError as `read_values` does."""
+        payload = self._expect(
+            client, message, Kind.THRESHOLDS, count=self.layout.channel_count, mask_digest=NO_MASK
+        )
+        return Update(client, payload.examples, thresholds=payload.values)
+
     def _expect(
         self, client: int, message: bytes, kind: Kind, *, count: int, mask_digest: bytes | None, ints: int = 0
     ) -> Payload:
-        return decode(message).expect(
+        return decode(message, most=self.layout.float_count(None)).expect(
             kind=kind,
             round=self.round,
             client=client,
@@ -190,6 +238,8 @@ class Server:
             mask_digest=mask_digest,
             count=count,
             ints=ints,
+            dtype=WIRE_DTYPES[self.config.wire] if kind is Kind.VALUES else None,
+            exact=self.layout.other_count,
         )
 
 

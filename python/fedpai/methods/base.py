@@ -18,18 +18,23 @@ The defaults below are dense federated averaging. A method overrides what it doe
     answer            client   what does it send back?
     accept            server   is that message fit to be used?
     merge             server   how do the answers become the next global model (and the next masks)?
+    recall            client   which model does it hold between its turns? (methods without a global model)
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+from fedpai.federation import server_opt
 from fedpai.federation.aggregate import largest, masked_mean, weighted_mean
 from fedpai.federation.client import Client
 from fedpai.federation.config import RunConfig
 from fedpai.federation.layout import Floats, Ints
 from fedpai.federation.payload import PayloadError
 from fedpai.federation.server import Server, Update
+
+MERGES = frozenset({"server_opt", "server_lr", "server_momentum"})
+"""Settings of the default `merge`, for the `uses` of methods that keep it."""
 
 
 class MethodError(RuntimeError):
@@ -43,11 +48,13 @@ class Method:
         name: what `--method` takes.
         summary: one line for the help text.
         uses: settings of the run that mean something to this method, beside the common ones.
+        has_global: whether the server holds a model; false where models stay on the clients.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     uses: ClassVar[frozenset[str]] = frozenset()
+    has_global: ClassVar[bool] = True
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -97,15 +104,25 @@ class Method:
         return server.read_values(client, only(messages))
 
     def merge(self, server: Server, updates: list[Update]) -> None:
-        """Server: the example-weighted mean; under personal masks, over the clients that keep the weight."""
+        """Server: a step towards the example-weighted mean; under personal masks, over those that keep the weight."""
         examples = [update.examples for update in updates]
         floats = [floats_of(update) for update in updates]
         if server.client_masks:
             at = [server.places_of(update.client) for update in updates]
-            server.floats = masked_mean(server.floats, floats, at, examples)
+            merged = masked_mean(server.floats, floats, at, examples)
         else:
-            server.floats = weighted_mean(floats, examples)
+            merged = weighted_mean(floats, examples)
+        server.floats = server_opt.step(server, merged)
         server.ints = largest([ints_of(update) for update in updates])
+
+    # -- after the last round ------------------------------------------------------------------------------
+
+    def recall(self, client: Client) -> None:
+        """Client, where models stay there: makes the one that it holds between its turns its current one.
+
+        Default: the vectors `floats` and `ints` of its memory, if it has any.
+        """
+        client.floats, client.ints = (client.memory.extra.get(name) for name in ("floats", "ints"))
 
 
 def only(messages: list[bytes]) -> bytes:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from fedpai.methods.base import Method
+from fedpai.methods.base import MERGES, Method
 
 
 class FedAvg(Method):
@@ -11,3 +11,4 @@ class FedAvg(Method):
 
     name = "fedavg"
     summary = "dense federated averaging, the baseline"
+    uses = MERGES

@@ -18,8 +18,9 @@ from fedpai.federation.client import Client, ClientError
 from fedpai.federation.layout import MaskSet
 from fedpai.federation.payload import PayloadError
 from fedpai.federation.server import Server, Update
-from fedpai.methods.base import Method, MethodError, only
+from fedpai.methods.base import MERGES, Method, MethodError, only
 from fedpai.methods.fixed import chooser, prune_at_server, refusal
+from fedpai.pruning.criteria import Batch
 
 PER_CLASS = 10
 SCORED_ON_DATA = frozenset({"grasp", "snip"})
@@ -31,7 +32,7 @@ class FedPaiU(Method):
 
     name = "fedpai-u"
     summary = "weights chosen by --criterion on the clients before training, --mask-mode shared or personal"
-    uses = frozenset({"sparsity", "criterion", "allocation", "mask_mode", "structure", "budget"})
+    uses = MERGES | {"sparsity", "criterion", "allocation", "mask_mode", "structure", "budget"}
 
     @property
     def personal(self) -> bool:
@@ -48,14 +49,17 @@ class FedPaiU(Method):
         if self.asks_clients:
             chooser(self.config, server.model())
         else:
-            server.set_mask(prune_at_server(server, self.config.criterion))
+            server.set_mask(prune_at_server(server, self.config, self.config.criterion))
+
+    def scoring_images(self, client: Client) -> Batch:
+        """What a client scores on: up to `PER_CLASS` images of each class that it has."""
+        seed = client.seed("scoring images")
+        return pruning.balanced_batch(client.data, client.indices, PER_CLASS, seed=seed)
 
     def propose(self, client: Client) -> list[bytes]:
         """Scores the initial model on the client's images; answers with the scores, or with its own mask."""
         config = self.config
-        data = pruning.balanced_batch(
-            client.data, client.indices, PER_CLASS, seed=client.seed("scoring images")
-        )
+        data = self.scoring_images(client)
         seed = client.seed("mask")
         try:
             if not self.personal:
@@ -73,8 +77,9 @@ class FedPaiU(Method):
             )
         except ValueError as error:
             raise ClientError(f"scoring failed: {error}") from None
-        client.memory.mask = MaskSet.from_masks(client.layout, masks)
-        return [client.mask_message(client.memory.mask)]
+        mask = MaskSet.from_masks(client.layout, masks)
+        client.set_mask(mask)
+        return [client.mask_message(mask)]
 
     def accept_proposal(self, server: Server, client: int, messages: list[bytes]) -> Update:
         """Scores, or a mask of the agreed size and structure."""

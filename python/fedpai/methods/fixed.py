@@ -12,27 +12,29 @@ from fedpai.federation.config import ConfigError, RunConfig, option
 from fedpai.federation.layout import MaskSet
 from fedpai.federation.seeds import derive
 from fedpai.federation.server import Server
-from fedpai.methods.base import Method
+from fedpai.methods.base import MERGES, Method
 
 
 class FixedMask(Method):
     """Base of methods whose criterion needs no data. The mask travels once; values travel packed."""
 
-    uses = frozenset({"sparsity", "allocation", "structure", "budget"})
+    uses = MERGES | {"sparsity", "allocation", "structure", "budget"}
     criterion: ClassVar[str]
 
     def choose_masks(self, server: Server) -> None:
         """Prunes the initial model at the server."""
-        server.set_mask(prune_at_server(server, self.criterion))
+        server.set_mask(prune_at_server(server, self.config, self.criterion))
 
 
-def prune_at_server(server: Server, criterion: str) -> MaskSet:
+def prune_at_server(server: Server, config: RunConfig, criterion: str) -> MaskSet:
     """A mask over the server's model, by a criterion that needs no data.
+
+    Args:
+        config: the method's; it may differ from the run's in what the method leaves no choice about.
 
     Raises:
         ConfigError: a sparsity, allocation or structure that the model cannot have.
     """
-    config = server.config
     try:
         masks = pruning.prune(
             server.model(),

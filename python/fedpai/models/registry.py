@@ -12,7 +12,7 @@ import torch
 
 from fedpai.models.init import Network
 from fedpai.models.resnet import ResNet
-from fedpai.models.small import MLP, Conv4, LeNet5
+from fedpai.models.small import MLP, Conv4, LeNet5, LeNet2050500
 from fedpai.models.vgg import VGG
 from fedpai.models.vit import ViT
 from fedpai.models.wideresnet import WideResNet
@@ -31,6 +31,7 @@ _CONVOLUTIONAL: dict[str, tuple[Callable[..., Network], int]] = {
 # Built for one image size.
 _SIZED: dict[str, Callable[..., Network]] = {
     "lenet5": LeNet5,
+    "lenet-20-50-500": LeNet2050500,
     "conv4": Conv4,
     "conv4-nonorm": partial(Conv4, batch_norm=False),
     "mlp": MLP,

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small SVG charts, drawn by hand so that a report needs no script, no font and no network.
 
-Colours come from the page's style sheet through classes `s0`, `s1` (series) and `axis`, `grid`, `label`.
+Colours come from the page's style sheet through classes `s0` to `s7` (series) and `axis`, `grid`, `label`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 560, 300
@@ -19,32 +19,35 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its legend, its points and its colour class."""
+    """A line: its legend, its points, its colour class and, if known, how far each point scatters up and down."""
 
     label: str
     points: Sequence[tuple[float, float]]
     style: str
     dashed: bool = False
+    spread: Sequence[float] = ()
 
 
-def line_chart(series: Sequence[Series], *, x_label: str, y_label: str) -> str:
+def line_chart(
+    series: Sequence[Series], *, x_label: str, y_label: str, log_x: bool = False, from_zero: bool = True
+) -> str:
     """A line chart with markers; hovering over a marker shows its numbers.
 
-    Points that are not finite are left out. Without any point, a sentence says so.
+    Points that are not finite, or not positive under `log_x`, are left out. Without any point, a sentence says so.
+
+    Args:
+        log_x: a logarithmic x axis.
+        from_zero: the y axis begins at 0.
     """
-    drawn = [
-        Series(
-            s.label, [(x, y) for x, y in s.points if math.isfinite(x) and math.isfinite(y)], s.style, s.dashed
-        )
-        for s in series
-    ]
+    drawn = [_drawable(s, log_x) for s in series]
     drawn = [s for s in drawn if s.points]
     if not drawn:
         return '<p class="empty">nothing measured yet</p>'
     xs = [x for s in drawn for x, _ in s.points]
-    ys = [y for s in drawn for _, y in s.points]
-    x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs)), ticks(min(0.0, *ys), max(ys))
-    across = _Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
+    ys = [y + sign * d for s in drawn for (_, y), d in zip(s.points, s.spread, strict=True) for sign in (-1, 1)]
+    x_ticks = log_ticks(min(xs), max(xs)) if log_x else ticks(min(0.0, *xs), max(xs))
+    y_ticks = ticks(min(0.0, *ys) if from_zero else min(ys), max(ys))
+    across = _Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT, log_x)
     up = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     parts = [_open(WIDTH, HEIGHT, f"{y_label} over {x_label}")]
     for tick in y_ticks:
@@ -66,12 +69,28 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str) -> str:
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in s.points)
         dash = ' stroke-dasharray="5 4"' if s.dashed else ""
         parts.append(f'<polyline class="line {s.style}" points="{path}"{dash}/>')
-        for x, y in s.points if len(s.points) <= MARKERS else ():
+        for (x, y), d in zip(s.points, s.spread, strict=True) if len(s.points) <= MARKERS else ():
+            if d:
+                parts.append(
+                    f'<line class="line {s.style}" x1="{across(x):.1f}" x2="{across(x):.1f}" y1="{up(y - d):.1f}" '
+                    f'y2="{up(y + d):.1f}"/>'
+                )
             parts.append(
                 f'<circle class="dot {s.style}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="3">'
-                f"<title>{escape(s.label)}: {number(x)}, {number(y)}</title></circle>"
+                f"<title>{escape(s.label)}: {number(x)}, {number(y)}{f' ± {number(d)}' if d else ''}</title></circle>"
             )
     return "".join([*parts, "</svg>"])
+
+
+def _drawable(series: Series, log_x: bool) -> Series:
+    """The series with one spread a point, without the points that have no place."""
+    spread = series.spread or [0.0] * len(series.points)
+    kept = [
+        (point, d)
+        for point, d in zip(series.points, spread, strict=True)
+        if all(map(math.isfinite, point)) and (point[0] > 0 or not log_x)
+    ]
+    return replace(series, points=[point for point, _ in kept], spread=[d for _, d in kept])
 
 
 @dataclass(frozen=True)
@@ -133,6 +152,19 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10, ... from at or below `low` to at or above `high`, both positive; powers of ten if that is many."""
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    for steps in ((1, 2, 5), (1,)):
+        marks = [float(f"{step}e{power}") for power in powers for step in steps]
+        first = max(at for at, mark in enumerate(marks) if mark <= low)
+        last = min(at for at, mark in enumerate(marks) if mark >= high)
+        found = marks[first : max(last, first + 1) + 1]
+        if len(found) <= 9:
+            break
+    return found
+
+
 def number(value: float) -> str:
     """A number for human eyes: three significant digits, no trailing zeros, no exponent up to a million."""
     if value == 0:
@@ -146,14 +178,18 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Maps [low, high] linearly to [start, end]."""
+    """Maps [low, high] to [start, end], linearly or by logarithms."""
 
     low: float
     high: float
     start: float
     end: float
+    log: bool = False
 
     def __call__(self, value: float) -> float:
+        if self.log:
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+            return self.start + share * (self.end - self.start)
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 

@@ -10,12 +10,15 @@ from typing import Any
 
 from fedpai.bench.machine import identity
 from fedpai.federation.files import write_atomic
+from fedpai.federation.link_speed import LinkSpeed, LinkTimes, link_times
 from fedpai.federation.runner import Run
 from fedpai.federation.server import Server
 from fedpai.report.profile import profile_layers
 from fedpai.report.summary import MethodSummary, Ratios, compare, summarise
 
 Row = dict[str, Any]
+MARGIN = 0.01
+"""How much less than dense FedAvg's final accuracy is good enough, unless a target is given: one point."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Content:
         rows: metrics, one a round and method.
         methods: totals, the method first, then the baseline.
         ratios: the method against the baseline, if there is one.
+        link, times: the link that times are stated for, and each method's under it; None and nothing without one.
         notes: what `sparsify_` said about the modules around the layers.
         layers: one row per conv and linear layer of the sparse network: density, structure, kernel, why, and, where
             they were timed, milliseconds dense and sparse.
@@ -37,22 +41,36 @@ class Content:
     rows: list[Row]
     methods: list[MethodSummary]
     ratios: Ratios | None
+    link: LinkSpeed | None
+    times: list[LinkTimes]
     layers: list[dict[str, Any]]
     notes: list[str]
 
 
-def collect(run: Run, layers: list[dict[str, Any]] | None = None) -> Content:
+def collect(
+    run: Run,
+    layers: list[dict[str, Any]] | None = None,
+    link: LinkSpeed | None = None,
+    target: float | None = None,
+) -> Content:
     """Summarises a finished run.
 
     Args:
         layers: what `layer_profile` returned; without it the layer table has no times.
+        link: what times are stated for; without it there are none.
+        target: the accuracy that they are counted to; by default a point less than the baseline ends with.
     """
     methods = [summarise(arm.name, run.rows) for arm in run.arms]
     ratios = compare(methods[0], methods[1]) if len(methods) == 2 else None
+    if target is None and len(methods) == 2 and methods[1].accuracy is not None:
+        target = methods[1].accuracy - MARGIN
+    of_method = [[row for row in run.rows if row["method"] == m.method] for m in methods]
+    times = [] if link is None else [link_times(rows, link, target) for rows in of_method]
     config = run.config.to_json()
     server = _sparse_server(run)
     notes = [] if server is None else list(run.pool.get(_typical_mask(server)).report.notes)
-    return Content(config, identity(), run.rows, methods, ratios, layers or _layer_rows(run), notes)
+    layers = layers or _layer_rows(run)
+    return Content(config, identity(), run.rows, methods, ratios, link, times, layers, notes)
 
 
 def layer_profile(run: Run, file: Path) -> list[dict[str, Any]]:
@@ -112,11 +130,16 @@ def _typical_mask(server: Server) -> Any:
 
 
 def json_rows(content: Content) -> list[Row]:
-    """Everything machine-readable; the field `row` says what each is: run, round, layer, method or ratios."""
+    """Everything machine-readable; the field `row` says what each is: run, round, layer, method, time or ratios."""
     rows: list[Row] = [{"row": "run", "config": content.config, "machine": content.machine}]
     rows += [{"row": "round", **row} for row in content.rows]
     rows += [{"row": "layer", **layer} for layer in content.layers]
     rows += [{"row": "method", **method.to_json()} for method in content.methods]
+    if content.link is not None:
+        rows += [
+            {"row": "time", "method": method.method, "link": content.link.to_json(), **times.to_json()}
+            for method, times in zip(content.methods, content.times, strict=True)
+        ]
     if content.ratios is not None:
         method, baseline = content.methods
         rows.append(
@@ -137,20 +160,46 @@ def text(content: Content) -> str:
         f" {'step':>9} {'compute':>9}"
     ]
     for m in content.methods:
-        personal = "-" if m.personal_accuracy is None else f"{100 * m.personal_accuracy:.2f} %"
+        accuracy, personal = (
+            "-" if value is None else f"{100 * value:.2f} %" for value in (m.accuracy, m.personal_accuracy)
+        )
         step = "-" if m.step_ms is None else f"{m.step_ms:.1f} ms"
         lines.append(
-            f"{m.method:<12} {100 * m.accuracy:>7.2f} % {personal:>9} {100 * m.density:>6.2f} %"
+            f"{m.method:<12} {accuracy:>9} {personal:>9} {100 * m.density:>6.2f} %"
             f" {m.uplink / 1e6:>8.3f} MB {m.downlink / 1e6:>9.3f} MB {step:>9} {m.compute_seconds:>7.1f} s"
         )
+    lines += [
+        f"{m.method}: {100 * m.held_accuracy:.2f} % over all clients, each by the model it holds"
+        for m in content.methods
+        if m.held_accuracy is not None
+    ]
     if content.ratios is not None:
         lines += ["", *_ratio_lines(content.methods[0], content.methods[1], content.ratios)]
+    if content.link is not None:
+        lines += ["", f"over a link of {content.link}, a round as long as its slowest client's:"]
+        lines += [_time_line(m.method, t) for m, t in zip(content.methods, content.times, strict=True)]
     return "\n".join(lines)
+
+
+def _time_line(method: str, times: LinkTimes) -> str:
+    line = f"  {method:<12} {times.seconds:.1f} s in all"
+    if times.target is None:
+        return line
+    for whose, seconds, round in (
+        ("", times.target_seconds, times.target_round),
+        (" personalised", times.personal_target_seconds, times.personal_target_round),
+    ):
+        if seconds is not None:
+            line += f"; {100 * times.target:.2f} %{whose} after {seconds:.1f} s, in round {round}"
+        elif not whose:
+            line += f"; {100 * times.target:.2f} % not reached"
+    return line
 
 
 def _ratio_lines(method: MethodSummary, baseline: MethodSummary, ratios: Ratios) -> list[str]:
     lines = [f"{method.method} against {baseline.method}, {method.rounds} rounds each:"]
-    lines.append(f"  accuracy                    {ratios.accuracy_gap:+.2f} points")
+    if ratios.accuracy_gap is not None:
+        lines.append(f"  accuracy                    {ratios.accuracy_gap:+.2f} points")
     if ratios.compute_per_step is not None:
         lines.append(
             f"  compute per training step   {ratios.compute_per_step:.2f} x faster (median of full batches)"

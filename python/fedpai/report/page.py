@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -19,6 +20,20 @@ STEP_POINTS = 150
 
 def write(content: Content, file: Path) -> Path:
     """Renders the page and replaces the file."""
+    page = render(
+        TEMPLATE,
+        content=content,
+        charts=charts(content),
+        machine=flat(content.machine),
+        legend=[(m.method, STYLES[i]) for i, m in enumerate(content.methods)],
+        personal=any(m.personal_accuracy is not None for m in content.methods),
+    )
+    write_atomic(file, page.encode())
+    return file
+
+
+def render(template: str, **values: Any) -> str:
+    """One of the package's templates, filled in."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -27,27 +42,18 @@ def write(content: Content, file: Path) -> Path:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters["number"] = number
-    environment.filters["size"] = size
-    page = environment.get_template(TEMPLATE).render(
-        content=content,
-        charts=charts(content),
-        machine=_flat(content.machine),
-        legend=[(m.method, STYLES[i]) for i, m in enumerate(content.methods)],
-        personal=any(m.personal_accuracy is not None for m in content.methods),
-    )
-    write_atomic(file, page.encode())
-    return file
+    environment.filters.update(number=number, size=size)
+    return environment.get_template(template).render(**values)
 
 
-def _flat(machine: dict[str, Any]) -> dict[str, str]:
+def flat(machine: dict[str, Any]) -> dict[str, str]:
     """Nested facts as one list for the page; unknown ones are left out."""
     facts: dict[str, str] = {}
     for key, value in machine.items():
         if key == "caches":
             facts[key] = ", ".join(f"{level} {size}" for level, size in value.items())
         elif isinstance(value, dict):
-            facts.update(_flat(value))
+            facts.update(flat(value))
         elif value is not None:
             facts[key.replace("_", " ")] = str(value)
     return facts
@@ -60,21 +66,21 @@ def charts(content: Content) -> dict[str, str]:
         for i, m in enumerate(content.methods)
     ]
 
-    def lines(x: Any, y: Any) -> list[Series]:
-        return [
-            Series(name, list(zip(x(rows), y(rows), strict=True)), style) for name, style, rows in by_method
-        ]
+    def accuracy(x: Callable[[list[Row]], list[float]], x_label: str) -> str:
+        """Accuracy over anything that grows by the round: of the global model, and dashed the personalised one."""
+        series = []
+        for name, style, rows in by_method:
+            for label, key, dashed in ((name, "accuracy", False), (f"{name}, personalised", "personal_accuracy", True)):
+                points = [
+                    (at, 100 * row[key]) for at, row in zip(x(rows), rows, strict=True) if row[key] is not None
+                ]
+                series.append(Series(label, points, style, dashed))
+        return line_chart(series, x_label=x_label, y_label="test accuracy, %")
 
-    accuracy = lines(_rounds, _accuracy)
-    seconds = lines(_seconds, _accuracy)
-    for name, style, rows in by_method:
-        known = [row for row in rows if row["personal_accuracy"] is not None]
-        if known:
-            points = [(float(row["round"]), 100 * row["personal_accuracy"]) for row in known]
-            accuracy.append(Series(f"{name}, personalised", points, style, dashed=True))
     return {
-        "rounds": line_chart(accuracy, x_label="round", y_label="test accuracy, %"),
-        "seconds": line_chart(seconds, x_label="seconds of client compute", y_label="test accuracy, %"),
+        "rounds": accuracy(_rounds, "round"),
+        "seconds": accuracy(_seconds, "seconds of client compute"),
+        "link": "" if content.link is None else accuracy(content.link.elapsed, "seconds over the link"),
         "bytes": _bytes_chart(by_method),
         "steps": line_chart(
             [Series(name, _steps(rows), style) for name, style, rows in by_method],
@@ -87,10 +93,6 @@ def charts(content: Content) -> dict[str, str]:
 
 def _rounds(rows: list[Row]) -> list[float]:
     return [float(row["round"]) for row in rows]
-
-
-def _accuracy(rows: list[Row]) -> list[float]:
-    return [100 * row["accuracy"] for row in rows]
 
 
 def _seconds(rows: list[Row]) -> list[float]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run amounts to: per-method totals and the ratios between a method and its baseline.
 
-Three speeds, never merged: compute per local training step, bytes on the wire, and (not here) time to an
-accuracy over a stated link.
+Three speeds, never merged: compute per local training step, bytes on the wire, and (`federation/link_speed.py`) time
+to an accuracy over a stated link.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ class MethodSummary:
 
     Attributes:
         rounds: finished ones.
-        accuracy, best_accuracy: global model after the last round, and its best round (chosen on test data).
-        personal_accuracy: clients' own models on their own class mix, last round; else None.
+        accuracy, best_accuracy: global model after the last round, and its best round (chosen on test data); None
+            for a method without one, as global_density.
+        personal_accuracy: own models of the last round's clients on their own class mix; else None.
+        held_accuracy: the same of all clients, by the models that they hold after the last round; else None.
         density: share of the conv and linear weights that a client trains.
         global_density: share that the server's model holds (more than `density` under personal masks).
         uplink, downlink: bytes per client and round of training.
@@ -38,11 +40,12 @@ class MethodSummary:
 
     method: str
     rounds: int
-    accuracy: float
-    best_accuracy: float
+    accuracy: float | None
+    best_accuracy: float | None
     personal_accuracy: float | None
+    held_accuracy: float | None
     density: float
-    global_density: float
+    global_density: float | None
     uplink: float
     downlink: float
     total_up: int
@@ -72,7 +75,7 @@ class Ratios:
         compute_total: the same for the sum of all training steps.
         uplink, downlink: the method's bytes / the baseline's over the rounds of training: below 1 is less.
         uplink_with_setup, downlink_with_setup: the same with round 0 counted in.
-        accuracy_gap: method's final accuracy minus the baseline's, in points.
+        accuracy_gap: method's final accuracy minus the baseline's, in points; None without a global model.
     """
 
     compute_per_step: float | None
@@ -81,7 +84,7 @@ class Ratios:
     downlink: float | None
     uplink_with_setup: float | None
     downlink_with_setup: float | None
-    accuracy_gap: float
+    accuracy_gap: float | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain types."""
@@ -103,8 +106,9 @@ def summarise(method: str, rows: Sequence[Row]) -> MethodSummary:
         method=method,
         rounds=last["round"],
         accuracy=last["accuracy"],
-        best_accuracy=max(row["accuracy"] for row in mine),
+        best_accuracy=max((row["accuracy"] for row in mine if row["accuracy"] is not None), default=None),
         personal_accuracy=last["personal_accuracy"],
+        held_accuracy=last.get("held_accuracy"),
         density=fmean(row["density"] for row in trained or mine),
         global_density=last["global_density"],
         uplink=sum(row["bytes_up"] for row in trained) / turns,
@@ -135,7 +139,9 @@ def compare(method: MethodSummary, baseline: MethodSummary) -> Ratios:
         downlink_with_setup=_over(
             method.total_down + method.setup_down, baseline.total_down + baseline.setup_down
         ),
-        accuracy_gap=100 * (method.accuracy - baseline.accuracy),
+        accuracy_gap=None
+        if method.accuracy is None or baseline.accuracy is None
+        else 100 * (method.accuracy - baseline.accuracy),
     )
 
 

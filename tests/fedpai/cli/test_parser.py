@@ -24,7 +24,7 @@ def test_parsing_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], *([command, "--help"] for command in ("run", "bench", "tune", "doctor"))]
+    "words", [["--help"], *([command, "--help"] for command in ("run", "compare", "bench", "tune", "doctor"))]
 )
 def test_help_of_every_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fedpai import cli
+from fedpai import cli, methods
 from fedpai.cli import run as run_command
 from fedpai.federation.config import PRESETS, RunConfig
 
@@ -75,8 +75,8 @@ def test_structure_and_budget_are_recorded(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (
-            ["--method", "fedprox"],
-            "unknown --method 'fedprox', expected one of: fedavg, fedpai-u, magnitude, random",
+            ["--method", "fedbest"],
+            f"unknown --method 'fedbest', expected one of: {', '.join(methods.names())}",
         ),
         (["--baseline", "nope"], "unknown --method 'nope', expected one of: fedavg"),
         (["--model", "resnet19"], "--model resnet19: unknown model 'resnet19', expected one of conv4"),
@@ -95,6 +95,19 @@ def test_structure_and_budget_are_recorded(tmp_path: Path) -> None:
         (["--allocation", "layer"], "--allocation: got 'layer', expected one of global, uniform, erk, flops, time"),
         (["--method", "fedavg", "--allocation", "time"], "--allocation means nothing to fedavg"),
         (["--method", "random", "--mask-mode", "personal"], "--mask-mode means nothing to random"),
+        (["--method", "fedpai-s", "--structure", "16x1"], "--structure means nothing to fedpai-s"),
+        (["--method", "ssfl", "--criterion", "snip"], "--criterion means nothing to ssfl"),
+        (["--method", "spafl", "--sparsity", "0.9"], "--sparsity means nothing to spafl"),
+        (["--threshold-penalty", "1"], "--threshold-penalty means nothing to fedpai-u"),
+        (
+            ["--method", "spafl", "--threshold-penalty", "-1"],
+            "--threshold-penalty must lie in [0.0, inf), got -1.0",
+        ),
+        (["--method", "feddst", "--adjust-rate", "1"], "--adjust-rate must lie in [0.0, 1.0), got 1.0"),
+        (
+            ["--method", "feddst", "--adjust-every", "0"],
+            "--adjust-every must be a whole number of at least 1, got 0",
+        ),
         (
             ["--structure", "0x4"],
             "--structure: got '0x4', expected 'weight', a block such as '16x1' or '8x8-taps'",
@@ -129,6 +142,11 @@ def test_structure_and_budget_are_recorded(tmp_path: Path) -> None:
             ["--json", "/nowhere/rows.jsonl"],
             "--json /nowhere/rows.jsonl: /nowhere is no folder that can be written",
         ),
+        (["--uplink", "1MB/s"], "--uplink needs --downlink as well"),
+        (["--downlink", "1MB/s"], "--downlink needs --uplink as well"),
+        (["--device-slowdown", "2"], "--device-slowdown means nothing without --uplink and --downlink"),
+        (["--target-accuracy", "0.5"], "--target-accuracy means nothing without --uplink and --downlink"),
+        (["--uplink", "1", "--downlink", "1MB/s"], "argument --uplink: got '1', expected a positive rate"),
         (["--sample", "1.5"], "a share of clients must lie in (0, 1], got 1.5"),
         (["--rounds", "many"], "argument --rounds: invalid int value: 'many'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
@@ -173,6 +191,20 @@ def test_resume_of_a_finished_run_reports_again(tmp_path: Path, capsys: pytest.C
     assert cli.main(["run", "--resume", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").exists()
     assert "fedavg" in capsys.readouterr().out
+
+
+def test_a_link_given_afterwards_changes_the_report_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", "--method", "fedavg", *TINY, "--rounds", "1", "--out", str(tmp_path)]) == 0
+    assert "over a link" not in capsys.readouterr().out
+    before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.name != "report.html"}
+    link = ["--uplink", "1KB/s", "--downlink", "80Kbit/s", "--device-slowdown", "3", "--target-accuracy", "0.9999"]
+    assert cli.main(["run", "--resume", "--out", str(tmp_path), *link]) == 0
+    printed = capsys.readouterr().out
+    assert "over a link of 1 KB/s up, 10 KB/s down, devices 3 x slower than this machine" in printed
+    assert "s in all; 99.99 % not reached" in printed
+    assert {file: file.read_bytes() for file in before} == before
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:

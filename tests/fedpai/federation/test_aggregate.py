@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from torch import nn
 
-from fedpai.federation.aggregate import largest, masked_mean, weighted_mean
+from fedpai.federation.aggregate import largest, majority, masked_mean, weighted_mean
+from fedpai.federation.layout import Layout, MaskSet
 
 
 def by_hand(old: np.ndarray, dense: list, masks: list, examples: list) -> np.ndarray:
@@ -81,3 +83,18 @@ def test_nothing_to_merge_and_unequal_lengths() -> None:
 
 def test_integer_buffers_take_the_largest() -> None:
     assert largest([np.array([3, 9]), np.array([5, 1])]).tolist() == [5, 9]
+
+
+@pytest.mark.parametrize("votes", [1, 2, 5])
+def test_majority_is_counted(votes: int) -> None:
+    layout = Layout.of(nn.Sequential(nn.Linear(13, 7)))
+    rng = np.random.default_rng(4)
+    flags = rng.random((5, layout.weight_count)) < 0.5
+    masks = [MaskSet.from_positions(layout, np.flatnonzero(own)) for own in flags]
+    kept = majority(masks, votes)
+    np.testing.assert_array_equal(kept.positions, np.flatnonzero(flags.sum(0) >= votes))
+
+
+def test_nothing_to_vote_about() -> None:
+    with pytest.raises(ValueError, match="no client sent a mask"):
+        majority([], 1)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpai.federation import payload as wire
-from fedpai.federation.payload import HEADER_BYTES, Kind, Payload, PayloadError, decode, encode
+from fedpai.federation.payload import HEADER_BYTES, DType, Kind, Payload, PayloadError, decode, encode
 
 MODEL, MASK = bytes(range(32)), bytes(range(32, 64))
 
@@ -73,6 +73,24 @@ def test_mask_round_trip() -> None:
     assert decode(buffer).count == 10
 
 
+def test_header_is_laid_out_as_documented() -> None:
+    """docs/wire.md, field by field, for a message whose parts all differ."""
+    buffer = message(5)
+    body, ints = np.arange(5, dtype="<f4").tobytes(), np.array([11, -1], "<i8").tobytes()
+    head = b"FPAI" + bytes([2, 0, 1, 0, 0, 0, 0, 0])
+    head += struct.pack("<IIIq", 2, 3, 0, 7) + MODEL + MASK + struct.pack("<QQI", 5, len(body), 2)
+    crc = zlib.crc32(body + ints, zlib.crc32(head))
+    assert buffer == head + struct.pack("<I", crc) + body + ints
+
+
+def test_version_1_is_refused_by_name() -> None:
+    """Its header was shorter than ours, so the version is looked at before the length."""
+    old = b"FPAI" + struct.pack("<HBBIIq32s32sQII", 1, 1, 0, 2, 3, 7, MODEL, MASK, 0, 0, 0)
+    assert len(old) == 104
+    with pytest.raises(PayloadError, match="format version 1, this program reads version 2"):
+        decode(old)
+
+
 def test_decoded_values_cannot_be_written() -> None:
     with pytest.raises(ValueError, match="read-only"):
         decode(message()).values[0] = 1.0
@@ -90,6 +108,7 @@ def test_decoded_values_cannot_be_written() -> None:
         ({"mask_digest": MASK[:-1] + b"\0"}, "mask digest"),
         ({"count": 6}, "number of values is 5, expected 6"),
         ({"ints": 1}, "number of integers is 2, expected 1"),
+        ({"dtype": DType.BFLOAT16}, "dtype is 'FLOAT32', expected 'BFLOAT16'"),
     ],
 )
 def test_another_message_than_expected(change: dict, text: str) -> None:
@@ -132,11 +151,21 @@ def test_damaged_content() -> None:
     [
         (0, b"XXXX", "starts with b'XXXX'"),
         (4, struct.pack("<H", 9), "format version 9"),
+        (4, struct.pack("<H", 1), "format version 1, this program reads version 2"),
         (6, b"\x63", "kind 99 is unknown"),
         (7, b"\x01", "dtype 1 does not fit a VALUES message"),
-        (88, struct.pack("<Q", 2**63), "truncated"),
-        (88, struct.pack("<Q", 4), "oversized"),
-        (96, struct.pack("<I", 2**32 - 1), "truncated"),
+        (7, b"\x09", "dtype 9 does not fit a VALUES message"),
+        (8, b"\x02", r"coding 2 does not fit a VALUES message, expected one of \[0, 1\]"),
+        (8, b"\x01", "body cannot be inflated"),
+        (9, b"\x01", "010000 where its header must be 0"),
+        (20, struct.pack("<I", 1), "announces 1 float32 values beside FLOAT32"),
+        (96, struct.pack("<Q", 2**63), "announces 9223372036854775808 elements, the receiver takes at most"),
+        (96, struct.pack("<Q", 4), "body has 20 bytes, its 4 values take 16"),
+        (96, struct.pack("<Q", 6), "body has 20 bytes, its 6 values take 24"),
+        (104, struct.pack("<Q", 2**63), "truncated"),
+        (104, struct.pack("<Q", 16), "oversized"),
+        (112, struct.pack("<I", 2**32 - 1), "truncated"),
+        (112, struct.pack("<I", 1), "oversized"),
         (HEADER_BYTES + 8, struct.pack("<f", float("nan")), "1 values that are not finite.*position 2"),
         (HEADER_BYTES, struct.pack("<f", float("-inf")), "not finite, the first is -inf at position 0"),
     ],
@@ -157,7 +186,7 @@ def test_random_bytes_are_refused(data: bytes) -> None:
 @given(st.binary(max_size=300), st.booleans())
 def test_random_content_behind_a_right_start(data: bytes, fix: bool) -> None:
     """Random headers, also with a checksum that fits, never raise anything but PayloadError."""
-    buffer = wire.MAGIC + struct.pack("<HBB", 1, 1, 0) + data
+    buffer = wire.MAGIC + struct.pack("<HBB4s", wire.VERSION, 1, 0, b"") + data
     if fix and len(buffer) >= HEADER_BYTES:
         buffer = patched(buffer, 0, b"")
     try:

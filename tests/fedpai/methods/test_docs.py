@@ -39,5 +39,5 @@ def test_the_page_names_every_hook() -> None:
         if not name.startswith("_") and (callable(value) or isinstance(value, property))
     }
     text = PAGE.read_text(encoding="utf-8")
-    assert len(hooks) == 11
+    assert len(hooks) == 12
     assert {name for name in hooks if f"`{name}" not in text} == set()

@@ -176,8 +176,17 @@ def test_fedpai_u_personal(few: Dataset, telling: Make, criterion: str) -> None:
     assert len({run.arms[0].federation.server.mask_of(client) for client in range(4)}) == 4
     check(run, masks_of, rows)
     assert all(0 <= row["personal_accuracy"] <= 1 for row in rows[1:])
-    # Round 0: the dense model down, a bitmap up.
-    assert rows[0]["bytes_up"] == 4 * (HEADER_BYTES + (run.layout.weight_count + 7) // 8)
+    # Round 0: the dense model down, a mask up.
+    assert rows[0]["bytes_up"] == sum(mask_bytes(run, client) for client in range(4))
+
+
+def mask_bytes(run: Run, client: int) -> int:
+    """Length of a message with the client's mask, which is never above that of a bitmap."""
+    server = run.arms[0].federation.server
+    server.informed.discard(client)
+    (message,) = server.mask_message(client)
+    assert len(message) <= HEADER_BYTES + (run.layout.weight_count + 7) // 8
+    return len(message)
 
 
 @pytest.mark.parametrize("name", ["random", "magnitude"])
@@ -194,9 +203,8 @@ def test_mask_travels_once_and_values_packed(images: Dataset, tiny: Make) -> Non
     rows = run.finish()
     server = run.arms[0].federation.server
     values = HEADER_BYTES + 4 * run.layout.float_count(server.mask) + 8 * run.layout.int_count
-    bitmap = HEADER_BYTES + (run.layout.weight_count + 7) // 8
     assert rows[0]["bytes_up"] == rows[0]["bytes_down"] == 0
-    assert rows[1]["bytes_down"] == 4 * (values + bitmap)
+    assert rows[1]["bytes_down"] == 4 * (values + mask_bytes(run, 0))
     assert rows[2]["bytes_down"] == rows[2]["bytes_up"] == 4 * values
 
 
@@ -258,9 +266,22 @@ def test_a_sparsity_that_leaves_nothing(images: Dataset, tiny: Make) -> None:
 
 
 def test_unknown_method_lists_the_known_ones(tiny: Make) -> None:
-    with pytest.raises(ConfigError, match="unknown --method 'nope', expected one of: fedavg, fedpai-u"):
+    with pytest.raises(ConfigError, match="unknown --method 'nope', expected one of: fedavg, feddst"):
         methods.create("nope", tiny())
-    assert methods.names() == ["fedavg", "fedpai-u", "magnitude", "random"]
+    assert methods.names() == [
+        "fedavg",
+        "feddst",
+        "fedpai-s",
+        "fedpai-u",
+        "fedprox",
+        "fedsparsify-global",
+        "fedsparsify-local",
+        "local",
+        "magnitude",
+        "random",
+        "spafl",
+        "ssfl",
+    ]
 
 
 def test_a_mask_that_empties_a_layer_is_refused(images: Dataset, tiny: Make) -> None:

@@ -18,8 +18,10 @@ import torch
 from fedpai import report
 from fedpai.data import Dataset
 from fedpai.federation.config import RunConfig
+from fedpai.federation.link_speed import LinkSpeed, link_times
+from fedpai.federation.progress import summary_line
 from fedpai.federation.runner import Run
-from fedpai.report.charts import Bar, Series, bar_chart, line_chart, number, ticks
+from fedpai.report.charts import Bar, Series, bar_chart, line_chart, log_ticks, number, ticks
 from fedpai.report.page import size
 from fedpai.report.profile import profile_layers
 from fedpai.report.summary import compare, summarise
@@ -105,6 +107,41 @@ def test_page_is_one_file_with_everything(finished: Run, tmp_path: Path) -> None
         ElementTree.fromstring(svg)
 
 
+def test_times_over_a_link_are_a_third_speed(finished: Run, tmp_path: Path) -> None:
+    link = LinkSpeed(1e3, 1e4, 2.0)
+    content = report.collect(finished, None, link)
+    target = (content.methods[1].accuracy or 0.0) - 0.01
+    of_method = {m.method: [row for row in finished.rows if row["method"] == m.method] for m in content.methods}
+    assert content.times == [link_times(rows, link, target) for rows in of_method.values()]
+    page = report.write(content, tmp_path / "r.html").read_text(encoding="utf-8")
+    for words in ("Times over the link", "1 KB/s up, 10 KB/s down, devices 2 x slower"):
+        assert words in page
+    assert f"Target: {100 * target:.2f} %" in page
+    assert len(re.findall("<svg", page)) == len(report.page.charts(content)) - 1, "no chart of layers without times"
+    printed = report.text(content)
+    assert f"fedavg       {content.times[1].seconds:.1f} s in all; {100 * target:.2f} % " in printed
+    assert [row["row"] for row in report.json_rows(content)][-3:] == ["time", "time", "ratios"]
+    assert report.collect(finished, None, link, 0.5).times[0].target == 0.5
+    untimed = report.write(report.collect(finished), tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "over the link" not in untimed
+
+
+def test_times_without_a_global_model(finished: Run, tmp_path: Path) -> None:
+    for row in finished.rows:
+        if row["method"] == "fedpai-u":
+            row.update(accuracy=None, personal_accuracy=0.75 if row["round"] else None)
+    content = report.collect(finished, None, LinkSpeed(1e6, 1e7), 0.7)
+    assert content.ratios is not None
+    assert content.ratios.accuracy_gap is None
+    assert (content.times[0].target_seconds, content.times[0].personal_target_round) == (None, 1)
+    assert "70.00 % not reached; 70.00 % personalised after" in report.text(content)
+    page = report.write(content, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "75.00 %" in page
+    for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        assert not re.search(r"nan|inf", re.sub(r"<(text|title).*?</\1>", "", svg))
+    assert "accuracy" not in summary_line(finished.rows[0])
+
+
 def test_profile_is_kept_and_not_measured_again(finished: Run, tmp_path: Path) -> None:
     first = report.layer_profile(finished, tmp_path / "profile.json")
     assert report.layer_profile(finished, tmp_path / "profile.json") == first
@@ -134,6 +171,32 @@ def test_personal_column_only_where_it_has_a_meaning(
     assert f"{100 * (content.methods[0].personal_accuracy or 0):.2f} %" in report.text(content)
 
 
+def test_a_method_without_a_global_model(
+    images: Dataset, tiny: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Its global accuracy is nowhere a number; everything else is as ever."""
+    run = Run(tiny(method="spafl", baseline="fedavg", rounds=2), data=images)
+    run.finish()
+    content = report.collect(run)
+    ours, base = content.methods
+    assert content.ratios is not None
+    assert (ours.accuracy, ours.best_accuracy, ours.global_density, content.ratios.accuracy_gap) == (None,) * 4
+    assert base.accuracy is not None
+    assert ours.held_accuracy is not None
+    plain = report.text(content)
+    row, other = (re.split(r" {2,}", line) for line in plain.splitlines()[1:3])
+    assert row[:3] == ["spafl", "-", f"{100 * (ours.personal_accuracy or 0):.2f} %"]
+    assert other[2].startswith("- ")
+    assert f"spafl: {100 * ours.held_accuracy:.2f} % over all clients" in plain
+    assert "points" not in plain
+    page = report.write(content, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert f"{100 * ours.held_accuracy:.2f} % over all clients" in page
+    assert "<td>spafl</td><td>–</td><td>–</td>" in page
+    assert "points" not in re.sub(r"(?s)<svg.*?</svg>|points=", "", page)
+    rows = report.json_rows(content)
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+
+
 def test_json_rows_are_json(finished: Run) -> None:
     rows = report.json_rows(report.collect(finished))
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
@@ -161,6 +224,32 @@ def test_ticks_cover_the_range_in_round_steps(low: float, high: float) -> None:
     assert 2 <= len(marks) <= 9
     steps = {f"{b - a:.6g}" for a, b in pairwise(marks)}
     assert len(steps) == 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "marks"),
+    [
+        (1.5, 40, [1, 2, 5, 10, 20, 50]),
+        (2, 100, [2, 5, 10, 20, 50, 100]),
+        (3, 3, [2, 5]),
+        (5, 5, [5, 10]),
+        (0.002, 900, [0.001, 0.01, 0.1, 1, 10, 100, 1000]),
+    ],
+)
+def test_log_ticks(low: float, high: float, marks: list[float]) -> None:
+    assert log_ticks(low, high) == marks
+
+
+def test_a_log_axis_has_equal_ratios_at_equal_distances() -> None:
+    series = [Series("a", [(0, 5), (1, 80), (10, 85), (100, 90)], "s2", False, [0, 0, 2, 0])]
+    drawn = ElementTree.fromstring(line_chart(series, x_label="x", y_label="y", log_x=True, from_zero=False))
+    dots = [float(dot.attrib["cx"]) for dot in drawn.findall("circle")]
+    assert len(dots) == 3, "there is no zero on a log axis"
+    assert dots[1] - dots[0] == pytest.approx(dots[2] - dots[1], abs=0.2)
+    (bar,) = [line for line in drawn.findall("line") if "s2" in line.attrib["class"]]
+    (dot,) = [dot for dot in drawn.findall("circle") if dot.findtext("title") == "a: 10, 85 ± 2"]
+    middle = (float(bar.attrib["y1"]) + float(bar.attrib["y2"])) / 2
+    assert (bar.attrib["x1"], middle) == (dot.attrib["cx"], pytest.approx(float(dot.attrib["cy"]), abs=0.1))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SSFL and FedPaI-S: which masks are agreed on before training, and training under them, in plain dense torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedpai import pruning
+from fedpai.data import Dataset, synthetic
+from fedpai.federation.config import ConfigError, RunConfig
+from fedpai.federation.payload import HEADER_BYTES, PayloadError
+from fedpai.federation.runner import Run, create_model
+from fedpai.federation.seeds import derive
+from tests.fedpai.methods.test_methods import (
+    GENTLE,
+    STRONG,
+    Masks,
+    State,
+    check,
+    merged,
+    scoring_batch,
+    trained,
+)
+
+Make = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="module")
+def few() -> Dataset:
+    """So few images that clients train on all of theirs, which makes n_k uneven."""
+    return synthetic(train_size=160, test_size=200, in_channels=1)
+
+
+@pytest.fixture
+def telling(tiny: Make) -> Make:
+    """Makes configurations under which every factor of the formulas moves the result beyond the bound."""
+
+    def make(**changes: Any) -> RunConfig:
+        return tiny(lr=GENTLE, weight_decay=STRONG, alpha=0.3, max_images=None, **changes)
+
+    return make
+
+
+# ------------------------------------------------------------------------------------------------------ SSFL
+
+
+def saliency(run: Run, client: int) -> dict[str, Tensor]:
+    """|g w| on one minibatch, divided by its sum as SNIP does."""
+    model = create_model(run.config, run.data)
+    part = run.partition[client]
+    draw = np.random.default_rng(derive(run.config.seed, "scoring images", 0, client))
+    x, y = run.data.batch(draw.choice(part, min(run.config.batch, part.size), replace=False))
+    nn.functional.cross_entropy(model(x), y).backward()
+    weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    scores = {name: (weight.grad * weight.detach()).abs() for name, weight in weights.items()}
+    total = sum(score.sum().item() for score in scores.values())
+    return {name: score / total for name, score in scores.items()}
+
+
+def test_ssfl(few: Dataset, telling: Make) -> None:
+    # The criterion, mask mode and structure of a run mean nothing to it.
+    config = telling(method="ssfl", criterion="grasp", mask_mode="personal", structure="4x1")
+    run = Run(config, data=few)
+    rows = run.finish()
+    n = sum(part.size for part in run.partition)
+    shares = [part.size / n for part in run.partition]
+    found = [saliency(run, client) for client in range(4)]
+    mean = {name: sum(p * s[name].double() for p, s in zip(shares, found, strict=True)) for name in found[0]}
+    ranked = torch.cat([score.flatten() for score in mean.values()]).sort(descending=True).values
+    threshold = ranked[round(0.2 * len(ranked)) - 1]
+    masks = {name: score >= threshold for name, score in mean.items()}
+    check(run, dict.fromkeys(range(4), masks), rows)
+    assert rows[0]["bytes_up"] == 4 * (HEADER_BYTES + 4 * run.layout.weight_count)
+    assert all(row["personal_accuracy"] is None for row in rows)
+
+
+# -------------------------------------------------------------------------------------------------- FedPaI-S
+
+
+# Whose entries go with the output channels of a layer of this network, and which.
+NORM = ("weight", "bias", "running_mean", "running_var")
+BESIDE = {
+    **{f"features.{at}": [f"features.{at + 1}.{part}" for part in NORM] for at in (0, 3, 7, 10)},
+    **{name: [f"{name}.bias"] for name in ("fc1", "fc2", "classifier")},
+}
+
+
+def restated(run: Run, masks_of: dict[int, Masks], sampled: list[list[int]]) -> State:
+    """Dense training times masks, in which what belongs to removed channels comes back as it was received."""
+    state = create_model(run.config, run.data).double().state_dict()
+    for name in BESIDE:
+        kept = torch.stack([masks[name] for masks in masks_of.values()]).any(0)
+        state[f"{name}.weight"] = state[f"{name}.weight"] * kept
+    for number, clients in enumerate(sampled, start=1):
+        answers = []
+        for client in clients:
+            answer = trained(run, state, masks_of[client], number, client)
+            for name, keys in BESIDE.items():
+                gone = ~masks_of[client][name].flatten(1).any(1)
+                for key in keys:
+                    answer[key][gone] = state[key][gone]
+            answers.append((run.partition[client].size, answer, masks_of[client]))
+        state = merged(state, answers)
+    return state
+
+
+def own_masks(run: Run, client: int) -> Masks:
+    seed, data = derive(run.config.seed, "mask", 0, client), scoring_batch(run, client)
+    model = create_model(run.config, run.data)
+    return pruning.prune(model, run.config.sparsity, "grasp", data=data, seed=seed, structure="channel")
+
+
+@pytest.mark.parametrize(
+    ("mode", "budget", "rounds"), [("shared", "weights", 3), ("shared", "flops", 1), ("personal", "weights", 3)]
+)
+def test_fedpai_s(few: Dataset, telling: Make, mode: str, budget: str, rounds: int) -> None:
+    # The criterion and structure of a run mean nothing to it.
+    config = telling(
+        method="fedpai-s", mask_mode=mode, budget=budget, rounds=rounds, criterion="snip", structure="4x1"
+    )
+    run = Run(config, data=few)
+    rows = run.finish()
+    server = run.arms[0].federation.server
+    if mode == "shared":
+        model = create_model(config, few)
+        masks = pruning.prune(model, config.sparsity, "synflow", structure="channel", budget=budget)
+        masks_of = dict.fromkeys(range(4), masks)
+        assert rows[0]["bytes_up"] == rows[0]["bytes_down"] == 0
+        assert all(row["personal_accuracy"] is None for row in rows)
+    else:
+        masks_of = {client: own_masks(run, client) for client in range(4)}
+        assert len({server.mask_of(client) for client in range(4)}) > 1
+        assert all(0 <= row["personal_accuracy"] <= 1 for row in rows[1:])
+    for client, masks in masks_of.items():
+        mask = server.mask_of(client)
+        assert mask is not None
+        assert all(torch.equal(flags, masks[name]) for name, flags in mask.masks().items())
+    assert all(row["refused"] == [] for row in rows)
+    expected = restated(run, masks_of, [row["sampled"] for row in rows[1:]])
+    actual = run.layout.scatter(*server.dense())
+    for key, tensor in expected.items():
+        torch.testing.assert_close(actual[key].to(tensor.dtype), tensor, rtol=2e-3, atol=2e-5, msg=key)
+
+
+@pytest.mark.parametrize("mode", ["shared", "personal"])
+def test_what_trains_is_smaller(images: Dataset, tiny: Make, mode: str) -> None:
+    """Layers have the kept channels only, and every weight of them."""
+    run = Run(tiny(method="fedpai-s", mask_mode=mode, rounds=1), data=images)
+    run.finish()
+    mask = run.arms[0].federation.server.mask_of(0)
+    assert mask is not None
+    model = run.pool.get(mask).model
+    parameters = sum(module.weight.numel() for module in model.modules() if hasattr(module, "plan"))
+    dense = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    parameters += sum(module.weight.numel() for module in dense.values())
+    assert parameters == mask.kept < run.layout.weight_count
+
+
+def test_single_weights_are_refused(images: Dataset, tiny: Make) -> None:
+    run = Run(tiny(method="fedpai-s", mask_mode="personal"), data=images)
+    server, method = run.arms[0].federation.server, run.arms[0].federation.method
+    other = Run(tiny(method="fedpai-u", mask_mode="personal"), data=images)
+    reply = other.arms[0].clients.turn(0, 0, [server.values_message(0)])
+    with pytest.raises(PayloadError, match="does not keep the channels of the layers around it"):
+        method.accept_proposal(server, 0, reply.messages)
+
+
+@pytest.mark.parametrize("mode", ["shared", "personal"])
+def test_a_sparsity_without_channels(images: Dataset, tiny: Make, mode: str) -> None:
+    with pytest.raises(ConfigError, match=r"--sparsity 0\.9999: .*less than the \d+ of one channel"):
+        Run(tiny(method="fedpai-s", mask_mode=mode, sparsity=0.9999), data=images)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FedProx and local training against their formulas in plain dense torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedpai.data import Dataset, synthetic
+from fedpai.federation.config import RunConfig
+from fedpai.federation.payload import HEADER_BYTES, PayloadError
+from fedpai.federation.runner import Run
+from fedpai.methods.base import MethodError
+from tests.fedpai.methods.restatement import Restatement, assert_uneven
+
+Make = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="module")
+def few() -> Dataset:
+    """So few images that clients train on all of theirs, which makes n_k uneven."""
+    return synthetic(train_size=160, test_size=200, in_channels=1)
+
+
+@pytest.fixture
+def telling(tiny: Make) -> Make:
+    """Steps so gentle that rounding does not grow."""
+
+    def make(**changes: Any) -> RunConfig:
+        return tiny(lr=0.0005, weight_decay=0.4, alpha=0.3, max_images=None, **changes)
+
+    return make
+
+
+@pytest.mark.parametrize("sample", [3, 4])
+def test_fedprox_against_its_formulas(few: Dataset, telling: Make, sample: int) -> None:
+    run = Run(telling(method="fedprox", prox_mu=50.0, sample=sample), data=few)
+    assert_uneven(run)
+    rows = run.finish()
+    dense = Restatement(run)
+    for number in (1, 2, 3):
+        answers = {client: dense.trained(number, client, {}, mu=50.0) for client in rows[number]["sampled"]}
+        dense.state = dense.mean(answers)
+    dense.assert_equal(run.layout.scatter(*run.arms[0].federation.server.dense()))
+
+
+def test_fedprox_that_does_not_pull_is_fedavg(few: Dataset, tiny: Make) -> None:
+    floats = []
+    for name in ("fedprox", "fedavg"):
+        run = Run(tiny(method=name, prox_mu=0.0), data=few)
+        run.finish()
+        floats.append(run.arms[0].federation.server.floats)
+    assert np.array_equal(*floats)
+
+
+def test_fedprox_stays_nearer_to_the_global_model(few: Dataset, tiny: Make) -> None:
+    start = Run(tiny(), data=few).arms[0].federation.server.floats
+    count = Run(tiny(), data=few).layout.weight_count
+    gone = []
+    for mu in (0.0, 1.0, 10.0):
+        run = Run(tiny(method="fedprox", prox_mu=mu, rounds=1), data=few)
+        run.finish()
+        gone.append(float(np.linalg.norm((run.arms[0].federation.server.floats - start)[:count])))
+    assert gone[0] > gone[1] > gone[2] > 0
+
+
+@pytest.mark.parametrize("sample", [3, 4])
+def test_local_against_its_formulas(few: Dataset, telling: Make, sample: int) -> None:
+    """Each client goes on where it stopped, in the rounds in which it is asked."""
+    run = Run(telling(method="local", sample=sample), data=few)
+    assert_uneven(run)
+    rows = run.finish()
+    dense = Restatement(run)
+    own = dict.fromkeys(range(4), dense.state)
+    for number in (1, 2, 3):
+        for client in rows[number]["sampled"]:
+            own[client] = dense.trained(number, client, {}, own=own[client])
+    memories = run.arms[0].clients.memories
+    for client, state in own.items():
+        extra = memories[client].extra
+        dense.assert_equal(run.layout.scatter(extra["floats"], extra["ints"]), state)
+    initial = run.layout.scatter(*run.arms[0].federation.server.dense())
+    assert all(torch.equal(initial[key], tensor.to(initial[key].dtype)) for key, tensor in dense.state.items())
+
+
+def test_local_sends_the_initial_model_and_then_nothing(few: Dataset, tiny: Make) -> None:
+    run = Run(tiny(method="local", rounds=2, alpha=0.3), data=few)
+    rows = run.finish()
+    assert rows[0]["bytes_up"] == 4 * HEADER_BYTES
+    assert rows[0]["bytes_down"] == 4 * (HEADER_BYTES + 4 * run.layout.float_count(None) + 8 * run.layout.int_count)
+    assert [(row["bytes_up"], row["bytes_down"], row["refused"]) for row in rows[1:]] == [(0, 0, [])] * 2
+    sizes = [run.partition[client].size for client in rows[1]["sampled"]]
+    assert rows[1]["examples"] == sum(sizes)
+    assert all(0 <= row["personal_accuracy"] <= 1 for row in rows[1:])
+    assert not run.arms[0].federation.method.has_global
+
+
+def test_local_refuses_messages_and_strangers(few: Dataset, tiny: Make) -> None:
+    """Client 1 is lost in round 0: it is refused whenever it is asked, and the others go on."""
+    run = Run(tiny(method="local", rounds=2, sample=4), data=few)
+    arm = run.arms[0]
+    turn, server, method = arm.clients.turn, arm.federation.server, arm.federation.method
+
+    def lossy(client: int, round: int, messages: list[bytes]) -> Any:
+        reply = turn(client, round, messages)
+        if client == 1 and round == 0:
+            reply.messages = []
+            arm.clients.memories[1].extra.clear()
+        return reply
+
+    arm.clients.turn = lossy
+    rows = run.finish()
+    assert [len(row["refused"]) for row in rows] == [1, 1, 1]
+    assert rows[0]["refused"][0]["reason"] == "expected one message, got 0"
+    assert rows[1]["refused"][0]["reason"] == "client 1 has no model: it was not there in round 0"
+    with pytest.raises(PayloadError, match="client 1: was not there in round 0"):
+        method.accept(server, 1, [])
+    with pytest.raises(PayloadError, match="client 2: expected no message, got 1"):
+        method.accept(server, 2, [b""])
+    with pytest.raises(MethodError, match="no client took the initial model"):
+        method.agree(server, [])

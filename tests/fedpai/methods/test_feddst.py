@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FedDST against its rules in plain dense torch, and what its server refuses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedpai import pruning
+from fedpai.data import Dataset, synthetic
+from fedpai.federation.client import ClientError, ClientMemory
+from fedpai.federation.config import RunConfig
+from fedpai.federation.layout import MaskSet
+from fedpai.federation.payload import HEADER_BYTES
+from fedpai.federation.runner import Run, create_model
+from fedpai.federation.seeds import derive
+from fedpai.methods import feddst
+from fedpai.methods.adjust import counts
+from tests.fedpai.methods.test_methods import GENTLE, STRONG, Masks, State, merged, trained
+
+Make = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="module")
+def few() -> Dataset:
+    """So few images that clients train on all of theirs, which makes n_k uneven."""
+    return synthetic(train_size=160, test_size=200, in_channels=1)
+
+
+def top(scores: Tensor, count: int, among: Tensor) -> Tensor:
+    """The highest of the candidates."""
+    ranked = torch.where(among, scores.double(), -torch.inf).flatten().argsort(descending=True, stable=True)
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask[ranked[:count]] = True
+    return mask.view(scores.shape)
+
+
+def adjusted(run: Run, state: State, masks: Masks, share: float, number: int, client: int) -> Masks:
+    """Smallest weights out, largest gradients in, layer by layer."""
+    model = create_model(run.config, run.data).double()
+    model.load_state_dict(state)
+    draw = np.random.default_rng(derive(run.config.seed, "images to grow by", number, client))
+    part = run.partition[client]
+    x, y = run.data.batch(draw.choice(part, min(run.config.batch, part.size), replace=False))
+    nn.functional.cross_entropy(model(x.double()), y).backward()
+    new = {}
+    for name, mask in masks.items():
+        weight = model.get_submodule(name).weight
+        kept = int(mask.sum())
+        moved = round(share * kept)
+        stay = top(weight.detach().abs(), kept - moved, mask)
+        new[name] = stay | top(weight.grad.abs(), moved, ~stay)
+    return new
+
+
+def restated(run: Run, sampled: list[list[int]], shares: list[float]) -> tuple[State, Masks]:
+    config = run.config
+    masks = pruning.prune(create_model(config, run.data), config.sparsity, "erk", seed=derive(config.seed, "mask"))
+    kept = {name: int(mask.sum()) for name, mask in masks.items()}
+    state = create_model(config, run.data).double().state_dict()
+
+    def cut(masks: Masks) -> None:
+        for name, mask in masks.items():
+            state[f"{name}.weight"] = state[f"{name}.weight"] * mask
+
+    cut(masks)
+    for number, (clients, share) in enumerate(zip(sampled, shares, strict=True), start=1):
+        answers = []
+        for client in clients:
+            own = adjusted(run, state, masks, share, number, client) if share else masks
+            answers.append((run.partition[client].size, trained(run, state, own, number, client), own))
+        state = merged(state, answers)
+        if share:
+            union = {name: torch.stack([own[name] for *_, own in answers]).any(0) for name in masks}
+            masks = {
+                name: top(state[f"{name}.weight"].abs(), kept[name], held) for name, held in union.items()
+            }
+            cut(masks)
+    return state, masks
+
+
+def test_rounds_are_the_rules(few: Dataset, tiny: Make) -> None:
+    config = tiny(
+        method="feddst", lr=GENTLE, weight_decay=STRONG, alpha=0.3, max_images=None, rounds=4, adjust_every=1
+    )
+    run = Run(config, data=few)
+    sizes = [part.size for part in run.partition]
+    assert len(set(sizes)) == 4
+    assert all(size % config.batch != 1 for size in sizes)
+    first = pruning.prune(create_model(config, few), config.sparsity, "erk", seed=derive(config.seed, "mask"))
+    rows = run.finish()
+    # Nothing in round 1, then 0.3 / 2 (1 + cos(pi t / 2)) for t = 0 and 1, then nothing.
+    state, masks = restated(run, [row["sampled"] for row in rows[1:]], [0.0, 0.3, 0.15, 0.0])
+    server = run.arms[0].federation.server
+    assert server.mask is not None
+    moved = {}
+    for name, mask in server.mask.masks().items():
+        assert torch.equal(mask, masks[name]), name
+        moved[name] = int((mask & ~first[name]).sum()) / int(mask.sum())
+    assert sorted(name for name, share in moved.items() if share == 0) == ["features.0"]  # dense under ERK
+    assert 0.2 < moved["fc1"] <= 0.45
+    actual = run.layout.scatter(*server.dense())
+    for key, tensor in state.items():
+        torch.testing.assert_close(actual[key].to(tensor.dtype), tensor, rtol=2e-3, atol=2e-5, msg=key)
+    assert server.client_masks == {}
+    assert all(row["refused"] == [] for row in rows)
+
+
+def test_new_weights_start_at_zero_and_others_stay(few: Dataset, tiny: Make) -> None:
+    """Where training changes nothing. One that is pruned and brought back at once keeps its value."""
+    run = Run(tiny(method="feddst", adjust_every=1, rounds=2, lr=1e-30, weight_decay=0.0, momentum=0.0), data=few)
+    federation = run.arms[0].federation
+    federation.choose_masks()
+    federation.run_round()
+    before = federation.server.dense()[0]
+    old = federation.server.mask
+    federation.run_round()
+    after, new = federation.server.dense()[0], federation.server.mask
+    assert old is not None
+    assert new is not None
+    both = np.intersect1d(old.positions, new.positions)
+    np.testing.assert_allclose(after[both], before[both], rtol=1e-6)
+    assert np.abs(after[np.setdiff1d(new.positions, old.positions)]).max() < 1e-25
+    assert counts(new) == counts(old)
+
+
+def test_rate() -> None:
+    config = RunConfig(method="feddst", rounds=40, adjust_every=5, adjust_rate=0.4)
+    moved = {number: feddst.rate(config, number) for number in range(1, 41)}
+    assert {number for number, share in moved.items() if share} == {2, 7, 12, 17}
+    assert moved[2] == 0.4
+    assert moved[12] == pytest.approx(0.2)
+    assert not any(feddst.rate(RunConfig(rounds=40, adjust_rate=0.0), number) for number in range(1, 41))
+
+
+def test_bytes(images: Dataset, tiny: Make) -> None:
+    """Masks go up in a round of adjustment and down in the next; values are packed in all rounds."""
+    run = Run(tiny(method="feddst", adjust_every=1, rounds=3, sample=4), data=images)
+    rows = run.finish()
+    server = run.arms[0].federation.server
+    values = HEADER_BYTES + 4 * run.layout.float_count(server.mask) + 8 * run.layout.int_count
+    bitmap = HEADER_BYTES + (run.layout.weight_count + 7) // 8
+    assert [row["bytes_up"] for row in rows] == [0, 4 * values, 4 * (values + bitmap), 4 * values]
+    assert [row["bytes_down"] for row in rows] == [0, 4 * (values + bitmap), 4 * values, 4 * (values + bitmap)]
+
+
+def otherwise(run: Run, client: int) -> list[bytes]:
+    """What a client would send that moved a weight from one layer to another: a mask and values under it."""
+    mask = run.arms[0].federation.server.mask
+    assert mask is not None
+    flags = mask.masks()
+    for name, more in (("fc1", True), ("fc2", False)):
+        flat = flags[name].view(-1)
+        flat[(flat != more).nonzero()[0]] = more
+    me = run.arms[0].clients._client(client, 2)
+    me.memory = ClientMemory(MaskSet.from_masks(run.layout, flags))
+    me.floats, me.ints = np.zeros(run.layout.float_count(me.memory.mask), np.float32), np.zeros(0, np.int64)
+    return [me.mask_message(me.memory.mask), me.values_message()]
+
+
+BAD = {
+    "no_mask": (lambda sent, other: sent[1:], "expected a mask and a model, got 1 messages"),
+    "wrong_order": (lambda sent, other: sent[::-1], "kind is 'VALUES', expected 'MASK'"),
+    "mask_twice": (lambda sent, other: [sent[0], sent[0]], "kind is 'MASK', expected 'VALUES'"),
+    "damaged_mask": (lambda sent, other: [sent[0][:-2] + b"xx", sent[1]], "checksum"),
+    "values_of_another_mask": (lambda sent, other: [sent[0], other[1]], "mask digest"),
+    "one_layer_too_full": (lambda sent, other: other, r"keeps \d+ weights of fc1, expected \d+"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_answer_is_refused_and_the_client_goes_on(
+    images: Dataset, tiny: Make, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    change, reason = BAD[case]
+    config = tiny(method="feddst", adjust_every=2, clients=3, sample=3, rounds=3, model="mlp", width=0.1)
+    run = Run(config, data=images)
+    clients = run.arms[0].clients
+    honest = clients.turn
+
+    def turn(client: int, round: int, messages: list[bytes]) -> Any:
+        reply = honest(client, round, messages)
+        if (client, round) == (1, 2):
+            reply.messages = change(reply.messages, otherwise(run, client))
+        return reply
+
+    monkeypatch.setattr(clients, "turn", turn)
+    rows = run.finish()
+    assert [refusal["client"] for refusal in rows[2]["refused"]] == [1]
+    assert re.search(reason, rows[2]["refused"][0]["reason"])
+    assert rows[3]["refused"] == []
+
+
+def test_a_round_of_adjustment_without_any_answer(
+    images: Dataset, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients have changed their masks, the server has not; all are told again and the run goes on."""
+    run = Run(tiny(method="feddst", adjust_every=2, sample=4, rounds=3, model="mlp", width=0.1), data=images)
+    clients, server = run.arms[0].clients, run.arms[0].federation.server
+    honest = clients.turn
+
+    def turn(client: int, round: int, messages: list[bytes]) -> Any:
+        reply = honest(client, round, messages)
+        if round == 2:
+            raise ClientError("gone")
+        return reply
+
+    monkeypatch.setattr(clients, "turn", turn)
+    masks = []
+    federation = run.arms[0].federation
+    federation.choose_masks()
+    for _ in range(3):
+        row = federation.run_round()
+        masks.append(server.mask)
+        assert len(row["refused"]) == (4 if server.round == 2 else 0)
+    assert masks[0] == masks[1] == masks[2]

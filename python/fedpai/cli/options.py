@@ -105,7 +105,7 @@ def add_settings(parser: argparse.ArgumentParser, several: frozenset[str] = froz
     add("--server-lr", "X", "learning rate of that step (1.0)", float)
     add("--server-momentum", "X", "its momentum, beta 1 (0.9)", float)
     add("--wire", "F", f"how values travel: {', '.join(WIRE_FORMATS)}, rounded with error feedback (fp32)")
-    add("--compress", "NAME", f"entropy coding of messages: {', '.join(COMPRESSIONS)} (none)")
+    add("--compress", "NAME", f"entropy coding of values: {', '.join(COMPRESSIONS)}; masks always have it (none)")
 
 
 def explicit_settings(given: dict[str, Any]) -> dict[str, Any]:

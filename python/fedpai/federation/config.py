@@ -48,7 +48,7 @@ class RunConfig:
         adjust_every, adjust_rate: FedDST, rounds between two adjustments of the masks, and the share of the weights
             that the first one moves.
         server_opt, server_lr, server_momentum: the server's step from the old global model towards the merged one.
-        wire, compress: how values travel, and whether messages are entropy-coded.
+        wire, compress: how values travel, and whether they are entropy-coded (see docs/wire.md).
         alpha: Dirichlet concentration over classes; None splits IID.
         max_images: images a client holds at most; None keeps all.
         eval_images: test images used after each round; None uses all.

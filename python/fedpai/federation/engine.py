@@ -231,7 +231,6 @@ class Federation:
                 turns.add(reply)
                 update = accept(self.server, client, reply.messages)
             except (PayloadError, ClientError) as error:
-                self.server.informed.discard(client)  # it may have changed its mask
                 turns.refused.append({"client": client, "reason": str(error)})
                 self.server.informed.discard(client)  # whatever mask it may have by now, it is told its own again
                 self._progress.note(f"round {self.server.round}: client {client} refused: {error}")

@@ -186,6 +186,7 @@ class Server:
             model_digest=self.layout.digest,
             mask_digest=NO_MASK,
             values=thresholds,
+            deflate=self.config.compress == "deflate",
         )
 
     def read_values(self, client: int, message: bytes, mask: MaskSet | None = None) -> Update:

@@ -61,7 +61,7 @@ class SpaFL(Method):
         floats, ints = client.model_vectors()
         if not (np.isfinite(floats).all() and np.isfinite(trained).all()):
             raise ClientError("its training diverged; it keeps the model of its last turn")
-        client.memory.extra = {"floats": floats, "ints": ints, "received": received, "trained": trained}
+        client.memory.extra.update(floats=floats, ints=ints, received=received, trained=trained)
         self.recall(client)
 
     def answer(self, client: Client) -> list[bytes]:
@@ -87,7 +87,7 @@ class SpaFL(Method):
 def held(client: Client) -> tuple[Floats, Ints]:
     """The client's own weights, dense; before its first turn those that the run's seed gives everybody."""
     extra = client.memory.extra
-    return (extra["floats"], extra["ints"]) if extra else client.pool.initial()
+    return (extra["floats"], extra["ints"]) if "floats" in extra else client.pool.initial()
 
 
 def ramp(round: int) -> float:

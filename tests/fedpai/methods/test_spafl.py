@@ -233,11 +233,29 @@ def test_rows_have_no_global_model(images: Dataset, tiny: Make) -> None:
     assert found[0] == pytest.approx(np.mean(kept) / run.layout.weight_count)
 
 
-def test_all_clients_are_scored_at_the_end(images: Dataset, tiny: Make) -> None:
+@pytest.mark.parametrize("method", ["spafl", "local"])
+def test_all_clients_are_scored_at_the_end(images: Dataset, tiny: Make, method: str) -> None:
     """With everybody in every round, the last round's clients are all clients and their models those they hold."""
-    run = Run(tiny(method="spafl", sample=4, rounds=2, threshold_penalty=0.5), data=images)
+    run = Run(tiny(method=method, sample=4, rounds=2, threshold_penalty=0.5), data=images)
     rows = run.finish()
     assert rows[2]["held_accuracy"] == rows[2]["personal_accuracy"]
+
+
+@pytest.mark.parametrize("method", ["spafl", "feddst", "fedpai-s", "ssfl"])
+def test_any_wire(images: Dataset, tiny: Make, method: str) -> None:
+    """Values rounded to 16 bits and messages deflated: nothing is refused, and thresholds stay as they are."""
+    settings: dict[str, Any] = {"method": method, "adjust_every": 1, "model": "mlp", "width": 0.2}
+    plain = Run(tiny(**settings), data=images)
+    coded = Run(tiny(**settings, wire="bf16", compress="deflate"), data=images)
+    rows, coded_rows = plain.finish(), coded.finish()
+    assert all(row["refused"] == [] for row in coded_rows)
+    sent, before = (sum(row["bytes_up"] for row in part) for part in (coded_rows, rows))
+    if method == "spafl":
+        servers = [run.arms[0].federation.server.extra["thresholds"] for run in (plain, coded)]
+        np.testing.assert_array_equal(*servers)
+        assert sent <= before
+    else:
+        assert sent < before
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@
 //   FedYogi   m likewise                                  v = v - (1 - beta2) * delta^2 * sign(v - delta^2)
 //             both                                        x = x + lr * m / (sqrt(v) + tau)
 //
-// FedAvgM: Hsu, Qi and Brown, arXiv 1909.06335, section 4.3, with the server's learning rate of Reddi et al. FedAdam and
+// FedAvgM: Hsu, Qi and Brown, arXiv 1909.06335, with the server's learning rate of Reddi et al. FedAdam and
 // FedYogi: Reddi et al., arXiv 2003.00295, Algorithm 2, which corrects no bias.
 //
 // Order: as written, in float32, without fused multiply-adds, so that every instruction set gives the same bits.

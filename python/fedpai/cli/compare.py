@@ -23,7 +23,7 @@ TIMES = {"uplink": "uplink", "downlink": "downlink", "device_slowdown": "slowdow
 
 EPILOG = """examples:
   fedpai compare --preset fashion-smoke --out runs/smoke       minutes
-  fedpai compare --preset study --out runs/study               the committed study
+  fedpai compare --preset study --out runs/study               two hours: FedPaI-U against dense FedAvg
   fedpai compare --method fedavg,fedpai-u --sparsity 0.9,0.98 --alpha iid,0.5 --seed 0,1,2 --out runs/grid
   fedpai compare --resume --out runs/grid                      go on; finished cells are kept
   fedpai compare --resume --out runs/grid --seed 0,1,2,3       the same with another seed
@@ -76,7 +76,7 @@ def _run(arguments: argparse.Namespace) -> int:
         check_writable(json_file)
     if out is None:
         raise ConfigError("--out DIR is needed, the folder that the grid's runs go to")
-    axes, settings = asked(explicit_settings(given), given.get("preset"))
+    axes, settings = asked(explicit_settings(given), given.get("preset"), bool(given.get("resume")))
     explicit = frozenset(explicit_settings(given))
     grid = Grid(axes, settings, {field: given[key] for key, field in TIMES.items() if key in given})
     study = (Study.reopen if given.get("resume") else Study.create)(out, grid, explicit)
@@ -92,7 +92,9 @@ def _run(arguments: argparse.Namespace) -> int:
     return _results(study, json_file)
 
 
-def asked(explicit: dict[str, Any], preset: str | None) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+def asked(
+    explicit: dict[str, Any], preset: str | None, resume: bool = False
+) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """Axes and settings: the preset's, overridden by explicit ones.
 
     Raises:
@@ -103,7 +105,7 @@ def asked(explicit: dict[str, Any], preset: str | None) -> tuple[dict[str, list[
         explicit = {**PRESETS[preset], **explicit}
     axes = {key: value for key, value in explicit.items() if key in AXES}
     settings = {key: value for key, value in explicit.items() if key not in AXES}
-    return axes, with_sample(settings)
+    return axes, with_sample(settings, resume)
 
 
 def _interrupted(study: Study) -> int:

@@ -116,9 +116,17 @@ def explicit_settings(given: dict[str, Any]) -> dict[str, Any]:
     return explicit
 
 
-def with_sample(asked: dict[str, Any]) -> dict[str, Any]:
-    """Turns a share of the clients into a number, in place. Absent means all of them."""
+def with_sample(asked: dict[str, Any], resume: bool = False) -> dict[str, Any]:
+    """Turns a share of the clients into a number, in place. Absent means all of them, or what a resumed run has.
+
+    Raises:
+        ConfigError: a share of the clients of a resumed run, without their number.
+    """
     share = asked.get("sample")
+    if resume and share is None:
+        return asked
+    if resume and isinstance(share, float) and "clients" not in asked:
+        raise ConfigError(f"--sample {share}: to resume, give the number of clients a round, or --clients beside it")
     clients = asked.get("clients", RunConfig.clients)
     if isinstance(share, float):
         asked["sample"] = max(1, round(share * clients))

@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     out: Path | None = given.pop("out", None)
     link = link_of(given)
     explicit = explicit_settings(given)
-    asked = settings(explicit, given.get("preset"))
+    asked = settings(explicit, given.get("preset"), resume)
     if json_file is not None:
         check_writable(json_file)
     if resume and out is None:
@@ -101,16 +101,16 @@ def _run(arguments: argparse.Namespace) -> int:
     return _results(run_, folder, json_file, profile, link, given.get("target_accuracy"))
 
 
-def settings(explicit: dict[str, Any], preset: str | None) -> dict[str, Any]:
+def settings(explicit: dict[str, Any], preset: str | None, resume: bool = False) -> dict[str, Any]:
     """What was asked for: the preset's settings, overridden by explicit ones.
 
     Raises:
         ConfigError: an unknown preset.
     """
     if preset is None:
-        return with_sample(dict(explicit))
+        return with_sample(dict(explicit), resume)
     one_of("preset", preset, list(PRESETS))
-    return with_sample({**PRESETS[preset], **explicit})
+    return with_sample({**PRESETS[preset], **explicit}, resume)
 
 
 def configure(asked: dict[str, Any], explicit: dict[str, Any]) -> RunConfig:

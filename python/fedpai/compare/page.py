@@ -17,7 +17,7 @@ from fedpai.report.charts import Series, line_chart
 from fedpai.report.page import flat, render
 
 TEMPLATE = "compare.html.j2"
-STYLES = tuple(f"s{number}" for number in range(8))
+STYLES = tuple(f"s{number}" for number in range(12))
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ PRESETS["spafl-lenet"] = {
     "model": ["lenet-20-50-500"],
     "data": "fashion-mnist-28",
     "alpha": [0.2],
+    "seed": [0, 1],
     "clients": 100,
     "sample": 10,
     "rounds": 100,
@@ -87,7 +88,7 @@ PRESETS["spafl-lenet"] = {
 # FedSparsify's Fashion-MNIST setting, as in its released scripts but for 60 rounds of 200 and 1,000 images a client of
 # 6,000. SNIP and GraSP before training are fedpai-u by that criterion.
 PRESETS["fedsparsify-mlp"] = {
-    "method": ["fedavg", "fedsparsify-global", "fedpai-u", "random"],
+    "method": ["fedavg", "fedsparsify-global", "fedsparsify-local", "fedpai-u", "random"],
     "model": ["mlp"],
     "sparsity": [0.95, 0.99],
     "criterion": ["snip", "grasp"],

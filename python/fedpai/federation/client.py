@@ -122,6 +122,7 @@ class Client:
             if payload.kind is Kind.MASK:
                 self._expect(payload, Kind.MASK, self.layout.weight_count, None, 0)
                 self.set_mask(mask_from(payload, self.layout))
+                self.floats = self.ints = None  # values of another mask may have as many numbers
             elif payload.kind is Kind.THRESHOLDS:
                 self._expect(payload, Kind.THRESHOLDS, self.layout.channel_count, NO_MASK, 0)
                 self.thresholds = payload.values

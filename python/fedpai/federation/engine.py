@@ -190,6 +190,7 @@ class Federation:
             merge += time.perf_counter() - agreeing
         sampled = everybody if self.method.asks_clients else []
         masks = time.perf_counter() - start
+        merge += turns.serving
         return self._row(sampled, turns, start, masks=masks, proposals=sum(turns.turn_seconds), merge=merge)
 
     def run_round(self) -> Row:
@@ -204,7 +205,7 @@ class Federation:
             self.method.merge(self.server, turns.updates)
             self._round_to_wire()
         merging = time.perf_counter() - merging
-        return self._row(sampled, turns, start, merge=merging)
+        return self._row(sampled, turns, start, merge=merging + turns.serving)
 
     def _round_to_wire(self) -> None:
         try:
@@ -223,13 +224,19 @@ class Federation:
     def _turns(self, clients: list[int], turns: _Turns, accept: Accept) -> None:
         for number, client in enumerate(clients):
             self._progress.client(number, len(clients), client)
+            serving = time.perf_counter()
             down = self.method.send(self.server, client)
+            turns.serving += time.perf_counter() - serving
             turns.begin(client, sum(map(len, down)))
             try:
                 reply = self._link.turn(client, self.server.round, down)
                 self.server.informed.add(client)
                 turns.add(reply)
-                update = accept(self.server, client, reply.messages)
+                serving = time.perf_counter()
+                try:
+                    update = accept(self.server, client, reply.messages)
+                finally:
+                    turns.serving += time.perf_counter() - serving
             except (PayloadError, ClientError) as error:
                 turns.refused.append({"client": client, "reason": str(error)})
                 self.server.informed.discard(client)  # whatever mask it may have by now, it is told its own again
@@ -303,6 +310,7 @@ class _Turns:
         clients: what travelled to and from each client, in the order of their turns; a failed one sent nothing.
         turn_seconds: how long each of these turns took; 0 for a failed one.
         seconds: of all training steps.
+        serving: of the server's own work between the turns: encoding what it sends, checking what comes back.
     """
 
     updates: list[Update] = field(default_factory=list)
@@ -311,6 +319,7 @@ class _Turns:
     densities: list[float] = field(default_factory=list)
     clients: list[dict[str, int]] = field(default_factory=list)
     turn_seconds: list[float] = field(default_factory=list)
+    serving: float = 0.0
     seconds: float = 0.0
     step_ms: list[float] = field(default_factory=list)
     steps: int = 0

@@ -57,6 +57,8 @@ MOST = 1 << 28
 """Elements that `decode` takes where it is not told the size of the receiver's model."""
 WIRE_DTYPES = {"fp32": DType.FLOAT32, "bf16": DType.BFLOAT16, "fp16": DType.FLOAT16}
 """How the weights of a VALUES message are stored, by the run's setting `wire`."""
+MOST_EXAMPLES = 1 << 29
+"""A client claims fewer examples: products of counts and values are exact in float64 then."""
 
 _START = struct.Struct("<4sH")
 _HEADER = struct.Struct("<4sHBBB3sIIIq32s32sQQII")
@@ -151,6 +153,10 @@ class Payload:
             _same("dtype", self.dtype.name, dtype.name)
         if self.dtype in (DType.BFLOAT16, DType.FLOAT16):
             _same("number of float32 values", self.exact, exact)
+        if self.client != SERVER and self.examples >= MOST_EXAMPLES:
+            raise PayloadError(
+                f"payload from client {self.client} claims {self.examples} examples, expected < {MOST_EXAMPLES}"
+            )
         if self.client != SERVER and self.examples < 1:
             raise PayloadError(
                 f"payload from client {self.client} claims {self.examples} examples, expected >= 1"

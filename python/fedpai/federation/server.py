@@ -74,6 +74,7 @@ class Server:
     round: int = 0
     extra: dict[str, np.ndarray] = field(default_factory=dict)
     _places: dict[int, Places] = field(default_factory=dict, repr=False)
+    _sent: tuple[int, Floats, bytes] | None = field(default=None, repr=False)
 
     # -- masks -------------------------------------------------------------------------------------------
 
@@ -141,10 +142,14 @@ class Server:
     # -- messages ----------------------------------------------------------------------------------------
 
     def values_message(self, client: int) -> bytes:
-        """The global model as this client sees it."""
-        mask = self.mask_of(client)
-        shared = mask is None or not self.client_masks
-        floats = self.floats if shared else self.floats[self.places_of(client)]
+        """The global model as this client sees it; what all see is encoded once a round."""
+        if self.client_masks:
+            return self._values(self.floats[self.places_of(client)], self.mask_of(client))
+        if self._sent is None or self._sent[0] != self.round or self._sent[1] is not self.floats:
+            self._sent = (self.round, self.floats, self._values(self.floats, self.mask))
+        return self._sent[2]
+
+    def _values(self, floats: Floats, mask: MaskSet | None) -> bytes:
         return encode(
             Kind.VALUES,
             round=self.round,

@@ -30,7 +30,7 @@ class FedDST(Method):
     uses = MERGES | {"sparsity", "adjust_every", "adjust_rate"}
 
     def __init__(self, config: RunConfig) -> None:
-        super().__init__(replace(config, structure="weight", budget="weights", allocation=None))
+        super().__init__(replace(config, structure="weight", budget="weights", criterion="erk", allocation=None))
 
     def choose_masks(self, server: Server) -> None:
         """Random weights at the densities of ERK."""

@@ -26,7 +26,7 @@ EXPONENT = 3
 
 
 def sparsity_after(round: int, rounds: int, final: float, every: int = 1) -> float:
-    """s_t: the share of weights that is gone after a round, 0 up to round `START` and `final` after the last."""
+    """s_t: the share of weights gone after a round, 0 up to `START`; `final` after the last if `every` divides it."""
     t = every * (round // every)
     if t <= START:
         return 0.0

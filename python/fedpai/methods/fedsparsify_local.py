@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedpai.federation import server_opt
-from fedpai.federation.aggregate import largest, masked_mean, weighted_mean
+from fedpai.federation.aggregate import largest, majority, masked_mean, weighted_mean
 from fedpai.federation.client import Client, ClientError
 from fedpai.federation.layout import LayoutError, MaskSet, places, repack
 from fedpai.federation.payload import PayloadError
@@ -49,36 +49,48 @@ class FedSparsifyLocal(FedSparsify):
         assert mask is not None
         if mask.kept != wanted:
             raise PayloadError(f"payload mask keeps {mask.kept} weights, the schedule {wanted} after this round")
-        try:
-            places(mask, everything(server))
-        except LayoutError:
-            raise PayloadError("payload mask brings back weights that were dropped before") from None
+        if server.mask is not None:
+            try:
+                places(mask, server.mask)
+            except LayoutError:
+                raise PayloadError("payload mask brings back weights that were dropped before") from None
         update = server.read_values(client, messages[1], mask)
         update.mask = mask
         return update
 
     def merge(self, server: Server, updates: list[Update]) -> None:
         """The majority's weights, averaged by the merge rule; everything else by the example-weighted mean."""
+        masks = [update.mask for update in updates if update.mask is not None]
+        if len(masks) < len(updates):  # the schedule asks all of a round's clients to prune, or none
+            super().merge(server, updates)
+            return
         held = everything(server)
-        masks = [held if update.mask is None else update.mask for update in updates]
         examples = [update.examples for update in updates]
         floats = [floats_of(update) for update in updates]
-        at = [places(mask, held) for mask in masks]
         if self.config.merge_rule == "voters":
             others = np.arange(held.kept, server.floats.size, dtype=np.int32)
-            full = [np.concatenate((where, others)) for where in at]
-            merged = masked_mean(server.floats, floats, full, examples)
+            at = [np.concatenate((places(mask, held), others)) for mask in masks]
+            merged = masked_mean(server.floats, floats, at, examples)
         else:
             zeroed = [repack(own, mask, held, server.layout) for own, mask in zip(floats, masks, strict=True)]
             merged = weighted_mean(zeroed, examples)
         server.floats = server_opt.step(server, merged)
         server.ints = largest([ints_of(update) for update in updates])
-        votes = np.bincount(np.concatenate(at), minlength=held.kept)
-        stays = votes >= max(1, len(updates) // 2)
-        for _, layer in held.parts():
-            stays[layer.start + np.argmax(votes[layer])] = True  # no layer loses its last weight
-        if not stays.all():
-            self.tighten(server, MaskSet.from_positions(server.layout, held.positions[stays]))
+        server.set_mask(elected(masks))
+
+
+def elected(masks: list[MaskSet]) -> MaskSet:
+    """The weights that at least max(1, floor(K / 2)) of K masks keep; of a layer without any, the most voted."""
+    voted = majority(masks, max(1, len(masks) // 2))
+    lost = [slot for slot, layer in voted.parts() if layer.start == layer.stop]
+    if not lost:
+        return voted
+    positions = [voted.positions]
+    for slot in lost:
+        inside = [mask.positions[(mask.positions >= slot.offset) & (mask.positions < slot.stop)] for mask in masks]
+        votes = np.bincount(np.concatenate(inside) - slot.offset)
+        positions.append(np.array([slot.offset + np.argmax(votes)]))
+    return MaskSet.from_positions(voted.layout, np.sort(np.concatenate(positions)))
 
 
 def everything(server: Server) -> MaskSet:

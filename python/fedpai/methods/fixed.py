@@ -57,10 +57,11 @@ def chooser(config: RunConfig, model: nn.Module) -> pruning.Chooser:
         ConfigError: a sparsity, allocation or structure that the model cannot have.
     """
     try:
+        _, allocation = pruning.split_alias(config.criterion, config.allocation)
         return pruning.chooser(
             model,
             config.sparsity,
-            allocation=config.allocation,
+            allocation=allocation,
             structure=config.structure,
             budget=config.budget,
         )

@@ -49,7 +49,7 @@ class Local(Method):
 
     def accept_proposal(self, server: Server, client: int, messages: list[bytes]) -> Update:
         """A header: the client is there, with so many examples."""
-        header = decode(only(messages)).expect(
+        header = decode(only(messages), most=0).expect(
             kind=Kind.VALUES,
             round=server.round,
             client=client,

@@ -17,7 +17,7 @@ import pytest
 
 from fedpai import cli, methods
 from fedpai.cli import run as run_command
-from fedpai.federation.config import PRESETS, RunConfig
+from fedpai.federation.config import PRESETS, ConfigError, RunConfig
 
 ROOT = Path(__file__).parents[3]
 Read = Callable[[Path], list[dict[str, Any]]]
@@ -268,6 +268,19 @@ def test_sample_as_a_share_and_by_default() -> None:
         given = vars(parse(["run", "--clients", "7", *words]))
         asked = run_command.settings(run_command.explicit_settings(given), None)
         assert RunConfig(**asked).sample == expected
+
+
+def test_a_resumed_run_keeps_its_sample() -> None:
+    parse = cli.build_parser().parse_args
+    for words, expected in (
+        (["--clients", "7"], {"clients": 7}),
+        (["--sample", "3"], {"sample": 3}),
+        (["--clients", "7", "--sample", "0.3"], {"clients": 7, "sample": 2}),
+    ):
+        explicit = run_command.explicit_settings(vars(parse(["run", "--resume", *words])))
+        assert run_command.settings(explicit, None, resume=True) == expected
+    with pytest.raises(ConfigError, match=r"--sample 0\.3: to resume, give the number of clients"):
+        run_command.settings({"sample": 0.3}, None, resume=True)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from fedpai.federation.client import Client, ClientError
 from fedpai.federation.config import RunConfig
 from fedpai.federation.engine import Federation, Reply
 from fedpai.federation.layout import MaskSet
-from fedpai.federation.payload import Coding, DType, Kind, decode, encode
+from fedpai.federation.payload import Coding, DType, Kind, PayloadError, decode, encode
 from fedpai.federation.runner import Run
 from fedpai.methods.base import Method
 from tests.fedpai.federation.messages import deflated, patched
@@ -116,6 +117,7 @@ BAD_ANSWERS: dict[str, tuple[Change, str]] = {
     "another_dtype": (lambda m: reencoded(m, dtype=DType.BFLOAT16), "dtype is 'BFLOAT16', expected 'FLOAT32'"),
     "no_examples": (lambda m: reencoded(m, examples=0), "claims 0 examples"),
     "negative_examples": (lambda m: reencoded(m, examples=-5), "claims -5 examples"),
+    "more_examples_than_there_are": (lambda m: reencoded(m, examples=2**62), "expected < 536870912"),
     "too_few_values": (lambda m: reencoded(m, values=decode(m).values[1:]), "number of values"),
     "too_many_values": (
         lambda m: reencoded(m, values=np.zeros(decode(m).count + 1, np.float32)),
@@ -286,3 +288,49 @@ def test_a_bad_download_is_refused_by_the_client(images: Dataset, tiny: Make) ->
         run.arms[0].clients.turn(0, 1, [good])
     with pytest.raises(ValueError, match="was sent no model"):
         run.arms[0].clients.turn(0, 1, [])
+
+
+def test_a_header_of_local_training_is_not_unpacked(images: Dataset, tiny: Make) -> None:
+    """What has no content may not announce any, however much it would inflate to."""
+
+    def bomb(message: bytes) -> bytes:
+        return patched(inflating(message, 1 << 20), 96, struct.pack("<Q", 1 << 18))
+
+    _, rows = tampered(tiny(**SMALL, method="local", clients=3, sample=3), images, {1: bomb}, round=0)
+    assert [refusal["client"] for refusal in rows[0]["refused"]] == [1]
+    assert "the receiver takes at most 0" in rows[0]["refused"][0]["reason"]
+
+
+def test_values_of_an_earlier_mask_are_not_trained(images: Dataset, tiny: Make) -> None:
+    """A new mask behind values that were packed under another one of the same size."""
+    run = Run(tiny(**SMALL, method="magnitude"), data=images)
+    federation = run.arms[0].federation
+    federation.choose_masks()
+    server, other = federation.server, Run(tiny(**SMALL, method="random"), data=images)
+    other.arms[0].federation.choose_masks()
+    told = [*server.mask_message(0), server.values_message(0), *other.arms[0].federation.server.mask_message(0)]
+    me = run.arms[0].clients._client(0, 0)
+    me.receive(told)
+    assert me.memory.mask == other.arms[0].federation.server.mask
+    with pytest.raises(PayloadError, match="was sent no model"):
+        me.bound()
+
+
+def test_the_servers_work_on_messages_is_counted(
+    images: Dataset, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoding and checking belong to the time of a round, with the merge."""
+    run = Run(tiny(**SMALL, clients=3, sample=3), data=images)
+    federation = run.arms[0].federation
+    federation.choose_masks()
+    for name in ("send", "accept"):
+        plain = getattr(federation.method, name)
+
+        def slow(*given: Any, plain: Callable[..., Any] = plain) -> Any:
+            time.sleep(0.03)
+            return plain(*given)
+
+        monkeypatch.setattr(federation.method, name, slow)
+    row = federation.run_round()
+    assert row["time"]["merge"] >= 6 * 0.03
+    assert sum(row["time"]["clients"]) > 0

@@ -22,7 +22,7 @@ from fedpai.bench.table import Table, digits, milliseconds, ratio
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-SHOWN = ("step", "layer")
+SHOWN = ("step", "layer", "aggregate")
 RIVALS = {"dense": "dense torch", "sparseprop": "SparseProp"}
 
 
@@ -92,6 +92,7 @@ def newest(rows: Sequence[Row]) -> list[Row]:
             "batch",
             "layer",
             "direction",
+            "form",
             "threads",
             "isa",
         )
@@ -108,6 +109,7 @@ def section(rows: Sequence[Row]) -> str:
         mine = [row for row in rows if _setting(row) == setting]
         steps = [row for row in mine if row["row"] == "step"]
         layers = [row for row in mine if row["row"] == "layer" and row["direction"] == "train"]
+        merges = [row for row in mine if row["row"] == "aggregate"]
         parts.append(
             f"Measured on {setting}, {_when(mine)}; times are medians, best variant of each contender."
         )
@@ -117,6 +119,8 @@ def section(rows: Sequence[Row]) -> str:
             title = "Layers, forward and both gradients, speed-up over the layers of a network:"
             parts += [title, layer_summary(layers).to_markdown()]
             parts += ["The same, layer by layer:", layer_table(layers).to_markdown()]
+        if merges:
+            parts += ["Merging what clients send:", merge_table(merges).to_markdown()]
     return "".join(f"\n{part}\n" for part in parts) + ("\n" if parts else "")
 
 
@@ -124,7 +128,8 @@ def _setting(row: Row) -> str:
     machine, software = row["machine"], row["software"]
     return (
         f"{machine['cpu']}, {row['threads']} threads, {row['isa']}, torch {software['torch']}, "
-        f"SparseProp {software['sparseprop'] or 'absent'}, batch {row['batch']}"
+        f"SparseProp {software['sparseprop'] or 'absent'}, "
+        + (f"{row['clients']} clients" if row["row"] == "aggregate" else f"batch {row['batch']}")
     )
 
 
@@ -146,6 +151,28 @@ def step_table(rows: Sequence[Row]) -> Table:
         speedups = [ratio(row["speedup"].get(name)) for name in RIVALS]
         table.rows.append(
             [row["model"], mask_label(row), row["structure"], f"{100 * row['mac_share']:.1f} %", *per_image, *speedups]
+        )
+    return table
+
+
+def merge_table(rows: Sequence[Row]) -> Table:
+    """One line per network, mask and form: against each loop over dense state_dicts, and against a copy."""
+    loops = ("multiply", "in place")
+    head = ["network", "mask", "form", *(f"state_dict loop, {loop}, ms" for loop in loops), "ours, ms"]
+    head += [*(f"over {loop}" for loop in loops), "of the copy's bandwidth"]
+    table = Table(head, left=3)
+    for row in sorted(rows, key=lambda r: (r["model"], r["sparsity"], r["mask"], r["form"])):
+        ours, variants = median_ms(row, "ours"), row["results"]["state_dict"].get("variants", {})
+        times = [variants[loop]["median_ms"] if loop in variants else None for loop in loops]
+        table.rows.append(
+            [
+                row["model"],
+                mask_label(row),
+                row["form"],
+                *(milliseconds(time) for time in (*times, ours)),
+                *(ratio(time / ours if time and ours else None) for time in times),
+                f"{100 * row['copy_share']:.0f} %",
+            ]
         )
     return table
 

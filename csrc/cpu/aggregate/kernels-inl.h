@@ -27,8 +27,10 @@ namespace {
 
 constexpr std::int64_t kMeanBlock = 1024;    // elements
 constexpr std::int64_t kMaskedBlock = 4096;  // elements
+constexpr std::int64_t kFinished = 64;       // elements whose sums and weights are parted at a time
 constexpr std::int64_t kVoteBlock = 64;      // words of 64 bits
 constexpr int kVectorsPerSweep = 4;
+constexpr std::int64_t kClientsAhead = 3;    // whose values are asked for
 constexpr int kLineFloats = 16;  // of a cache line
 
 // What Vec<double> offers, for one element: the ends of vectors go through the same operations.
@@ -50,10 +52,18 @@ struct OneDouble {
 
 // The sums of a block. lost: what their additions have rounded away; not used unless compensated. Arrays are set apart by
 // a line besides, so that an element's places in them do not meet at the same distance from a page.
-struct BlockSums {
-  alignas(64) double sum[kMaskedBlock + 8];
-  alignas(64) double lost[kMaskedBlock + 8];
-  alignas(64) double weight[kMaskedBlock + 8];
+struct MeanSums {
+  alignas(64) double sum[kMeanBlock + 8];
+  alignas(64) double lost[kMeanBlock + 8];
+};
+
+// Under masks, an element's sum and weight lie side by side: values come scattered, and one access then reaches both.
+struct MaskedSums {
+  struct Pair {
+    double sum, weight;
+  };
+  alignas(64) Pair at[kMaskedBlock];
+  alignas(64) double lost[kMaskedBlock];
 };
 
 // sum += term; what that rounds away is added to lost.
@@ -74,11 +84,11 @@ FEDPAI_INLINE void add_term(typename V::reg& sum, const typename V::reg& term, t
   }
 }
 
-// out = (sum + lost) / weight for elements [i, i + V::lanes).
+// (sum + lost) / weight for V::lanes elements.
 template <class V, bool Compensated>
-FEDPAI_INLINE typename V::reg quotient(const BlockSums& s, std::int64_t i, const typename V::reg& weight) {
-  typename V::reg sum = V::loadu(s.sum + i);
-  if constexpr (Compensated) sum = V::add(sum, V::loadu(s.lost + i));
+FEDPAI_INLINE typename V::reg quotient(const double* sums, const double* lost, const typename V::reg& weight) {
+  typename V::reg sum = V::loadu(sums);
+  if constexpr (Compensated) sum = V::add(sum, V::loadu(lost));
   return V::div(sum, weight);
 }
 
@@ -86,7 +96,7 @@ FEDPAI_INLINE typename V::reg quotient(const BlockSums& s, std::int64_t i, const
 
 // Adds elements [i, i + V::lanes) of each vector, in their order.
 template <class V, bool Compensated, int Vectors>
-FEDPAI_INLINE void mean_add(const float* const* vectors, const typename V::reg* weights, std::int64_t i, BlockSums& s) {
+FEDPAI_INLINE void mean_add(const float* const* vectors, const typename V::reg* weights, std::int64_t i, MeanSums& s) {
   typename V::reg sum = V::loadu(s.sum + i), lost = V::zero();
   if constexpr (Compensated) lost = V::loadu(s.lost + i);
 FEDPAI_UNROLL
@@ -100,7 +110,7 @@ FEDPAI_UNROLL
 // Adds the first n elements of each vector; next: what the next sweep will begin to read.
 template <bool Compensated, int Vectors>
 FEDPAI_INLINE void mean_sweep(const float* const* vectors, const double* weights, const float* const* next,
-                              std::int64_t n, BlockSums& s) {
+                              std::int64_t n, MeanSums& s) {
   using V = Vec<double>;
   typename V::reg weight[Vectors];
 FEDPAI_UNROLL
@@ -120,7 +130,7 @@ FEDPAI_UNROLL
 // A block of the mean: elements begin to begin + n of all vectors.
 template <bool Compensated>
 void mean_block(const float* const* vectors, const double* weights, std::int64_t clients, std::int64_t begin,
-                std::int64_t n, BlockSums& s) {
+                std::int64_t n, MeanSums& s) {
   for (std::int64_t i = 0; i < n; ++i) s.sum[i] = s.lost[i] = 0;
   const float* now[kVectorsPerSweep];
   const float* next[kVectorsPerSweep];
@@ -145,7 +155,7 @@ template <bool Compensated>
 void mean_form(const float* const* vectors, const double* weights, std::int64_t clients, std::int64_t begin,
                std::int64_t n, float* out) {
   using V = Vec<double>;
-  BlockSums s;
+  MeanSums s;
   double total = 0;
   for (std::int64_t k = 0; k < clients; ++k) total += weights[k];
   for (const std::int64_t end = begin + n; begin < end; begin += kMeanBlock) {
@@ -153,9 +163,9 @@ void mean_form(const float* const* vectors, const double* weights, std::int64_t 
     mean_block<Compensated>(vectors, weights, clients, begin, size, s);
     std::int64_t i = 0;
     for (; i + V::lanes <= size; i += V::lanes) {
-      V::storeu_f32(out + begin + i, quotient<V, Compensated>(s, i, V::set1(total)));
+      V::storeu_f32(out + begin + i, quotient<V, Compensated>(s.sum + i, s.lost + i, V::set1(total)));
     }
-    for (; i < size; ++i) OneDouble::storeu_f32(out + begin + i, quotient<OneDouble, Compensated>(s, i, total));
+    for (; i < size; ++i) OneDouble::storeu_f32(out + begin + i, quotient<OneDouble, Compensated>(s.sum + i, s.lost + i, total));
   }
 }
 
@@ -170,7 +180,8 @@ inline void aggregate_mean(const float* const* vectors, const double* weights, s
 // Adds a client's values from number i on, up to the end of the block [begin, end). Returns the number behind the last
 // one; -1 where positions are not ascending.
 template <bool Compensated>
-std::int64_t masked_add(const MaskedVector& vector, std::int64_t i, std::int64_t begin, std::int64_t end, BlockSums& s) {
+std::int64_t masked_add(const MaskedVector& vector, std::int64_t i, std::int64_t begin, std::int64_t end,
+                        MaskedSums& s) {
   std::int64_t before = begin - 1;
   for (; i < vector.count; ++i) {
     const std::int64_t at = vector.at[i];
@@ -178,8 +189,9 @@ std::int64_t masked_add(const MaskedVector& vector, std::int64_t i, std::int64_t
     if (at <= before) return -1;
     before = at;
     const double term = vector.weight * static_cast<double>(vector.values[i]);
-    add_term<OneDouble, Compensated>(s.sum[at - begin], term, s.lost[at - begin]);
-    s.weight[at - begin] += vector.weight;
+    MaskedSums::Pair& pair = s.at[at - begin];
+    add_term<OneDouble, Compensated>(pair.sum, term, s.lost[at - begin]);
+    pair.weight += vector.weight;
   }
   return i;
 }
@@ -192,33 +204,49 @@ FEDPAI_INLINE void masked_prefetch(const MaskedVector& vector, std::int64_t i, s
   }
 }
 
-// out = (sum + lost) / weight, old where no weight was added, for elements [i, i + V::lanes) of the block.
-template <class V, bool Compensated>
-FEDPAI_INLINE void masked_finish(const BlockSums& s, std::int64_t i, const float* old, float* out) {
-  const typename V::reg weight = V::loadu(s.weight + i);
-  V::storeu_f32(out + i, V::where_gt0(weight, quotient<V, Compensated>(s, i, weight), V::loadu_f32(old + i)));
+// out = (sum + lost) / weight, old where no weight was added, for the block's first n elements.
+template <bool Compensated>
+void masked_finish(const MaskedSums& s, std::int64_t n, const float* old, float* out) {
+  using V = Vec<double>;
+  alignas(64) double sum[kFinished], weight[kFinished];
+  for (std::int64_t i = 0; i < n; i += kFinished) {
+    const std::int64_t count = n - i < kFinished ? n - i : kFinished;
+    for (std::int64_t e = 0; e < count; ++e) {
+      sum[e] = s.at[i + e].sum;
+      weight[e] = s.at[i + e].weight;
+    }
+    const auto finish = [&](auto vec, std::int64_t e) {
+      using W = decltype(vec);
+      const typename W::reg w = W::loadu(weight + e);
+      const typename W::reg mean = quotient<W, Compensated>(sum + e, s.lost + i + e, w);
+      W::storeu_f32(out + i + e, W::where_gt0(w, mean, W::loadu_f32(old + i + e)));
+    };
+    std::int64_t e = 0;
+    for (; e + V::lanes <= count; e += V::lanes) finish(V{}, e);
+    for (; e < count; ++e) finish(OneDouble{}, e);
+  }
 }
 
 template <bool Compensated>
 std::int64_t masked_form(const MaskedVector* vectors, std::int64_t clients, const float* old, std::int64_t begin,
                          std::int64_t n, std::int64_t* cursor, float* out) {
-  using V = Vec<double>;
-  BlockSums s;
+  MaskedSums s;
   std::int64_t expected = 0;  // values of a client in a block
   for (const std::int64_t end = begin + n; begin < end; begin += kMaskedBlock) {
     const std::int64_t size = end - begin < kMaskedBlock ? end - begin : kMaskedBlock;
-    for (std::int64_t i = 0; i < size; ++i) s.sum[i] = s.lost[i] = s.weight[i] = 0;
+    for (std::int64_t i = 0; i < size; ++i) s.at[i] = {0, 0};
+    if constexpr (Compensated) {
+      for (std::int64_t i = 0; i < size; ++i) s.lost[i] = 0;
+    }
     for (std::int64_t k = 0; k < clients; ++k) {
-      const std::int64_t following = k + 1 < clients ? k + 1 : 0;
+      const std::int64_t following = (k + kClientsAhead) % clients;
       masked_prefetch(vectors[following], cursor[following], expected);
       const std::int64_t behind = masked_add<Compensated>(vectors[k], cursor[k], begin, begin + size, s);
       if (behind < 0) return k;
       expected = behind - cursor[k];
       cursor[k] = behind;
     }
-    std::int64_t i = 0;
-    for (; i + V::lanes <= size; i += V::lanes) masked_finish<V, Compensated>(s, i, old + begin, out + begin);
-    for (; i < size; ++i) masked_finish<OneDouble, Compensated>(s, i, old + begin, out + begin);
+    masked_finish<Compensated>(s, size, old + begin, out + begin);
   }
   return -1;
 }

@@ -34,7 +34,7 @@ class Progress:
 
 def summary_line(row: dict[str, Any]) -> str:
     """One row of metrics for human eyes."""
-    text = f"{row['method']:<12} round {row['round']:>3}"
+    text = f"{row['method']:<18} round {row['round']:>3}"
     if row["accuracy"] is not None:
         text += f"  accuracy {100 * row['accuracy']:5.2f} %"
     if row["personal_accuracy"] is not None:

@@ -156,7 +156,7 @@ def json_rows(content: Content) -> list[Row]:
 def text(content: Content) -> str:
     """The result as a plain table."""
     lines = [
-        f"{'method':<12} {'accuracy':>9} {'personal':>9} {'density':>8} {'up/client':>11} {'down/client':>12}"
+        f"{'method':<18} {'accuracy':>9} {'personal':>9} {'density':>8} {'up/client':>11} {'down/client':>12}"
         f" {'step':>9} {'compute':>9}"
     ]
     for m in content.methods:
@@ -165,7 +165,7 @@ def text(content: Content) -> str:
         )
         step = "-" if m.step_ms is None else f"{m.step_ms:.1f} ms"
         lines.append(
-            f"{m.method:<12} {accuracy:>9} {personal:>9} {100 * m.density:>6.2f} %"
+            f"{m.method:<18} {accuracy:>9} {personal:>9} {100 * m.density:>6.2f} %"
             f" {m.uplink / 1e6:>8.3f} MB {m.downlink / 1e6:>9.3f} MB {step:>9} {m.compute_seconds:>7.1f} s"
         )
     lines += [
@@ -182,7 +182,7 @@ def text(content: Content) -> str:
 
 
 def _time_line(method: str, times: LinkTimes) -> str:
-    line = f"  {method:<12} {times.seconds:.1f} s in all"
+    line = f"  {method:<18} {times.seconds:.1f} s in all"
     if times.target is None:
         return line
     for whose, seconds, round in (

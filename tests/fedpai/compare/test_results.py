@@ -199,4 +199,4 @@ def test_a_bar_over_cells() -> None:
     bar.close()
     text = stream.getvalue()
     assert "2.0/4 cells" in text
-    assert "[2/4] resnet18-fedavg-iid-seed0: fedavg       round   2  accuracy 30.00 %" in text
+    assert "[2/4] resnet18-fedavg-iid-seed0: fedavg             round   2  accuracy 30.00 %" in text

@@ -119,7 +119,7 @@ def test_times_over_a_link_are_a_third_speed(finished: Run, tmp_path: Path) -> N
     assert f"Target: {100 * target:.2f} %" in page
     assert len(re.findall("<svg", page)) == len(report.page.charts(content)) - 1, "no chart of layers without times"
     printed = report.text(content)
-    assert f"fedavg       {content.times[1].seconds:.1f} s in all; {100 * target:.2f} % " in printed
+    assert f"fedavg             {content.times[1].seconds:.1f} s in all; {100 * target:.2f} % " in printed
     assert [row["row"] for row in report.json_rows(content)][-3:] == ["time", "time", "ratios"]
     assert report.collect(finished, None, link, 0.5).times[0].target == 0.5
     untimed = report.write(report.collect(finished), tmp_path / "r.html").read_text(encoding="utf-8")

@@ -77,7 +77,7 @@ build: $(STAMPS)/tools ## compile the module into fedpai_kernels/ (incremental)
 .PHONY: run
 # An interrupted run goes on; a finished one stays, and the next takes a folder of its own.
 run: develop data ## the demonstration: dense FedAvg against the sparse network, report included
-	@options="--preset demo"; \
+	@options="--preset demo --uplink 1MB/s --downlink 10MB/s"; \
 	if [ ! -e $(RUN_DIR)/config.json ]; then options="$$options --out $(RUN_DIR)"; \
 	elif [ ! -e $(RUN_DIR)/report.html ]; then options="$$options --out $(RUN_DIR) --resume"; fi; \
 	if [ ! -d $(DEBIAN_DATA) ] && [ -d data/fashion-mnist ]; then options="$$options --data-root data"; fi; \

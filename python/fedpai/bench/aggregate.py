@@ -30,7 +30,7 @@ from fedpai.bench import masks as bench_masks
 from fedpai.bench.errors import BenchError
 from fedpai.bench.machine import MachineModel, identity
 from fedpai.bench.rows import Result, Row, common, results_of
-from fedpai.bench.step import network_of
+from fedpai.bench.step import check_networks, network_of
 from fedpai.bench.timing import Call, Effort, Timing, interleave
 from fedpai.federation.aggregate import masked_mean, weighted_mean
 from fedpai.federation.layout import Floats, Layout, MaskSet, Places, pack, places, union, unpack
@@ -72,11 +72,7 @@ def prepare(settings: Settings) -> None:
     for name in settings.forms:
         if name not in FORMS:
             raise BenchError(f"--form: unknown name {name!r}, expected one of {', '.join(FORMS)}")
-    for name in settings.models:
-        with torch.device("meta"):
-            network_of(name)
-    if max(settings.sparsities) >= 1:
-        raise BenchError(f"--sparsity: got {max(settings.sparsities):g}, expected less than 1")
+    check_networks(settings.models, settings.sparsities)
 
 
 def measure(

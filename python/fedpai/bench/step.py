@@ -59,11 +59,16 @@ def prepare(settings: Settings) -> None:
     for name in settings.rivals:
         if name not in RIVALS:
             raise BenchError(f"--rivals: unknown name {name!r}, expected one of {', '.join(RIVALS)}")
-    for name in settings.models:
+    check_networks(settings.models, settings.sparsities)
+
+
+def check_networks(models: Sequence[str], sparsities: Sequence[float]) -> None:
+    """Raises a BenchError for a model that is unknown, or a sparsity that keeps nothing."""
+    for name in models:
         with torch.device("meta"):
             network_of(name)
-    if max(settings.sparsities) >= 1:
-        raise BenchError(f"--sparsity: got {max(settings.sparsities):g}, expected less than 1")
+    if max(sparsities) >= 1:
+        raise BenchError(f"--sparsity: got {max(sparsities):g}, expected less than 1")
 
 
 def measure(

@@ -7,7 +7,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -68,6 +68,20 @@ def complain(error: Exception | str) -> int:
     """Prints one line on stderr and returns the exit code of a user's mistake."""
     print(f"fedpai: {' '.join(str(error).split())}", file=sys.stderr)
     return ERROR
+
+
+def federated(work: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Carries out a command that trains: what its user can mend is one line, and SIGTERM is like Ctrl-C."""
+    from fedpai.data import DataError
+    from fedpai.federation.config import ConfigError
+    from fedpai.federation.folder import FolderError
+    from fedpai.methods.base import MethodError
+
+    try:
+        with terminated_like_ctrl_c():
+            return work(arguments)
+    except (ConfigError, DataError, FolderError, MethodError) as error:
+        return complain(error)
 
 
 @contextmanager

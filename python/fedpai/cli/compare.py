@@ -55,15 +55,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs or resumes a grid, prints the tables, writes the report. Returns the exit code."""
     from fedpai import cli
-    from fedpai.data import DataError
-    from fedpai.federation.folder import FolderError
-    from fedpai.methods.base import MethodError
 
-    try:
-        with cli.terminated_like_ctrl_c():
-            return _run(arguments)
-    except (ConfigError, DataError, FolderError, MethodError) as error:
-        return cli.complain(error)
+    return cli.federated(_run, arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ def test_a_grid(tmp_path: Path, untimed: Read, capsys: pytest.CaptureFixture[str
     printed, progress = capsys.readouterr()
     assert len(cells(out)) == 12
     assert progress.count("took") == 12
-    assert "[12/12] mlp-random-0.9-alpha0.5-seed1: random       round   2" in progress
+    assert "[12/12] mlp-random-0.9-alpha0.5-seed1: random             round   2" in progress
     for words in (
         "mlp, IID: mean ± standard deviation over 2 seeds",
         "mlp, Dirichlet 0.5: mean ± standard deviation over 2 seeds",

@@ -10,13 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from fedpai.federation.layout import MaskSet
+from fedpai.federation.payload import Kind, encode
 from fedpai.federation.runner import Run, create_model
 from fedpai.federation.seeds import generator
+from fedpai.federation.server import Server
 
 State = dict[str, Tensor]
 
 ROUNDING = 2e-6
 """How far float32 may be from float64 after these few steps; two weights closer than this may change places."""
+
+
+def proposed(server: Server, mask: MaskSet) -> bytes:
+    """The message in which client 2 would propose a mask in round 0."""
+    return encode(
+        Kind.MASK,
+        round=0,
+        client=2,
+        examples=5,
+        model_digest=server.layout.digest,
+        mask_digest=mask.digest,
+        bits=mask.bits(),
+        count=server.layout.weight_count,
+    )
 
 
 @dataclass

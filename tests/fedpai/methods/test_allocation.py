@@ -13,11 +13,12 @@ from fedpai import pruning
 from fedpai.data import Dataset
 from fedpai.federation.config import ALLOCATIONS, ConfigError, RunConfig
 from fedpai.federation.layout import MaskSet
-from fedpai.federation.payload import Kind, PayloadError, encode
+from fedpai.federation.payload import PayloadError
 from fedpai.federation.runner import Run, create_model
 from fedpai.federation.seeds import derive
 from fedpai.methods.fedpai_u import FedPaiU
 from fedpai.pruning.allocation import NAMES
+from tests.fedpai.methods.restatement import proposed
 
 Make = Callable[..., RunConfig]
 
@@ -83,16 +84,7 @@ def test_a_personal_mask_of_another_allocation_is_refused(images: Dataset, tiny:
     mask = MaskSet.from_masks(
         server.layout, pruning.prune(server.model(), config.sparsity, "magnitude", allocation="erk")
     )
-    message = encode(
-        Kind.MASK,
-        round=0,
-        client=2,
-        examples=5,
-        model_digest=server.layout.digest,
-        mask_digest=mask.digest,
-        bits=mask.bits(),
-        count=server.layout.weight_count,
-    )
+    message = proposed(server, mask)
     with pytest.raises(PayloadError, match=r"mask of \S+ keeps \d+ weights, the agreed allocation \d+"):
         method.accept_proposal(server, 2, [message])
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fedpai import pruning
-from fedpai.data import Dataset, synthetic
+from fedpai.data import Dataset
 from fedpai.federation.config import ConfigError, RunConfig
 from fedpai.federation.payload import HEADER_BYTES, PayloadError
 from fedpai.federation.runner import Run, create_model
 from fedpai.federation.seeds import derive
 from tests.fedpai.methods.test_methods import (
-    GENTLE,
-    STRONG,
     Masks,
     State,
     check,
@@ -29,22 +26,6 @@ from tests.fedpai.methods.test_methods import (
 )
 
 Make = Callable[..., RunConfig]
-
-
-@pytest.fixture(scope="module")
-def few() -> Dataset:
-    """So few images that clients train on all of theirs, which makes n_k uneven."""
-    return synthetic(train_size=160, test_size=200, in_channels=1)
-
-
-@pytest.fixture
-def telling(tiny: Make) -> Make:
-    """Makes configurations under which every factor of the formulas moves the result beyond the bound."""
-
-    def make(**changes: Any) -> RunConfig:
-        return tiny(lr=GENTLE, weight_decay=STRONG, alpha=0.3, max_images=None, **changes)
-
-    return make
 
 
 # ------------------------------------------------------------------------------------------------------ SSFL

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpai.data import Dataset, synthetic
+from fedpai.data import Dataset
 from fedpai.federation.config import RunConfig
 from fedpai.federation.payload import HEADER_BYTES, PayloadError
 from fedpai.federation.runner import Run
@@ -18,22 +18,6 @@ from fedpai.methods.base import MethodError
 from tests.fedpai.methods.restatement import Restatement, assert_uneven
 
 Make = Callable[..., RunConfig]
-
-
-@pytest.fixture(scope="module")
-def few() -> Dataset:
-    """So few images that clients train on all of theirs, which makes n_k uneven."""
-    return synthetic(train_size=160, test_size=200, in_channels=1)
-
-
-@pytest.fixture
-def telling(tiny: Make) -> Make:
-    """Steps so gentle that rounding does not grow."""
-
-    def make(**changes: Any) -> RunConfig:
-        return tiny(lr=0.0005, weight_decay=0.4, alpha=0.3, max_images=None, **changes)
-
-    return make
 
 
 @pytest.mark.parametrize("sample", [3, 4])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpai import pruning
-from fedpai.data import Dataset, synthetic
+from fedpai.data import Dataset
 from fedpai.federation.client import ClientError, ClientMemory
 from fedpai.federation.config import RunConfig
 from fedpai.federation.layout import MaskSet
@@ -22,15 +22,9 @@ from fedpai.federation.runner import Run, create_model
 from fedpai.federation.seeds import derive
 from fedpai.methods import feddst
 from fedpai.methods.adjust import counts
-from tests.fedpai.methods.test_methods import GENTLE, STRONG, Masks, State, merged, trained
+from tests.fedpai.methods.test_methods import Masks, State, merged, trained
 
 Make = Callable[..., RunConfig]
-
-
-@pytest.fixture(scope="module")
-def few() -> Dataset:
-    """So few images that clients train on all of theirs, which makes n_k uneven."""
-    return synthetic(train_size=160, test_size=200, in_channels=1)
 
 
 def top(scores: Tensor, count: int, among: Tensor) -> Tensor:
@@ -85,10 +79,8 @@ def restated(run: Run, sampled: list[list[int]], shares: list[float]) -> tuple[S
     return state, masks
 
 
-def test_rounds_are_the_rules(few: Dataset, tiny: Make) -> None:
-    config = tiny(
-        method="feddst", lr=GENTLE, weight_decay=STRONG, alpha=0.3, max_images=None, rounds=4, adjust_every=1
-    )
+def test_rounds_are_the_rules(few: Dataset, telling: Make) -> None:
+    config = telling(method="feddst", rounds=4, adjust_every=1)
     run = Run(config, data=few)
     sizes = [part.size for part in run.partition]
     assert len(set(sizes)) == 4

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpai.data import Dataset, synthetic
+from fedpai.data import Dataset
 from fedpai.federation.bound import BoundModel
 from fedpai.federation.client import Client
 from fedpai.federation.config import ConfigError, RunConfig
@@ -23,23 +23,6 @@ from fedpai.methods.fedsparsify import sparsity_after
 from tests.fedpai.methods.restatement import Restatement, State, assert_largest, assert_uneven, keys_of
 
 Make = Callable[..., RunConfig]
-
-
-@pytest.fixture(scope="module")
-def few() -> Dataset:
-    """So few images that clients train on all of theirs, which makes n_k uneven."""
-    return synthetic(train_size=160, test_size=200, in_channels=1)
-
-
-@pytest.fixture
-def telling(tiny: Make) -> Make:
-    """Steps so gentle that rounding does not grow, and a decay so strong that it shows nevertheless."""
-
-    def make(**changes: Any) -> RunConfig:
-        settings = {"lr": 0.0005, "weight_decay": 0.4, "alpha": 0.3, "max_images": None}
-        return tiny(**{**settings, **changes})
-
-    return make
 
 
 def spied(run: Run) -> list[tuple[MaskSet | None, list[Update]]]:

@@ -12,39 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from fedpai import methods, pruning
-from fedpai.data import Dataset, synthetic
+from fedpai.data import Dataset
 from fedpai.federation.config import ConfigError, RunConfig
 from fedpai.federation.layout import Layout, MaskSet
-from fedpai.federation.payload import HEADER_BYTES, Kind, PayloadError, encode
+from fedpai.federation.payload import HEADER_BYTES, PayloadError
 from fedpai.federation.runner import Run, create_model
 from fedpai.federation.seeds import derive, generator
 from fedpai.methods.base import MethodError
+from tests.fedpai.methods.restatement import proposed
 
 Make = Callable[..., RunConfig]
 State = dict[str, Tensor]
 Masks = dict[str, Tensor]
-
-# Learning rate. At the default these few steps on noise amplify float32 rounding, dense torch's as much as ours, beyond
-# any bound that would still find a wrong merge.
-GENTLE = 0.0005
-# Weight decay. Of the default's effect, so few and gentle steps leave less than the bound.
-STRONG = 0.4
-
-
-@pytest.fixture(scope="module")
-def few() -> Dataset:
-    """So few images that clients train on all of theirs, which makes n_k uneven."""
-    return synthetic(train_size=160, test_size=200, in_channels=1)
-
-
-@pytest.fixture
-def telling(tiny: Make) -> Make:
-    """Makes configurations under which every factor of the formulas moves the result beyond the bound."""
-
-    def make(**changes: Any) -> RunConfig:
-        return tiny(lr=GENTLE, weight_decay=STRONG, alpha=0.3, max_images=None, **changes)
-
-    return make
 
 
 def trained(run: Run, state: State, masks: Masks, number: int, client: int) -> State:
@@ -289,15 +268,6 @@ def test_a_mask_that_empties_a_layer_is_refused(images: Dataset, tiny: Make) -> 
     server = run.arms[0].federation.server
     first = server.layout.weights[0]
     mask = MaskSet.from_positions(server.layout, np.arange(first.stop))
-    message = encode(
-        Kind.MASK,
-        round=0,
-        client=2,
-        examples=5,
-        model_digest=server.layout.digest,
-        mask_digest=mask.digest,
-        bits=mask.bits(),
-        count=server.layout.weight_count,
-    )
+    message = proposed(server, mask)
     with pytest.raises(PayloadError, match="keeps no weight of " + server.layout.weights[1].key):
         server.read_mask(2, message)

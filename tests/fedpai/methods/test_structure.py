@@ -13,9 +13,10 @@ from fedpai import pruning
 from fedpai.data import Dataset
 from fedpai.federation.config import ConfigError, RunConfig
 from fedpai.federation.layout import MaskSet
-from fedpai.federation.payload import Kind, PayloadError, encode
+from fedpai.federation.payload import PayloadError
 from fedpai.federation.runner import Run, create_model
 from fedpai.federation.seeds import derive
+from tests.fedpai.methods.restatement import proposed
 
 Make = Callable[..., RunConfig]
 Masks = dict[str, torch.Tensor]
@@ -124,16 +125,7 @@ def test_a_mask_above_the_budget_is_refused(images: Dataset, tiny: Make, structu
     run = Run(tiny(method="fedpai-u", structure=structure, **settings), data=images)
     server, method = run.arms[0].federation.server, run.arms[0].federation.method
     everything = MaskSet.from_masks(server.layout, {})
-    message = encode(
-        Kind.MASK,
-        round=0,
-        client=2,
-        examples=5,
-        model_digest=server.layout.digest,
-        mask_digest=everything.digest,
-        bits=everything.bits(),
-        count=server.layout.weight_count,
-    )
+    message = proposed(server, everything)
     with pytest.raises(
         PayloadError, match=r"mask keeps \d+, the agreed sparsity at most|keeps more than 2 of 4"
     ):

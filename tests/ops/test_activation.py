@@ -139,17 +139,23 @@ def test_values_in_units_of_the_last_place(isa: str, name: str, dtype: torch.dty
         assert abs(mpmath.mpf(got) - want) <= 4 * limits.eps, (at, got, want)
 
 
+def at_the_ends(name: str, x: Tensor) -> Tensor:
+    """Torch's values; of GELU by its formula, because torch's AVX-512 form in float32 is NaN at infinity."""
+    return x * (0.5 * (1 + torch.erf(x * 0.5**0.5))) if name == "gelu" else ALL[name][1](x)
+
+
 @pytest.mark.parametrize("name", ALL)
 @DTYPE
 def test_infinities_nan_and_the_largest_numbers(isa: str, name: str, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     x = torch.tensor([float("inf"), -float("inf"), float("nan"), largest, -largest, 0.0], dtype=dtype).repeat(5)
     y, derivative = alone(x, name)
-    assert torch.equal(y.isnan(), ALL[name][1](x).isnan())
-    assert torch.equal(y.nan_to_num(7.0), ALL[name][1](x).nan_to_num(7.0))
+    expected = at_the_ends(name, x)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
     finite = x.isfinite()
-    expected = {"relu6": (0.0, 0.0), "relu": (1.0, 0.0)}.get(name, (1.0, ALL[name][0].slope))
-    assert torch.equal(derivative[finite][:2], torch.tensor(expected, dtype=dtype))
+    slopes = {"relu6": (0.0, 0.0), "relu": (1.0, 0.0)}.get(name, (1.0, ALL[name][0].slope))
+    assert torch.equal(derivative[finite][:2], torch.tensor(slopes, dtype=dtype))
     assert torch.isfinite(derivative[finite]).all()
 
 

@@ -16,6 +16,7 @@ from fedpai.federation.config import (
     DENSE_FORMATS,
     MASK_MODES,
     MERGE_RULES,
+    SCORE_FORMATS,
     SERVER_OPTIMISERS,
     WIRE_FORMATS,
     ConfigError,
@@ -104,6 +105,7 @@ def add_settings(parser: argparse.ArgumentParser, several: frozenset[str] = froz
     )
     add("--server-lr", "X", "learning rate of that step (1.0)", float)
     add("--server-momentum", "X", "its momentum, beta 1 (0.9)", float)
+    add("--scores", "F", f"how scores travel before training: {' or '.join(SCORE_FORMATS)} (exact)")
     add("--wire", "F", f"how values travel: {', '.join(WIRE_FORMATS)}, rounded with error feedback (fp32)")
     add("--compress", "NAME", f"entropy coding of values: {', '.join(COMPRESSIONS)}; masks always have it (none)")
 

@@ -24,6 +24,7 @@ from fedpai.federation.feedback import move_residual, with_feedback
 from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, repack, unpack
 from fedpai.federation.payload import (
     NO_MASK,
+    SCORE_DTYPES,
     SERVER,
     WIRE_DTYPES,
     DType,
@@ -33,8 +34,10 @@ from fedpai.federation.payload import (
     decode,
     encode,
 )
+from fedpai.federation.scores import coarse
 from fedpai.federation.seeds import derive, generator, torch_seed
 from fedpai.federation.server import mask_from
+from fedpai.pruning.allocation import kept_count
 from fedpai_kernels import optim
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -163,8 +166,11 @@ class Client:
         return self._encode(Kind.VALUES, mask, values=sent, ints=ints, dtype=dtype)
 
     def scores_message(self, scores: Floats) -> bytes:
-        """One score for each conv and linear weight."""
-        return self._encode(Kind.SCORES, None, values=scores)
+        """One score for each conv and linear weight, as the run's setting `scores` has them travel."""
+        dtype = SCORE_DTYPES[self.config.scores]
+        if dtype is DType.INT16:
+            scores = coarse(scores, kept_count(scores.size, self.config.sparsity))
+        return self._encode(Kind.SCORES, None, values=scores, dtype=dtype, exact=1)
 
     def thresholds_message(self, thresholds: Floats) -> bytes:
         """One threshold for each output channel of the conv and linear layers."""
@@ -184,6 +190,7 @@ class Client:
         bits: bytes = b"",
         count: int | None = None,
         dtype: DType = DType.FLOAT32,
+        exact: int | None = None,
     ) -> bytes:
         return encode(
             kind,
@@ -197,8 +204,8 @@ class Client:
             bits=bits,
             count=count,
             dtype=dtype,
-            exact=self.layout.other_count,
-            deflate=self.config.compress == "deflate",
+            exact=self.layout.other_count if exact is None else exact,
+            deflate=self.config.compress == "deflate" or dtype is DType.INT16,
         )
 
     # -- the model ---------------------------------------------------------------------------------------

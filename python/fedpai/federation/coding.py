@@ -36,6 +36,7 @@ class DType(IntEnum):
     BITS = 1
     BFLOAT16 = 2
     FLOAT16 = 3
+    INT16 = 4
 
 
 class Coding(IntEnum):
@@ -50,13 +51,16 @@ class Coding(IntEnum):
 
 
 _HALF = {DType.BFLOAT16: torch.bfloat16, DType.FLOAT16: torch.float16}
+SHORT = frozenset({*_HALF, DType.INT16})
+"""Dtypes of 16 bits, which may have float32 values beside them."""
 
 
 def rounded(values: Floats, dtype: DType) -> Floats:
     """The values as their receiver will see them: float32 again, each rounded to the nearest even of the dtype.
 
     Raises:
-        PayloadError: a value that is not finite, or beyond the dtype's range (fp16: 65504), naming the first.
+        PayloadError: a value that is not finite, or beyond the dtype's range (fp16: 65504), naming the first; of INT16,
+            one that is no integer.
     """
     return values if dtype is DType.FLOAT32 else _widen(_narrow(values, dtype), dtype)
 
@@ -148,7 +152,14 @@ def unpack_mask(body: memoryview, coding: Coding, count: int) -> bytes:
 
 
 def _narrow(values: Floats, dtype: DType) -> np.ndarray:
-    """Bit patterns (int16) of the values, rounded to nearest even."""
+    """Bit patterns (int16) of the values, rounded to nearest even; those of INT16 must be integers already."""
+    if dtype is DType.INT16:
+        with np.errstate(invalid="ignore"):
+            whole = values.astype(np.int16)
+        if not np.array_equal(whole, values):
+            bad = int(np.argmax(whole != values))
+            raise PayloadError(f"{values[bad]} at position {bad} cannot be sent as INT16")
+        return whole
     half = torch.tensor(values).to(_HALF[dtype])
     finite = torch.isfinite(half).numpy()
     if not finite.all():
@@ -161,6 +172,8 @@ def _narrow(values: Floats, dtype: DType) -> np.ndarray:
 
 
 def _widen(stored: np.ndarray, dtype: DType) -> Floats:
+    if dtype is DType.INT16:
+        return stored.astype(np.float32)
     return torch.from_numpy(stored.astype(np.int16)).view(_HALF[dtype]).float().numpy()
 
 

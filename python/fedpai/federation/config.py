@@ -14,6 +14,7 @@ ALLOCATIONS = ("global", "uniform", "erk", "flops", "time")
 SERVER_OPTIMISERS = ("none", "avgm", "adam", "yogi")
 WIRE_FORMATS = ("fp32", "bf16", "fp16")
 COMPRESSIONS = ("none", "deflate")
+SCORE_FORMATS = ("exact", "coarse")
 MERGE_RULES = ("all", "voters")
 
 
@@ -48,6 +49,7 @@ class RunConfig:
         adjust_every, adjust_rate: FedDST, rounds between two adjustments of the masks, and the share of the weights
             that the first one moves.
         server_opt, server_lr, server_momentum: the server's step from the old global model towards the merged one.
+        scores: how scores travel before training: "exact" in float32, or "coarse", as small integers.
         wire, compress: how values travel, and whether they are entropy-coded (see docs/wire.md).
         alpha: Dirichlet concentration over classes; None splits IID.
         max_images: images a client holds at most; None keeps all.
@@ -85,6 +87,7 @@ class RunConfig:
     server_opt: str = "none"
     server_lr: float = 1.0
     server_momentum: float = 0.9
+    scores: str = "exact"
     wire: str = "fp32"
     compress: str = "none"
     alpha: float | None = None
@@ -124,6 +127,7 @@ class RunConfig:
         one_of("server-opt", self.server_opt, SERVER_OPTIMISERS)
         _positive("server-lr", self.server_lr)
         _between("server-momentum", self.server_momentum, 0.0, 1.0, open_right=True)
+        one_of("scores", self.scores, SCORE_FORMATS)
         one_of("wire", self.wire, WIRE_FORMATS)
         one_of("compress", self.compress, COMPRESSIONS)
         one_of("mask-mode", self.mask_mode, MASK_MODES)

@@ -20,6 +20,7 @@ from enum import IntEnum
 import numpy as np
 
 from fedpai.federation.coding import (
+    SHORT,
     Coding,
     DType,
     PayloadError,
@@ -35,6 +36,7 @@ __all__ = [
     "MAGIC",
     "MOST",
     "NO_MASK",
+    "SCORE_DTYPES",
     "SERVER",
     "VERSION",
     "WIRE_DTYPES",
@@ -48,13 +50,15 @@ __all__ = [
 ]
 
 MAGIC = b"FPAI"
-VERSION = 2
+VERSION = 3
 SERVER = 0xFFFFFFFF
 """The `client` field of a message that the server sent."""
 NO_MASK = bytes(32)
 """The mask digest of a dense message."""
 MOST = 1 << 28
 """Elements that `decode` takes where it is not told the size of the receiver's model."""
+SCORE_DTYPES = {"exact": DType.FLOAT32, "coarse": DType.INT16}
+"""How a SCORES message stores them, by the run's setting `scores`."""
 WIRE_DTYPES = {"fp32": DType.FLOAT32, "bf16": DType.BFLOAT16, "fp16": DType.FLOAT16}
 """How the weights of a VALUES message are stored, by the run's setting `wire`."""
 MOST_EXAMPLES = 1 << 29
@@ -74,7 +78,7 @@ class Kind(IntEnum):
     MASK = 2
     """A bitmap over all conv and linear weights."""
     SCORES = 3
-    """One saliency score for each conv and linear weight."""
+    """One saliency score for each conv and linear weight; in INT16, multiples of a step that comes last."""
     THRESHOLDS = 4
     """One threshold for each output channel of every conv and linear layer."""
 
@@ -82,7 +86,7 @@ class Kind(IntEnum):
 _DTYPES_OF = {
     Kind.VALUES: frozenset(WIRE_DTYPES.values()),
     Kind.MASK: frozenset({DType.BITS}),
-    Kind.SCORES: frozenset({DType.FLOAT32}),
+    Kind.SCORES: frozenset(SCORE_DTYPES.values()),
     Kind.THRESHOLDS: frozenset({DType.FLOAT32}),
 }
 
@@ -151,7 +155,7 @@ class Payload:
         _same("number of integers", int(self.ints.size), ints)
         if dtype is not None:
             _same("dtype", self.dtype.name, dtype.name)
-        if self.dtype in (DType.BFLOAT16, DType.FLOAT16):
+        if self.dtype in SHORT:
             _same("number of float32 values", self.exact, exact)
         if self.client != SERVER and self.examples >= MOST_EXAMPLES:
             raise PayloadError(
@@ -186,7 +190,7 @@ def encode(
         values: float32 vector of a VALUES, SCORES or THRESHOLDS message.
         ints: int64 integer buffers of a VALUES message.
         bits, count: bitmap of a MASK message and its number of bits; coded in the shortest form.
-        dtype: how the values of a VALUES message are stored; a 16-bit one rounds them to nearest even.
+        dtype: how values are stored; a float of 16 bits rounds them to nearest even, INT16 takes integers only.
         exact: so many values at the end stay float32 under a 16-bit dtype.
         deflate: code the values, where that makes them shorter.
 
@@ -261,7 +265,7 @@ def decode(buffer: bytes | bytearray | memoryview, most: int = MOST) -> Payload:
         raise PayloadError(f"payload has {zeros.hex()} where its header must be 0")
     if count > most:
         raise PayloadError(f"payload announces {count} elements, the receiver takes at most {most}")
-    if exact > (count if dtype in (DType.BFLOAT16, DType.FLOAT16) else 0):
+    if exact > (count if dtype in SHORT else 0):
         raise PayloadError(f"payload announces {exact} float32 values beside {dtype.name}, among {count} in all")
     wanted = HEADER_BYTES + body_bytes + 8 * ints
     if len(view) != wanted:

@@ -16,14 +16,17 @@ from fedpai.federation.feedback import move_residual, with_feedback
 from fedpai.federation.layout import Floats, Ints, Layout, MaskSet, Places, pack, places, union, unpack
 from fedpai.federation.payload import (
     NO_MASK,
+    SCORE_DTYPES,
     SERVER,
     WIRE_DTYPES,
+    DType,
     Kind,
     Payload,
     PayloadError,
     decode,
     encode,
 )
+from fedpai.federation.scores import restored
 
 
 @dataclass
@@ -211,15 +214,20 @@ class Server:
             count=self.layout.float_count(mask),
             mask_digest=NO_MASK if mask is None else mask.digest,
             ints=self.layout.int_count,
+            dtype=WIRE_DTYPES[self.config.wire],
         )
         return Update(client, payload.examples, floats=payload.values, ints=payload.ints)
 
     def read_scores(self, client: int, message: bytes) -> Update:
         """Checks a client's SCORES message. Raises PayloadError as `read_values` does."""
+        dtype = SCORE_DTYPES[self.config.scores]
+        steps = 1 if dtype is DType.INT16 else 0
+        count = self.layout.weight_count + steps
         payload = self._expect(
-            client, message, Kind.SCORES, count=self.layout.weight_count, mask_digest=NO_MASK
+            client, message, Kind.SCORES, count=count, mask_digest=NO_MASK, dtype=dtype, exact=steps
         )
-        return Update(client, payload.examples, scores=payload.values)
+        scores = restored(payload.values) if steps else payload.values
+        return Update(client, payload.examples, scores=scores)
 
     def read_mask(self, client: int, message: bytes) -> Update:
         """Checks a client's MASK message. Raises PayloadError as `read_values` does."""
@@ -234,9 +242,18 @@ class Server:
         return Update(client, payload.examples, thresholds=payload.values)
 
     def _expect(
-        self, client: int, message: bytes, kind: Kind, *, count: int, mask_digest: bytes | None, ints: int = 0
+        self,
+        client: int,
+        message: bytes,
+        kind: Kind,
+        *,
+        count: int,
+        mask_digest: bytes | None,
+        ints: int = 0,
+        dtype: DType | None = None,
+        exact: int | None = None,
     ) -> Payload:
-        return decode(message, most=self.layout.float_count(None)).expect(
+        return decode(message, most=max(count, self.layout.float_count(None))).expect(
             kind=kind,
             round=self.round,
             client=client,
@@ -244,8 +261,8 @@ class Server:
             mask_digest=mask_digest,
             count=count,
             ints=ints,
-            dtype=WIRE_DTYPES[self.config.wire] if kind is Kind.VALUES else None,
-            exact=self.layout.other_count,
+            dtype=dtype,
+            exact=self.layout.other_count if exact is None else exact,
         )
 
 

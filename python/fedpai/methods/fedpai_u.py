@@ -32,7 +32,7 @@ class FedPaiU(Method):
 
     name = "fedpai-u"
     summary = "weights chosen by --criterion on the clients before training, --mask-mode shared or personal"
-    uses = MERGES | {"sparsity", "criterion", "allocation", "mask_mode", "structure", "budget"}
+    uses = MERGES | {"sparsity", "criterion", "allocation", "mask_mode", "structure", "budget", "scores"}
 
     @property
     def personal(self) -> bool:

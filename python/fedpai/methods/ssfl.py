@@ -24,7 +24,7 @@ class SSFL(FedPaiU):
 
     name = "ssfl"
     summary = "one mask of the weights with the highest saliency, averaged over the clients before training"
-    uses = MERGES | {"sparsity"}
+    uses = MERGES | {"sparsity", "scores"}
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(

@@ -30,6 +30,6 @@ def crafted(
     kind: Kind, dtype: DType, coding: Coding, count: int, body: bytes, *, exact: int = 0, ints: bytes = b""
 ) -> bytes:
     """A message of client 3 in round 2, for 7 examples, with any content."""
-    head = b"FPAI" + struct.pack("<HBBB3xIIIq", 2, kind, dtype, coding, 2, 3, exact, 7)
+    head = b"FPAI" + struct.pack("<HBBB3xIIIq", 3, kind, dtype, coding, 2, 3, exact, 7)
     head += MODEL + MASK + struct.pack("<QQII", count, len(body), len(ints) // 8, 0)
     return patched(head + body + ints)

@@ -130,8 +130,8 @@ BAD_ANSWERS: dict[str, tuple[Change, str]] = {
     "deflated_too_short": (lambda m: inflating(m, 4 * decode(m).count - 4), "inflates to"),
     "flipped_bit": (lambda m: m[:200] + bytes([m[200] ^ 4]) + m[201:], "checksum"),
     "empty": (lambda m: b"", "shorter than"),
-    "other_version": (lambda m: m[:4] + struct.pack("<H", 3) + m[6:], "version 3"),
-    "old_version": (lambda m: m[:4] + struct.pack("<H", 1) + m[6:], "version 1, this program reads version 2"),
+    "other_version": (lambda m: m[:4] + struct.pack("<H", 4) + m[6:], "version 4"),
+    "old_version": (lambda m: m[:4] + struct.pack("<H", 1) + m[6:], "version 1, this program reads version 3"),
     "two_messages": (lambda m: [m, m], "expected one message, got 2"),
     "no_message": (lambda m: [], "expected one message, got 0"),
 }

@@ -77,7 +77,7 @@ def test_header_is_laid_out_as_documented() -> None:
     """docs/wire.md, field by field, for a message whose parts all differ."""
     buffer = message(5)
     body, ints = np.arange(5, dtype="<f4").tobytes(), np.array([11, -1], "<i8").tobytes()
-    head = b"FPAI" + bytes([2, 0, 1, 0, 0, 0, 0, 0])
+    head = b"FPAI" + bytes([3, 0, 1, 0, 0, 0, 0, 0])
     head += struct.pack("<IIIq", 2, 3, 0, 7) + MODEL + MASK + struct.pack("<QQI", 5, len(body), 2)
     crc = zlib.crc32(body + ints, zlib.crc32(head))
     assert buffer == head + struct.pack("<I", crc) + body + ints
@@ -87,7 +87,7 @@ def test_version_1_is_refused_by_name() -> None:
     """Its header was shorter than ours, so the version is looked at before the length."""
     old = b"FPAI" + struct.pack("<HBBIIq32s32sQII", 1, 1, 0, 2, 3, 7, MODEL, MASK, 0, 0, 0)
     assert len(old) == 104
-    with pytest.raises(PayloadError, match="format version 1, this program reads version 2"):
+    with pytest.raises(PayloadError, match="format version 1, this program reads version 3"):
         decode(old)
 
 
@@ -151,7 +151,7 @@ def test_damaged_content() -> None:
     [
         (0, b"XXXX", "starts with b'XXXX'"),
         (4, struct.pack("<H", 9), "format version 9"),
-        (4, struct.pack("<H", 1), "format version 1, this program reads version 2"),
+        (4, struct.pack("<H", 1), "format version 1, this program reads version 3"),
         (6, b"\x63", "kind 99 is unknown"),
         (7, b"\x01", "dtype 1 does not fit a VALUES message"),
         (7, b"\x09", "dtype 9 does not fit a VALUES message"),

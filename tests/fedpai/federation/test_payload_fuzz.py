@@ -32,6 +32,11 @@ from fedpai.federation.runner import Run
 from tests.fedpai.federation.messages import MASK, MODEL, crafted, deflated, patched
 
 MOST = 600
+DTYPES = {
+    Kind.VALUES: [DType.FLOAT32, DType.BFLOAT16, DType.FLOAT16],
+    Kind.SCORES: [DType.FLOAT32, DType.INT16],
+    Kind.THRESHOLDS: [DType.FLOAT32],
+}
 BOMB = deflated(bytes(1 << 22))
 FIELDS = {  # name: offset and width in the header
     "version": (4, 2),
@@ -57,14 +62,17 @@ def honest(draw: st.DrawFn) -> bytes:
     count = draw(st.integers(0, MOST))
     common = {"round": 2, "client": 3, "examples": 7, "model_digest": MODEL, "mask_digest": MASK}
     if kind is not Kind.MASK:
-        halves = [DType.FLOAT32, DType.BFLOAT16, DType.FLOAT16] if kind is Kind.VALUES else [DType.FLOAT32]
+        dtype, exact = draw(st.sampled_from(DTYPES[kind])), draw(st.integers(0, count))
+        values = noise.standard_normal(count).astype(np.float32)
+        if dtype is DType.INT16:
+            values[: count - exact] = noise.integers(-(2**15), 2**15, count - exact)
         return encode(
             kind,
             **common,
-            values=noise.standard_normal(count).astype(np.float32),
+            values=values,
             ints=noise.integers(-9, 9, draw(st.integers(0, 3))) if kind is Kind.VALUES else None,
-            dtype=draw(st.sampled_from(halves)),
-            exact=draw(st.integers(0, count)),
+            dtype=dtype,
+            exact=exact,
             deflate=draw(st.booleans()),
         )
     flags = noise.random(count) < draw(st.sampled_from([0.01, 0.1, 0.6]))
@@ -122,7 +130,8 @@ def slowly(buffer: bytes) -> tuple[list[float], list[int], bytes]:
                 at += 1
         packed = [int("".join(map(str, flags[i : i + 8])), 2) for i in range(0, len(flags), 8)]
         return [], ints, bytes(packed)
-    width, form = {DType.FLOAT32: (4, "<f"), DType.BFLOAT16: (2, "<f"), DType.FLOAT16: (2, "<e")}[DType(dtype)]
+    forms = {DType.FLOAT32: (4, "<f"), DType.BFLOAT16: (2, "<f"), DType.FLOAT16: (2, "<e"), DType.INT16: (2, "<h")}
+    width, form = forms[DType(dtype)]
     values, start = [], 0
     for elements, size, code in ((count - exact, width, form), (exact, 4, "<f")):
         part = raw[start : start + elements * size]

@@ -61,6 +61,39 @@ def test_ssfl(few: Dataset, telling: Make) -> None:
     assert all(row["personal_accuracy"] is None for row in rows)
 
 
+# -------------------------------------------------------------------------------------------- coarse scores
+
+
+def understood(run: Run, client: int) -> np.ndarray:
+    """What the server understands of a client's scores, in float64."""
+    model = create_model(run.config, run.data)
+    seed = derive(run.config.seed, "mask", 0, client)
+    scores = pruning.scores(model, "grasp", data=scoring_batch(run, client), seed=seed)
+    vector = torch.cat([score.flatten() for score in scores.values()]).double().numpy()
+    sizes = np.sort(np.abs(vector))[::-1]
+    step = float(np.float32(np.float32(sizes[round((1 - run.config.sparsity) * sizes.size) - 1]) / 4))
+    return np.rint(vector / step) * step
+
+
+def test_the_mask_is_that_of_the_rounded_scores(few: Dataset, telling: Make) -> None:
+    config = telling(method="fedpai-u", scores="coarse", rounds=1)
+    run = Run(config, data=few)
+    rows = run.finish()
+    weights = np.array([part.size for part in run.partition])
+    mean = sum(n * understood(run, client) for client, n in enumerate(weights)) / weights.sum()
+    kept = round((1 - config.sparsity) * mean.size)
+    ranked = np.sort(mean)[::-1]
+    mask = run.arms[0].federation.server.mask
+    assert mask is not None
+    assert mask.kept == kept
+    chosen = np.zeros(mean.size, bool)
+    chosen[mask.positions] = True
+    # Rounding to float32 may swap scores that are equal but for it.
+    assert mean[chosen].min() >= ranked[kept - 1] - 1e-6 * abs(ranked[0])
+    assert mean[~chosen].max() <= ranked[kept] + 1e-6 * abs(ranked[0])
+    assert 0 < rows[0]["bytes_up"] < 4 * (HEADER_BYTES + 2 * run.layout.weight_count + 4)
+
+
 # -------------------------------------------------------------------------------------------------- FedPaI-S
 
 

@@ -177,7 +177,7 @@ def test_a_grid_that_is_there(
         (["--rounds", "1,2"], "argument --rounds: invalid int value: '1,2'"),
         (["--model", "mlp,resnet19"], "--model resnet19: unknown model"),
         (["--baseline", "fedavg"], "unrecognized arguments: --baseline fedavg"),
-        (["--preset", "huge"], "unknown --preset 'huge', expected one of: fashion-smoke, study, full"),
+        (["--preset", "huge"], "unknown --preset 'huge', expected one of: fashion-smoke, study, sooner, full"),
         (["--uplink", "1Mb/s"], "argument --uplink: got '1Mb/s', expected a positive rate with its unit"),
         (["--device-slowdown", "0"], "argument --device-slowdown: expected a positive number, got '0'"),
         (["--target-accuracy", "85"], "argument --target-accuracy: expected a share in (0, 1] such as 0.85, got 85"),

@@ -44,7 +44,7 @@ def write(file: Path, found: Sequence[Section], rows: Sequence[Row], settings: d
     """
     page = render(
         TEMPLATE,
-        parts=[_part(section) for section in found],
+        parts=[part(section) for section in found],
         link=rows[0]["link"],
         rows=rows,
         settings=settings,
@@ -54,7 +54,8 @@ def write(file: Path, found: Sequence[Section], rows: Sequence[Row], settings: d
     write_atomic(file, page.encode())
 
 
-def _part(section: Section) -> Part:
+def part(section: Section) -> Part:
+    """A section's table and plots."""
     families = list(dict.fromkeys(entry.family for entry in section.entries))
     styles = {family: STYLES[number % len(STYLES)] for number, family in enumerate(families)}
     charts = {

@@ -40,7 +40,8 @@ PRESETS["study"] = {
     "max_images": 400,
     "eval_images": 800,
 }
-# How much sooner a network of full width gets there over a slow link: dense, GraSP's own layers, layers chosen for time.
+# How much sooner a network of full width gets there over a slow link: dense; GraSP's own layers; layers chosen for
+# time.
 PRESETS["sooner"] = {
     "method": ["fedavg", "fedpai-u"],
     "model": ["resnet18"],

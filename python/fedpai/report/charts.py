@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from importlib.resources import files
 
 WIDTH, HEIGHT = 560, 300
 BAR_WIDTH = 1120
@@ -191,6 +192,34 @@ class _Scale:
             share = math.log(value / self.low) / math.log(self.high / self.low)
             return self.start + share * (self.end - self.start)
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def standalone(chart: str, legend: Sequence[tuple[str, str]]) -> str:
+    """A chart as a picture of its own, in the light colours of the page, its legend below.
+
+    Args:
+        chart: what `line_chart` drew.
+        legend: labels and colour classes.
+    """
+    head, body = chart.split(">", 1)
+    rows = [legend[at : at + 2] for at in range(0, len(legend), 2)]
+    height = HEIGHT + 20 * len(rows) + 8
+    keys = []
+    for row, pairs in enumerate(rows):
+        y = HEIGHT + 14 + 20 * row
+        for column, (label, style) in enumerate(pairs):
+            x = LEFT + column * (WIDTH - LEFT) // 2
+            keys.append(f'<line class="line {style}" x1="{x}" x2="{x + 20}" y1="{y - 4}" y2="{y - 4}"/>')
+            keys.append(_label(x + 27, y, label, "start"))
+    sheet = files("fedpai.report").joinpath("style.css").read_text(encoding="utf-8")
+    colours = sheet[sheet.index(":root") : sheet.index("}", sheet.index(":root")) + 1].replace("light dark", "light")
+    rules = [line for line in sheet.splitlines() if line.startswith((".s", "svg .")) and not line.startswith(".scroll")]
+    style = "\n".join([colours, "svg { font: 11.5px system-ui, sans-serif; }", *rules])
+    head = head.replace(f'viewBox="0 0 {WIDTH} {HEIGHT}"', f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}"')
+    return (
+        f'{head} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>'
+        f'<path fill="#fff" d="M0 0h{WIDTH}v{height}h-{WIDTH}z"/>{body.removesuffix("</svg>")}{"".join(keys)}</svg>\n'
+    )
 
 
 def _open(width: int, height: int, title: str) -> str:

@@ -183,8 +183,9 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
 PRESETS: dict[str, dict[str, Any]] = {}
 """Named bundles of settings for `--preset`; an option given beside one wins over it."""
 
-# ResNet18 at 98 % GraSP against dense FedAvg on Fashion-MNIST, sized for two CPU cores: 7,680 images pass
-# through each of the two networks. Small batches, because a fresh batch norm needs many steps, not many images.
+# ResNet18 at 98 % against dense FedAvg on Fashion-MNIST, sized for two CPU cores: 7,680 images pass through each of the
+# two networks. Small batches, because a fresh batch norm needs many steps, not many images. GraSP chooses the weights;
+# how many a layer keeps is chosen for time, at GraSP's own accuracy (docs/methods/allocation.md).
 PRESETS["demo"] = {
     "method": "fedpai-u",
     "baseline": "fedavg",
@@ -192,6 +193,8 @@ PRESETS["demo"] = {
     "data": "fashion-mnist",
     "sparsity": 0.98,
     "criterion": "grasp",
+    "allocation": "time:1.5",
+    "scores": "coarse",
     "mask_mode": "shared",
     "clients": 4,
     "rounds": 5,

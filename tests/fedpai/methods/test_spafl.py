@@ -338,6 +338,14 @@ def test_thresholds_that_a_client_refuses(images: Dataset, tiny: Make) -> None:
     ):
         with pytest.raises(PayloadError, match=reason):
             clients.turn(0, 1, [message])
+    other = Run(tiny(method="magnitude", rounds=1), data=images).arms[0].federation
+    other.choose_masks()
+    other.server.round = 1
+    foreign = [*other.server.mask_message(0), other.server.values_message(0)]
+    for messages, kinds in ((foreign, "MASK and VALUES"), ([good, good], "THRESHOLDS and THRESHOLDS")):
+        with pytest.raises(PayloadError, match=f"expected THRESHOLDS, got {kinds}"):
+            clients.turn(0, 1, messages)
+    assert clients.memories[0].mask is None
     with pytest.raises(PayloadError, match="was sent no thresholds"):
         clients.turn(0, 1, [])
     assert clients.memories[0].extra == {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fedpai import models
-from fedpai.data import Dataset, synthetic
+from fedpai.data import Dataset
 from fedpai.federation.config import RunConfig
 from fedpai.federation.layout import Layout, module_of
 from fedpai.federation.payload import NO_MASK, Kind, PayloadError, decode, encode
@@ -23,6 +23,7 @@ from fedpai.federation.seeds import generator
 from fedpai.methods import thresholds
 from fedpai.methods.spafl import ramp
 from fedpai.methods.thresholds import Threshold
+from tests.fedpai.methods.restatement import assert_uneven
 
 Make = Callable[..., RunConfig]
 Vectors = dict[str, Tensor]
@@ -179,13 +180,10 @@ def restate(run: Run, sampled: list[list[int]]) -> tuple[dict[int, Restated], Ve
     return clients, shared
 
 
-def test_three_rounds_are_the_formulas(tiny: Make) -> None:
-    few = synthetic(train_size=160, test_size=200, in_channels=1)
+def test_three_rounds_are_the_formulas(few: Dataset, tiny: Make) -> None:
     config = tiny(method="spafl", lr=0.0005, weight_decay=0.4, alpha=0.3, max_images=None, threshold_penalty=50.0)
     run = Run(config, data=few)
-    sizes = [part.size for part in run.partition]
-    assert len(set(sizes)) == 4
-    assert all(size % config.batch != 1 for size in sizes)
+    assert_uneven(run)
     rows = run.finish()
     clients, shared = restate(run, [row["sampled"] for row in rows[1:]])
     assert sum(client.resets for client in clients.values()) > 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -42,6 +42,8 @@ from fedpai_kernels import optim
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+TAKES = ((Kind.VALUES,), (Kind.MASK, Kind.VALUES))
+"""What a client may be sent in its turn under most methods: a model, after the mask that it is packed under."""
 MOMENTUM = "momentum"
 """Where a client's memory keeps SGD's momentum between its turns, packed under its mask."""
 
@@ -113,26 +115,39 @@ class Client:
 
     # -- messages ----------------------------------------------------------------------------------------
 
-    def receive(self, messages: list[bytes]) -> None:
+    def receive(self, messages: list[bytes], takes: Collection[tuple[Kind, ...]] = TAKES) -> None:
         """Takes in what the server sent: a mask, where it is new, then the model under it; or thresholds.
 
+        Nothing at all may be sent; whoever needs something says so later.
+
+        Args:
+            takes: the kinds that the method sends, one after the other.
+
         Raises:
-            PayloadError: a message that is damaged, stale or for another model; nothing was changed by it.
+            PayloadError: a message that is damaged, stale or for another model, or other messages than the method
+                sends; nothing was changed by any of them.
         """
-        for message in messages:
-            payload = decode(message, most=self.layout.float_count(None))
-            mask = self.memory.mask
+        payloads = [decode(message, most=self.layout.float_count(None)) for message in messages]
+        kinds = tuple(payload.kind for payload in payloads)
+        if kinds and kinds not in takes:
+            raise PayloadError(f"expected {' or '.join(map(_names, takes))}, got {_names(kinds)}")
+        mask = self.memory.mask
+        for payload in payloads:
             if payload.kind is Kind.MASK:
                 self._expect(payload, Kind.MASK, self.layout.weight_count, None, 0)
-                self.set_mask(mask_from(payload, self.layout))
-                self.floats = self.ints = None  # values of another mask may have as many numbers
+                mask = mask_from(payload, self.layout)
             elif payload.kind is Kind.THRESHOLDS:
                 self._expect(payload, Kind.THRESHOLDS, self.layout.channel_count, NO_MASK, 0)
-                self.thresholds = payload.values
             else:
                 count, digest = self.layout.float_count(mask), NO_MASK if mask is None else mask.digest
                 self._expect(payload, Kind.VALUES, count, digest, self.layout.int_count)
+        for payload in payloads:
+            if payload.kind is Kind.THRESHOLDS:
+                self.thresholds = payload.values
+            elif payload.kind is Kind.VALUES:
                 self.floats, self.ints = payload.values, payload.ints
+        if mask is not None and mask is not self.memory.mask:
+            self.set_mask(mask)
 
     def _expect(self, payload: Payload, kind: Kind, count: int, mask_digest: bytes | None, ints: int) -> None:
         payload.expect(
@@ -332,3 +347,7 @@ class Client:
             if cuts and order.size - cuts[-1] == 1:
                 cuts.pop()
             yield from np.split(order, cuts)
+
+
+def _names(kinds: Iterable[Kind]) -> str:
+    return " and ".join(kind.name for kind in kinds)

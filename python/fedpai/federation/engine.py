@@ -101,7 +101,7 @@ class LocalClients:
     def _turn(self, client: int, round: int, messages: list[bytes]) -> Reply:
         me = self._client(client, round)
         start = time.perf_counter()
-        me.receive(messages)
+        me.receive(messages, self._method.takes)
         if round == 0:
             answer = self._method.propose(me)
             return Reply(answer, seconds=time.perf_counter() - start)

@@ -31,7 +31,8 @@ def coarse(scores: Floats, kept: int) -> Floats:
     rank = sizes.size - min(max(kept, 1), sizes.size)
     tau = np.partition(sizes, rank)[rank]
     step = np.float32(tau / LEVELS) or np.float32(sizes.max() / _LARGEST) or np.float32(1)
-    levels = np.rint(scores / step).clip(-_LARGEST, _LARGEST)
+    with np.errstate(over="ignore"):  # infinite levels are clipped as other large ones
+        levels = np.rint(scores / step).clip(-_LARGEST, _LARGEST)
     return np.append(levels, step).astype(np.float32)
 
 

@@ -27,10 +27,10 @@ from typing import ClassVar
 
 from fedpai.federation import server_opt
 from fedpai.federation.aggregate import largest, masked_mean, weighted_mean
-from fedpai.federation.client import Client
+from fedpai.federation.client import TAKES, Client
 from fedpai.federation.config import RunConfig
 from fedpai.federation.layout import Floats, Ints
-from fedpai.federation.payload import PayloadError
+from fedpai.federation.payload import Kind, PayloadError
 from fedpai.federation.server import Server, Update
 
 MERGES = frozenset({"server_opt", "server_lr", "server_momentum"})
@@ -49,12 +49,14 @@ class Method:
         summary: one line for the help text.
         uses: settings of the run that mean something to this method, beside the common ones.
         has_global: whether the server holds a model; false where models stay on the clients.
+        takes: the kinds of messages that `send` may give, one after the other; a client refuses any others.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     uses: ClassVar[frozenset[str]] = frozenset()
     has_global: ClassVar[bool] = True
+    takes: ClassVar[tuple[tuple[Kind, ...], ...]] = TAKES
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

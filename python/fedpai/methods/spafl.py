@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedpai.federation.aggregate import weighted_mean
 from fedpai.federation.client import Client, ClientError
 from fedpai.federation.layout import Floats, Ints
-from fedpai.federation.payload import PayloadError
+from fedpai.federation.payload import Kind, PayloadError
 from fedpai.federation.server import Server, Update
 from fedpai.methods import thresholds
 from fedpai.methods.base import Method, only
@@ -29,6 +29,7 @@ class SpaFL(Method):
     summary = "trainable thresholds of filters and neurons, which alone travel; every client its own model"
     uses = frozenset({"threshold_penalty"})
     has_global = False
+    takes = ((Kind.THRESHOLDS,),)
     personal = True
 
     def choose_masks(self, server: Server) -> None:

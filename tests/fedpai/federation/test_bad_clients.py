@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from fedpai.data import Dataset
-from fedpai.federation.client import Client, ClientError
+from fedpai.federation.client import Client, ClientError, ClientMemory
 from fedpai.federation.config import RunConfig
 from fedpai.federation.engine import Federation, Reply
+from fedpai.federation.feedback import RESIDUAL
 from fedpai.federation.layout import MaskSet
 from fedpai.federation.payload import Coding, DType, Kind, PayloadError, decode, encode
 from fedpai.federation.runner import Run
@@ -301,19 +302,54 @@ def test_a_header_of_local_training_is_not_unpacked(images: Dataset, tiny: Make)
     assert "the receiver takes at most 0" in rows[0]["refused"][0]["reason"]
 
 
-def test_values_of_an_earlier_mask_are_not_trained(images: Dataset, tiny: Make) -> None:
-    """A new mask behind values that were packed under another one of the same size."""
-    run = Run(tiny(**SMALL, method="magnitude"), data=images)
+BAD_DOWNLOADS: dict[str, tuple[Callable[[dict[str, bytes]], list[bytes]], str]] = {
+    "mask_alone": (lambda m: [m["mask"]], "expected VALUES or MASK and VALUES, got MASK"),
+    "values_without_their_mask": (lambda m: [m["values"]], "mask digest"),
+    "a_mask_behind_values": (
+        lambda m: [m["mask"], m["values"], m["other mask"]],
+        "expected VALUES or MASK and VALUES, got MASK and VALUES and MASK",
+    ),
+    "swapped": (lambda m: [m["values"], m["mask"]], "got VALUES and MASK"),
+    "mask_twice": (lambda m: [m["mask"], m["mask"]], "got MASK and MASK"),
+    "values_twice": (lambda m: [m["mask"], m["values"], m["values"]], "got MASK and VALUES and VALUES"),
+    "values_of_another_mask": (lambda m: [m["other mask"], m["values"]], "mask digest"),
+    "damaged_behind_a_mask": (lambda m: [m["mask"], m["values"][:-1] + b"\x55"], "checksum"),
+    "thresholds": (lambda m: [m["thresholds"]], "expected VALUES or MASK and VALUES, got THRESHOLDS"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DOWNLOADS)
+def test_a_client_that_refuses_its_download_is_as_before(images: Dataset, tiny: Make, case: str) -> None:
+    """A good mask has no effect either, where what comes with it is refused: values of the same size may not fit it."""
+    change, reason = BAD_DOWNLOADS[case]
+    run = Run(tiny(**SMALL, method="magnitude", sample=4, wire="bf16"), data=images)
     federation = run.arms[0].federation
     federation.choose_masks()
-    server, other = federation.server, Run(tiny(**SMALL, method="random"), data=images)
-    other.arms[0].federation.choose_masks()
-    told = [*server.mask_message(0), server.values_message(0), *other.arms[0].federation.server.mask_message(0)]
-    me = run.arms[0].clients._client(0, 0)
-    me.receive(told)
-    assert me.memory.mask == other.arms[0].federation.server.mask
-    with pytest.raises(PayloadError, match="was sent no model"):
-        me.bound()
+    federation.run_round()
+    other = Run(tiny(**SMALL, method="random"), data=images).arms[0].federation
+    other.choose_masks()
+    server, other.server.round = federation.server, 1
+    server.informed = set()
+    sent = {
+        "mask": server.mask_message(0)[0],
+        "values": server.values_message(0),
+        "other mask": other.server.mask_message(0)[0],
+        "thresholds": server.thresholds_message(np.zeros(run.layout.channel_count, np.float32)),
+    }
+    clients = run.arms[0].clients
+    clients.memories[0].mask = MaskSet.from_positions(run.layout, server.mask.positions[1:])
+    clients.memories[0].extra = {RESIDUAL: np.arange(server.mask.kept - 1, dtype=np.float32)}
+    before = snapshot(clients.memories[0])
+    with pytest.raises(PayloadError, match=reason):
+        clients.turn(0, 1, change(sent))
+    assert snapshot(clients.memories[0]) == before
+    clients.turn(0, 1, [sent["mask"], sent["values"]])
+    assert clients.memories[0].mask == server.mask
+
+
+def snapshot(memory: ClientMemory) -> tuple[MaskSet | None, dict[str, bytes]]:
+    """What a client keeps between its turns."""
+    return memory.mask, {key: array.tobytes() for key, array in memory.extra.items()}
 
 
 def test_the_servers_work_on_messages_is_counted(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.numpy import save as save_tensors
 from fedpai.data import Dataset
 from fedpai.federation import checkpoint
 from fedpai.federation.config import RunConfig
+from fedpai.federation.feedback import RESIDUAL
 from fedpai.federation.folder import FolderError, RunFolder
 from fedpai.federation.progress import Progress
 from fedpai.federation.runner import Run
@@ -88,6 +90,52 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(
         assert len(names) >= len(config.arms)
         for file in names:
             assert (cut / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+class Copies(Progress):
+    """Copies the folder whenever a round is about to start: what an interruption in that round would leave."""
+
+    def __init__(self, folder: Path, to: Path) -> None:
+        self.folder, self.to = folder, to
+
+    def round(self, method: str, number: int) -> None:
+        shutil.copytree(self.folder, self.to / str(number))
+
+
+SIXTEEN_BITS = {
+    "fedsparsify-global": {"method": "fedsparsify-global"},
+    "fedsparsify-local": {"method": "fedsparsify-local", "server_opt": "adam", "server_lr": 0.02},
+    "personal": {"method": "fedpai-u", "criterion": "snip", "mask_mode": "personal"},
+}
+
+
+@pytest.mark.parametrize("wire", ["bf16", "fp16"])
+@pytest.mark.parametrize("case", SIXTEEN_BITS)
+def test_sixteen_bits_resumed_after_any_round(
+    images: Dataset, tiny: Make, untimed: Read, tmp_path: Path, case: str, wire: str
+) -> None:
+    """Dense, after the first mask and after a tighter one, with residuals and momentum of clients under older masks."""
+    config = tiny(
+        **SIXTEEN_BITS[case], wire=wire, compress="deflate", alpha=0.7, clients=3, sample=2, rounds=4, max_images=20
+    )
+    whole, cuts = tmp_path / "whole", tmp_path / "cuts"
+    start(whole, config, images, Copies(whole, cuts)).finish()
+    names = sorted(file.name for file in whole.glob("*.safetensors"))
+    assert names == [f"{kind}-{config.method}.safetensors" for kind in ("checkpoint", "model")]
+    for number in range(config.rounds + 1):
+        cut = cuts / str(number)
+        assert len(RunFolder.reopen(cut, {}).rows()) == number
+        run = resume(cut, images)
+        assert run.arms[0].done == number - 1
+        run.finish()
+        assert untimed(cut) == untimed(whole)
+        for name in names:
+            assert (cut / name).read_bytes() == (whole / name).read_bytes(), (number, name)
+    tensors = load_tensors((whole / names[0]).read_bytes())
+    residuals = {key: tensor.size for key, tensor in tensors.items() if key.endswith(RESIDUAL)}
+    assert len(residuals) == config.clients + 1
+    assert all(tensors[key].any() for key in residuals)
+    assert len(set(residuals.values())) > 1  # packed under masks of different sizes
 
 
 def test_resuming_a_finished_run_changes_nothing(images: Dataset, tiny: Make, tmp_path: Path) -> None:

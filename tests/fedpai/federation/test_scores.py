@@ -61,6 +61,14 @@ def test_odd_scores_survive(scores: np.ndarray) -> None:
     assert (np.abs(found - scores) <= max(largest / 2 / LEVELS, 1e-45)).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_scores_far_above_tau_are_clipped() -> None:
+    """tau is the third largest, so small that the quotient has no float32; nobody is warned of that."""
+    message = coarse(np.array([1e30, -1e-40, 0, -1e30], np.float32), 3)
+    assert message[:-1].tolist() == [32767, -4, 0, -32767]
+    assert message[-1] == np.float32(1e-40) / np.float32(4)
+
+
 @pytest.mark.parametrize("step", [0.0, -1.0, 1e38])
 def test_a_step_that_cannot_be_is_refused(step: float) -> None:
     message = np.array([0, 100, step], np.float32)

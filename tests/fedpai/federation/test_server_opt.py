@@ -17,6 +17,7 @@ from fedpai.federation.config import ConfigError, RunConfig
 from fedpai.federation.layout import Layout, MaskSet, pack, unpack
 from fedpai.federation.server import Server, Update
 from fedpai.methods.fedavg import FedAvg
+from tests.fedpai.methods.restatement import ServerOptimiser, keys_of
 
 EXAMPLES = [30, 7, 12, 51]
 ROUNDS = 3
@@ -50,14 +51,12 @@ def trained(server: Server, client: int, dense: np.ndarray) -> np.ndarray:
 
 
 class Restated:
-    """The same federation over dense float64 tensors, tensor by tensor, in the words of the papers."""
+    """The same federation over dense float64 tensors, tensor by tensor."""
 
     def __init__(self, server: Server) -> None:
-        self.config = server.config
         self.parameters = {name for name, _ in network().named_parameters()}
         self.x = self.dense(server, server.floats, server.mask)
-        self.m = {key: torch.zeros_like(x) for key, x in self.x.items()}
-        self.v = {key: torch.full_like(x, 1e-6) for key, x in self.x.items()}
+        self.optimiser = ServerOptimiser.of(server.config, self.x)
 
     @staticmethod
     def dense(server: Server, floats: np.ndarray, mask: MaskSet | None) -> dict[str, Tensor]:
@@ -68,36 +67,18 @@ class Restated:
         for key, x in self.x.items():
             top, bottom = torch.zeros_like(x), torch.zeros_like(x)
             for n, answer, masks in answers:
-                kept = masks.get(key.removesuffix(".weight"), torch.ones_like(x)).double()
+                kept = masks.get(key, torch.ones_like(x)).double()
                 top += n * kept * answer[key]
                 bottom += n * kept
             mean = torch.where(bottom > 0, top / bottom.clamp(min=1), x)
-            self.x[key] = self.stepped(key, x, mean) if key in self.parameters else mean
-
-    def stepped(self, key: str, x: Tensor, mean: Tensor) -> Tensor:
-        rule, lr, beta = self.config.server_opt, self.config.server_lr, self.config.server_momentum
-        if rule == "none":
-            return mean
-        gradient = x - mean
-        if rule == "avgm":  # torch's momentum is that of Hsu et al.
-            self.m[key] = beta * self.m[key] + gradient
-            return x - lr * self.m[key]
-        self.m[key] = beta * self.m[key] + (1 - beta) * gradient
-        square = gradient**2
-        if rule == "adam":
-            self.v[key] = 0.99 * self.v[key] + 0.01 * square
-        else:
-            self.v[key] = self.v[key] - 0.01 * square * torch.sign(self.v[key] - square)
-        return x - lr * self.m[key] / (self.v[key].sqrt() + 1e-3)
+            self.x[key] = self.optimiser.stepped(key, x, mean) if key in self.parameters else mean
 
     def change(self, old: MaskSet, new: MaskSet) -> None:
         """Weights that leave lose their value and their state, and those that come in start anew."""
-        before = old.masks()
-        for name, kept in new.masks().items():
-            key, stays = f"{name}.weight", kept & before[name]
-            self.x[key] *= stays
-            self.m[key] *= stays
-            self.v[key] = torch.where(stays, self.v[key], 1e-6)
+        before = keys_of(old)
+        stays = {key: kept & before[key] for key, kept in keys_of(new).items()}
+        self.x.update({key: self.x[key] * kept for key, kept in stays.items()})
+        self.optimiser.move(stays)
 
 
 def check(server: Server, expected: Restated) -> None:
@@ -123,7 +104,7 @@ def test_three_rounds(rule: str, masks: str) -> None:
         for client, n in enumerate(EXAMPLES):
             floats, mask = trained(server, client, dense), server.mask_of(client)
             updates.append(Update(client, n, floats=floats, ints=server.ints))
-            answers.append((n, Restated.dense(server, floats, mask), {} if mask is None else mask.masks()))
+            answers.append((n, Restated.dense(server, floats, mask), keys_of(mask)))
         method.merge(server, updates)
         expected.merge(answers)
         check(server, expected)

@@ -10,14 +10,9 @@ import pytest
 
 from fedpai.data import Dataset, synthetic
 from fedpai.federation.config import RunConfig
+from tests.fedpai.methods.restatement import GENTLE, STRONG
 
 Make = Callable[..., RunConfig]
-
-# Learning rate. At the default these few steps on noise amplify float32 rounding, dense torch's as much as ours, beyond
-# any bound that would still find a wrong merge.
-GENTLE = 0.0005
-# Weight decay. Of the default's effect, so few and gentle steps leave less than the bound.
-STRONG = 0.4
 
 
 @pytest.fixture(scope="session")

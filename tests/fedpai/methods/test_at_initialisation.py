@@ -16,14 +16,8 @@ from fedpai.federation.config import ConfigError, RunConfig
 from fedpai.federation.payload import HEADER_BYTES, PayloadError
 from fedpai.federation.runner import Run, create_model
 from fedpai.federation.seeds import derive
-from tests.fedpai.methods.test_methods import (
-    Masks,
-    State,
-    check,
-    merged,
-    scoring_batch,
-    trained,
-)
+from tests.fedpai.methods.restatement import State, by_parameter, restated
+from tests.fedpai.methods.test_methods import Masks, check, scoring_batch
 
 Make = Callable[..., RunConfig]
 
@@ -105,23 +99,12 @@ BESIDE = {
 }
 
 
-def restated(run: Run, masks_of: dict[int, Masks], sampled: list[list[int]]) -> State:
-    """Dense training times masks, in which what belongs to removed channels comes back as it was received."""
-    state = create_model(run.config, run.data).double().state_dict()
-    for name in BESIDE:
-        kept = torch.stack([masks[name] for masks in masks_of.values()]).any(0)
-        state[f"{name}.weight"] = state[f"{name}.weight"] * kept
-    for number, clients in enumerate(sampled, start=1):
-        answers = []
-        for client in clients:
-            answer = trained(run, state, masks_of[client], number, client)
-            for name, keys in BESIDE.items():
-                gone = ~masks_of[client][name].flatten(1).any(1)
-                for key in keys:
-                    answer[key][gone] = state[key][gone]
-            answers.append((run.partition[client].size, answer, masks_of[client]))
-        state = merged(state, answers)
-    return state
+def settle(answer: State, received: State, masks: State) -> None:
+    """What belongs to removed channels comes back as it was received."""
+    for name, keys in BESIDE.items():
+        gone = ~masks[f"{name}.weight"].flatten(1).any(1)
+        for key in keys:
+            answer[key][gone] = received[key][gone]
 
 
 def own_masks(run: Run, client: int) -> Masks:
@@ -156,10 +139,8 @@ def test_fedpai_s(few: Dataset, telling: Make, mode: str, budget: str, rounds: i
         assert mask is not None
         assert all(torch.equal(flags, masks[name]) for name, flags in mask.masks().items())
     assert all(row["refused"] == [] for row in rows)
-    expected = restated(run, masks_of, [row["sampled"] for row in rows[1:]])
-    actual = run.layout.scatter(*server.dense())
-    for key, tensor in expected.items():
-        torch.testing.assert_close(actual[key].to(tensor.dtype), tensor, rtol=2e-3, atol=2e-5, msg=key)
+    keys = {client: by_parameter(masks) for client, masks in masks_of.items()}
+    restated(run, keys, [row["sampled"] for row in rows[1:]], settle).assert_server(server)
 
 
 @pytest.mark.parametrize("mode", ["shared", "personal"])

@@ -22,14 +22,14 @@ Make = Callable[..., RunConfig]
 
 @pytest.mark.parametrize("sample", [3, 4])
 def test_fedprox_against_its_formulas(few: Dataset, telling: Make, sample: int) -> None:
-    run = Run(telling(method="fedprox", prox_mu=50.0, sample=sample), data=few)
+    run = Run(telling(method="fedprox", prox_mu=250.0, sample=sample), data=few)
     assert_uneven(run)
     rows = run.finish()
     dense = Restatement(run)
     for number in (1, 2, 3):
-        answers = {client: dense.trained(number, client, {}, mu=50.0) for client in rows[number]["sampled"]}
-        dense.state = dense.mean(answers)
-    dense.assert_equal(run.layout.scatter(*run.arms[0].federation.server.dense()))
+        answers = {client: dense.trained(number, client, {}, mu=250.0) for client in rows[number]["sampled"]}
+        dense.step(dense.mean(answers))
+    dense.assert_server(run.arms[0].federation.server)
 
 
 def test_fedprox_that_does_not_pull_is_fedavg(few: Dataset, tiny: Make) -> None:

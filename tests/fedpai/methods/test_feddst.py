@@ -22,7 +22,14 @@ from fedpai.federation.runner import Run, create_model
 from fedpai.federation.seeds import derive
 from fedpai.methods import feddst
 from fedpai.methods.adjust import counts
-from tests.fedpai.methods.test_methods import Masks, State, merged, trained
+from tests.fedpai.methods.restatement import (
+    SERVER_OPT,
+    Restatement,
+    State,
+    assert_uneven,
+    by_parameter,
+    keys_of,
+)
 
 Make = Callable[..., RunConfig]
 
@@ -35,71 +42,66 @@ def top(scores: Tensor, count: int, among: Tensor) -> Tensor:
     return mask.view(scores.shape)
 
 
-def adjusted(run: Run, state: State, masks: Masks, share: float, number: int, client: int) -> Masks:
+def adjusted(dense: Restatement, masks: State, share: float, number: int, client: int) -> State:
     """Smallest weights out, largest gradients in, layer by layer."""
+    run = dense.run
     model = create_model(run.config, run.data).double()
-    model.load_state_dict(state)
+    model.load_state_dict(dense.state)
     draw = np.random.default_rng(derive(run.config.seed, "images to grow by", number, client))
     part = run.partition[client]
     x, y = run.data.batch(draw.choice(part, min(run.config.batch, part.size), replace=False))
     nn.functional.cross_entropy(model(x.double()), y).backward()
     new = {}
-    for name, mask in masks.items():
-        weight = model.get_submodule(name).weight
+    for key, mask in masks.items():
+        weight = model.get_parameter(key)
         kept = int(mask.sum())
         moved = round(share * kept)
         stay = top(weight.detach().abs(), kept - moved, mask)
-        new[name] = stay | top(weight.grad.abs(), moved, ~stay)
+        new[key] = stay | top(weight.grad.abs(), moved, ~stay)
     return new
 
 
-def restated(run: Run, sampled: list[list[int]], shares: list[float]) -> tuple[State, Masks]:
-    config = run.config
-    masks = pruning.prune(create_model(config, run.data), config.sparsity, "erk", seed=derive(config.seed, "mask"))
-    kept = {name: int(mask.sum()) for name, mask in masks.items()}
-    state = create_model(config, run.data).double().state_dict()
+def first_masks(run: Run) -> State:
+    """ERK at random weights."""
+    seed = derive(run.config.seed, "mask")
+    return by_parameter(pruning.prune(create_model(run.config, run.data), run.config.sparsity, "erk", seed=seed))
 
-    def cut(masks: Masks) -> None:
-        for name, mask in masks.items():
-            state[f"{name}.weight"] = state[f"{name}.weight"] * mask
 
-    cut(masks)
+def rounds(run: Run, sampled: list[list[int]], shares: list[float]) -> tuple[Restatement, State]:
+    """The model and the mask after so many rounds, each of which moves its share of the weights."""
+    dense, masks = Restatement(run), first_masks(run)
+    kept = {key: int(mask.sum()) for key, mask in masks.items()}
+    dense.change({}, masks)
     for number, (clients, share) in enumerate(zip(sampled, shares, strict=True), start=1):
-        answers = []
-        for client in clients:
-            own = adjusted(run, state, masks, share, number, client) if share else masks
-            answers.append((run.partition[client].size, trained(run, state, own, number, client), own))
-        state = merged(state, answers)
+        own = {client: adjusted(dense, masks, share, number, client) if share else masks for client in clients}
+        answers = {client: dense.trained(number, client, own[client]) for client in clients}
+        union = {key: torch.stack([mask[key] for mask in own.values()]).any(0) for key in masks}
+        dense.change(masks, union)
+        dense.step(dense.mean(answers, own))
         if share:
-            union = {name: torch.stack([own[name] for *_, own in answers]).any(0) for name in masks}
-            masks = {
-                name: top(state[f"{name}.weight"].abs(), kept[name], held) for name, held in union.items()
-            }
-            cut(masks)
-    return state, masks
+            masks = {key: top(dense.state[key].abs(), kept[key], held) for key, held in union.items()}
+            dense.change(union, masks)
+    return dense, masks
 
 
-def test_rounds_are_the_rules(few: Dataset, telling: Make) -> None:
-    config = telling(method="feddst", rounds=4, adjust_every=1)
+@pytest.mark.parametrize(("server_opt", "sample"), [("none", 3), ("avgm", 4), ("adam", 4), ("yogi", 4)])
+def test_rounds_are_the_rules(few: Dataset, telling: Make, server_opt: str, sample: int) -> None:
+    config = telling(method="feddst", rounds=4, adjust_every=1, sample=sample, **SERVER_OPT[server_opt])
     run = Run(config, data=few)
-    sizes = [part.size for part in run.partition]
-    assert len(set(sizes)) == 4
-    assert all(size % config.batch != 1 for size in sizes)
-    first = pruning.prune(create_model(config, few), config.sparsity, "erk", seed=derive(config.seed, "mask"))
+    assert_uneven(run)
+    first = first_masks(run)
     rows = run.finish()
     # Nothing in round 1, then 0.3 / 2 (1 + cos(pi t / 2)) for t = 0 and 1, then nothing.
-    state, masks = restated(run, [row["sampled"] for row in rows[1:]], [0.0, 0.3, 0.15, 0.0])
+    dense, masks = rounds(run, [row["sampled"] for row in rows[1:]], [0.0, 0.3, 0.15, 0.0])
     server = run.arms[0].federation.server
     assert server.mask is not None
     moved = {}
-    for name, mask in server.mask.masks().items():
-        assert torch.equal(mask, masks[name]), name
-        moved[name] = int((mask & ~first[name]).sum()) / int(mask.sum())
-    assert sorted(name for name, share in moved.items() if share == 0) == ["features.0"]  # dense under ERK
-    assert 0.2 < moved["fc1"] <= 0.45
-    actual = run.layout.scatter(*server.dense())
-    for key, tensor in state.items():
-        torch.testing.assert_close(actual[key].to(tensor.dtype), tensor, rtol=2e-3, atol=2e-5, msg=key)
+    for key, mask in keys_of(server.mask).items():
+        assert torch.equal(mask, masks[key]), key
+        moved[key] = int((mask & ~first[key]).sum()) / int(mask.sum())
+    assert sorted(key for key, share in moved.items() if share == 0) == ["features.0.weight"]  # dense under ERK
+    assert 0.2 < moved["fc1.weight"] <= 0.45
+    dense.assert_server(server)
     assert server.client_masks == {}
     assert all(row["refused"] == [] for row in rows)
 

@@ -20,7 +20,14 @@ from fedpai.federation.payload import PayloadError
 from fedpai.federation.runner import Run
 from fedpai.federation.server import Server, Update
 from fedpai.methods.fedsparsify import sparsity_after
-from tests.fedpai.methods.restatement import Restatement, State, assert_largest, assert_uneven, keys_of
+from tests.fedpai.methods.restatement import (
+    SERVER_OPT,
+    Restatement,
+    State,
+    assert_largest,
+    assert_uneven,
+    keys_of,
+)
 
 Make = Callable[..., RunConfig]
 
@@ -51,9 +58,14 @@ def masks_after(run: Run, seen: list[tuple[MaskSet | None, list[Update]]]) -> li
     return [mask for mask, _ in seen[1:]] + [run.arms[0].federation.server.mask]
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_global_against_its_formulas(few: Dataset, telling: Make, every: int) -> None:
-    run = Run(telling(method="fedsparsify-global", prune_every=every), data=few)
+GLOBAL = [("none", 3, 1), ("none", 3, 2), ("avgm", 4, 1), ("adam", 4, 1), ("yogi", 4, 1)]
+LOCAL = [("none", 1, 1), ("none", 3, 1), ("none", 4, 1), ("none", 4, 2), ("avgm", 4, 1), ("adam", 4, 1), ("yogi", 4, 1)]
+
+
+@pytest.mark.parametrize(("server_opt", "sample", "every"), GLOBAL)
+def test_global_against_its_formulas(few: Dataset, telling: Make, server_opt: str, sample: int, every: int) -> None:
+    config = telling(method="fedsparsify-global", sample=sample, prune_every=every, **SERVER_OPT[server_opt])
+    run = Run(config, data=few)
     assert_uneven(run)
     seen = spied(run)
     rows = run.finish()
@@ -61,24 +73,25 @@ def test_global_against_its_formulas(few: Dataset, telling: Make, every: int) ->
     before: State = {}
     for number, mask in enumerate(masks_after(run, seen), start=1):
         clients = rows[number]["sampled"]
-        answers = {client: dense.trained(number, client, before, carry=True) for client in clients}
-        dense.state = dense.mean(answers)
+        dense.step(dense.mean({client: dense.trained(number, client, before, carry=True) for client in clients}))
         if kept_after(run, number) == run.layout.weight_count:
             assert mask is None
             continue
         after = keys_of(mask)
         assert_largest(after, dense.state, before, kept_after(run, number))
-        dense.state.update({key: dense.state[key] * flags for key, flags in after.items()})
+        dense.change(before, after)
         before = after
-    dense.assert_equal(run.layout.scatter(*server.dense()))
+    dense.assert_server(server)
     assert rows[3]["global_density"] == pytest.approx(0.2 if every == 1 else 0.3, abs=1e-4)
 
 
 @pytest.mark.parametrize("rule", ["all", "voters"])
-@pytest.mark.parametrize(("sample", "every"), [(1, 1), (3, 1), (4, 1), (4, 2)])
-def test_local_against_its_formulas(few: Dataset, telling: Make, rule: str, sample: int, every: int) -> None:
-    config = telling(method="fedsparsify-local", merge_rule=rule, sample=sample, prune_every=every)
-    run = Run(config, data=few)
+@pytest.mark.parametrize(("server_opt", "sample", "every"), LOCAL)
+def test_local_against_its_formulas(
+    few: Dataset, telling: Make, rule: str, server_opt: str, sample: int, every: int
+) -> None:
+    settings = {"merge_rule": rule, "sample": sample, "prune_every": every, **SERVER_OPT[server_opt]}
+    run = Run(telling(method="fedsparsify-local", **settings), data=few)
     assert_uneven(run)
     seen = spied(run)
     rows = run.finish()
@@ -95,29 +108,16 @@ def test_local_against_its_formulas(few: Dataset, telling: Make, rule: str, samp
             own[update.client] = keys_of(held if update.mask is None else update.mask)
             if update.mask is not None:
                 assert_largest(own[update.client], answers[update.client], before, wanted)
-        dense.state = voted(dense, answers, own, rule)
+        for client, answer in answers.items():
+            answer.update({key: answer[key] * kept for key, kept in own[client].items()})
+        dense.step(dense.mean(answers, own if rule == "voters" else None))
         if updates[0].mask is not None:
             after = {key: sum(own[c][key].int() for c in clients) >= max(1, sample // 2) for key in own[clients[0]]}
             assert all(torch.equal(flags, after[key]) for key, flags in keys_of(mask).items())
-            dense.state.update({key: dense.state[key] * flags for key, flags in after.items()})
+            dense.change(before, after)
             before = after
-    dense.assert_equal(run.layout.scatter(*server.dense()))
+    dense.assert_server(server)
     assert all(row["refused"] == [] for row in rows)
-
-
-def voted(dense: Restatement, answers: dict[int, State], own: dict[int, State], rule: str) -> State:
-    """Each weight's mean over all clients, pruned ones as 0, or over those that keep it."""
-    zeroed = {
-        client: {key: tensor * own[client].get(key, True) for key, tensor in answer.items()}
-        for client, answer in answers.items()
-    }
-    new = dense.mean(zeroed)
-    if rule == "voters":
-        n = {client: dense.run.partition[client].size for client in answers}
-        for key in own[next(iter(own))]:
-            share = sum(n[client] * own[client][key].double() for client in answers) / sum(n.values())
-            new[key] = torch.where(share > 0, new[key] / share, 0)
-    return new
 
 
 def test_schedule() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedpai import methods, pruning
 from fedpai.data import Dataset
@@ -17,72 +17,12 @@ from fedpai.federation.config import ConfigError, RunConfig
 from fedpai.federation.layout import Layout, MaskSet
 from fedpai.federation.payload import HEADER_BYTES, PayloadError
 from fedpai.federation.runner import Run, create_model
-from fedpai.federation.seeds import derive, generator
+from fedpai.federation.seeds import derive
 from fedpai.methods.base import MethodError
-from tests.fedpai.methods.restatement import proposed
+from tests.fedpai.methods.restatement import assert_uneven, by_parameter, proposed, restated
 
 Make = Callable[..., RunConfig]
-State = dict[str, Tensor]
 Masks = dict[str, Tensor]
-
-
-def trained(run: Run, state: State, masks: Masks, number: int, client: int) -> State:
-    """One client's local training with dense tensors: pruned weights and their gradients times 0."""
-    config = run.config
-    model = create_model(config, run.data).double()
-    model.load_state_dict(state)
-    model.train()
-    weights = {name: model.get_submodule(name).weight for name in masks}
-    for name, weight in weights.items():
-        weight.data *= masks[name]
-    optimiser = torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
-    )
-    part = run.partition[client]
-    order = generator(config.seed, "batches", number, client, 0).permutation(part)
-    for batch in np.split(order, range(config.batch, part.size, config.batch)):
-        x, y = run.data.batch(batch)
-        optimiser.zero_grad()
-        nn.functional.cross_entropy(model(x.double()), y).backward()
-        for name, weight in weights.items():
-            weight.grad *= masks[name]
-        optimiser.step()
-    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
-
-
-def merged(state: State, answers: list[tuple[int, State, Masks]]) -> State:
-    """theta_j = sum_k n_k m_kj w_kj / sum_k n_k m_kj for weights, the plain mean for other floats."""
-    new = {}
-    for key, old in state.items():
-        if not old.is_floating_point():
-            new[key] = torch.stack([answer[key] for _, answer, _ in answers]).amax(0)
-            continue
-        top, bottom = torch.zeros(old.shape, dtype=torch.float64), torch.zeros(old.shape, dtype=torch.float64)
-        for n, answer, masks in answers:
-            mask = masks.get(key.removesuffix(".weight"), torch.ones(old.shape, dtype=torch.bool))
-            top += n * mask * answer[key].double()
-            bottom += n * mask
-        new[key] = torch.where(bottom > 0, (top / bottom).to(old.dtype), old)
-    return new
-
-
-def restated(run: Run, masks_of: dict[int, Masks], sampled: list[list[int]]) -> State:
-    """The global model after the given rounds, pruned weights at 0, in float64."""
-    state = create_model(run.config, run.data).double().state_dict()
-    for name in masks_of[0]:
-        kept = torch.stack([masks[name] for masks in masks_of.values()]).any(0)
-        state[f"{name}.weight"] = state[f"{name}.weight"] * kept
-    for number, clients in enumerate(sampled, start=1):
-        answers = [
-            (
-                run.partition[client].size,
-                trained(run, state, masks_of[client], number, client),
-                masks_of[client],
-            )
-            for client in clients
-        ]
-        state = merged(state, answers)
-    return state
 
 
 def scoring_batch(run: Run, client: int) -> tuple[Tensor, Tensor]:
@@ -114,20 +54,15 @@ def averaged_masks(run: Run) -> Masks:
 
 
 def check(run: Run, masks_of: dict[int, Masks], rows: list[dict[str, Any]]) -> None:
-    sizes = [part.size for part in run.partition]
-    assert max(sizes) > 4 * min(sizes)
-    assert len(set(sizes)) == len(sizes)
-    assert all(size % run.config.batch != 1 for size in sizes)
+    assert_uneven(run)
     server = run.arms[0].federation.server
     for client, masks in masks_of.items():
         mask = server.mask_of(client)
         assert mask is not None
         for name, flags in mask.masks().items():
             assert torch.equal(flags, masks[name]), (client, name)
-    expected = restated(run, masks_of, [row["sampled"] for row in rows[1:]])
-    actual = run.layout.scatter(*server.dense())
-    for key, tensor in expected.items():
-        torch.testing.assert_close(actual[key].to(tensor.dtype), tensor, rtol=2e-3, atol=2e-5, msg=key)
+    keys = {client: by_parameter(masks) for client, masks in masks_of.items()}
+    restated(run, keys, [row["sampled"] for row in rows[1:]]).assert_server(server)
 
 
 @pytest.mark.parametrize("criterion", ["grasp", "snip", "synflow"])

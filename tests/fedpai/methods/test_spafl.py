@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fedpai import models
-from fedpai.data import Dataset, synthetic
+from fedpai.data import Dataset
 from fedpai.federation.config import RunConfig
 from fedpai.federation.layout import Layout, module_of
 from fedpai.federation.payload import NO_MASK, Kind, PayloadError, decode, encode
@@ -23,6 +23,7 @@ from fedpai.federation.seeds import generator
 from fedpai.methods import thresholds
 from fedpai.methods.spafl import ramp
 from fedpai.methods.thresholds import Threshold
+from tests.fedpai.methods.restatement import assert_uneven
 
 Make = Callable[..., RunConfig]
 Vectors = dict[str, Tensor]
@@ -179,13 +180,10 @@ def restate(run: Run, sampled: list[list[int]]) -> tuple[dict[int, Restated], Ve
     return clients, shared
 
 
-def test_three_rounds_are_the_formulas(tiny: Make) -> None:
-    few = synthetic(train_size=160, test_size=200, in_channels=1)
+def test_three_rounds_are_the_formulas(few: Dataset, tiny: Make) -> None:
     config = tiny(method="spafl", lr=0.0005, weight_decay=0.4, alpha=0.3, max_images=None, threshold_penalty=50.0)
     run = Run(config, data=few)
-    sizes = [part.size for part in run.partition]
-    assert len(set(sizes)) == 4
-    assert all(size % config.batch != 1 for size in sizes)
+    assert_uneven(run)
     rows = run.finish()
     clients, shared = restate(run, [row["sampled"] for row in rows[1:]])
     assert sum(client.resets for client in clients.values()) > 0
@@ -338,6 +336,14 @@ def test_thresholds_that_a_client_refuses(images: Dataset, tiny: Make) -> None:
     ):
         with pytest.raises(PayloadError, match=reason):
             clients.turn(0, 1, [message])
+    other = Run(tiny(method="magnitude", rounds=1), data=images).arms[0].federation
+    other.choose_masks()
+    other.server.round = 1
+    foreign = [*other.server.mask_message(0), other.server.values_message(0)]
+    for messages, kinds in ((foreign, "MASK and VALUES"), ([good, good], "THRESHOLDS and THRESHOLDS")):
+        with pytest.raises(PayloadError, match=f"expected THRESHOLDS, got {kinds}"):
+            clients.turn(0, 1, messages)
+    assert clients.memories[0].mask is None
     with pytest.raises(PayloadError, match="was sent no thresholds"):
         clients.turn(0, 1, [])
     assert clients.memories[0].extra == {}

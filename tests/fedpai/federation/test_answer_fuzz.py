@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from fedpai.data import Dataset
@@ -255,6 +255,7 @@ def test_mutated_messages_are_refused_or_right(scene: Callable[[str], Scene], na
     outcome = here.play(attack)
     refused = frozenset(refusal["client"] for refusal in outcome.row["refused"])
     accepted = {client: attack[client] for client in attack if client not in refused}
+    event(f"{len(accepted)} of {len(attack)} accepted")
     for client, messages in accepted.items():
         for message, honest in zip(messages, here.answers[client], strict=True):
             assert identity(decode(message)) == identity(decode(honest))

@@ -21,6 +21,12 @@ def few() -> Dataset:
     return synthetic(train_size=160, test_size=200, in_channels=1)
 
 
+@pytest.fixture(scope="session")
+def small() -> Dataset:
+    """As few, of a quarter of the pixels: a restatement spends its time in convolutions in float64."""
+    return synthetic(train_size=160, test_size=200, in_channels=1, image_size=16)
+
+
 @pytest.fixture
 def telling(tiny: Make) -> Make:
     """Makes configurations under which every factor of the formulas moves the result beyond the bound."""

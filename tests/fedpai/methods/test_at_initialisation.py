@@ -38,10 +38,10 @@ def saliency(run: Run, client: int) -> dict[str, Tensor]:
     return {name: score / total for name, score in scores.items()}
 
 
-def test_ssfl(few: Dataset, telling: Make) -> None:
+def test_ssfl(small: Dataset, telling: Make) -> None:
     # The criterion, mask mode and structure of a run mean nothing to it.
     config = telling(method="ssfl", criterion="grasp", mask_mode="personal", structure="4x1")
-    run = Run(config, data=few)
+    run = Run(config, data=small)
     rows = run.finish()
     n = sum(part.size for part in run.partition)
     shares = [part.size / n for part in run.partition]
@@ -69,9 +69,9 @@ def understood(run: Run, client: int) -> np.ndarray:
     return np.rint(vector / step) * step
 
 
-def test_the_mask_is_that_of_the_rounded_scores(few: Dataset, telling: Make) -> None:
+def test_the_mask_is_that_of_the_rounded_scores(small: Dataset, telling: Make) -> None:
     config = telling(method="fedpai-u", scores="coarse", rounds=1)
-    run = Run(config, data=few)
+    run = Run(config, data=small)
     rows = run.finish()
     weights = np.array([part.size for part in run.partition])
     mean = sum(n * understood(run, client) for client, n in enumerate(weights)) / weights.sum()
@@ -116,16 +116,16 @@ def own_masks(run: Run, client: int) -> Masks:
 @pytest.mark.parametrize(
     ("mode", "budget", "rounds"), [("shared", "weights", 3), ("shared", "flops", 1), ("personal", "weights", 3)]
 )
-def test_fedpai_s(few: Dataset, telling: Make, mode: str, budget: str, rounds: int) -> None:
+def test_fedpai_s(small: Dataset, telling: Make, mode: str, budget: str, rounds: int) -> None:
     # The criterion and structure of a run mean nothing to it.
     config = telling(
         method="fedpai-s", mask_mode=mode, budget=budget, rounds=rounds, criterion="snip", structure="4x1"
     )
-    run = Run(config, data=few)
+    run = Run(config, data=small)
     rows = run.finish()
     server = run.arms[0].federation.server
     if mode == "shared":
-        model = create_model(config, few)
+        model = create_model(config, small)
         masks = pruning.prune(model, config.sparsity, "synflow", structure="channel", budget=budget)
         masks_of = dict.fromkeys(range(4), masks)
         assert rows[0]["bytes_up"] == rows[0]["bytes_down"] == 0

@@ -21,8 +21,8 @@ Make = Callable[..., RunConfig]
 
 
 @pytest.mark.parametrize("sample", [3, 4])
-def test_fedprox_against_its_formulas(few: Dataset, telling: Make, sample: int) -> None:
-    run = Run(telling(method="fedprox", prox_mu=250.0, sample=sample), data=few)
+def test_fedprox_against_its_formulas(small: Dataset, telling: Make, sample: int) -> None:
+    run = Run(telling(method="fedprox", prox_mu=250.0, sample=sample), data=small)
     assert_uneven(run)
     rows = run.finish()
     dense = Restatement(run)
@@ -53,9 +53,9 @@ def test_fedprox_stays_nearer_to_the_global_model(few: Dataset, tiny: Make) -> N
 
 
 @pytest.mark.parametrize("sample", [3, 4])
-def test_local_against_its_formulas(few: Dataset, telling: Make, sample: int) -> None:
+def test_local_against_its_formulas(small: Dataset, telling: Make, sample: int) -> None:
     """Each client goes on where it stopped, in the rounds in which it is asked."""
-    run = Run(telling(method="local", sample=sample), data=few)
+    run = Run(telling(method="local", sample=sample), data=small)
     assert_uneven(run)
     rows = run.finish()
     dense = Restatement(run)

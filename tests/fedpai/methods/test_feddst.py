@@ -85,9 +85,9 @@ def rounds(run: Run, sampled: list[list[int]], shares: list[float]) -> tuple[Res
 
 
 @pytest.mark.parametrize(("server_opt", "sample"), [("none", 3), ("avgm", 4), ("adam", 4), ("yogi", 4)])
-def test_rounds_are_the_rules(few: Dataset, telling: Make, server_opt: str, sample: int) -> None:
+def test_rounds_are_the_rules(small: Dataset, telling: Make, server_opt: str, sample: int) -> None:
     config = telling(method="feddst", rounds=4, adjust_every=1, sample=sample, **SERVER_OPT[server_opt])
-    run = Run(config, data=few)
+    run = Run(config, data=small)
     assert_uneven(run)
     first = first_masks(run)
     rows = run.finish()

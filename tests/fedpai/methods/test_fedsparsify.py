@@ -63,9 +63,9 @@ LOCAL = [("none", 1, 1), ("none", 3, 1), ("none", 4, 1), ("none", 4, 2), ("avgm"
 
 
 @pytest.mark.parametrize(("server_opt", "sample", "every"), GLOBAL)
-def test_global_against_its_formulas(few: Dataset, telling: Make, server_opt: str, sample: int, every: int) -> None:
+def test_global_against_its_formulas(small: Dataset, telling: Make, server_opt: str, sample: int, every: int) -> None:
     config = telling(method="fedsparsify-global", sample=sample, prune_every=every, **SERVER_OPT[server_opt])
-    run = Run(config, data=few)
+    run = Run(config, data=small)
     assert_uneven(run)
     seen = spied(run)
     rows = run.finish()

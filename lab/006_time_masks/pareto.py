@@ -30,7 +30,8 @@ def accuracies() -> dict[tuple[str, str], list[float]]:
     for line in (HERE / "rows.jsonl").read_text().splitlines():
         row = json.loads(line)
         if row["width"] == 1 and row["sparsity"] == 0.98 and (row["images"], row["epochs"]) == (6000, 4):
-            found.setdefault((row["model"], row["form"]), {})[row["seed"]] = row["accuracy"]
+            form = row["form"].replace("time:1.25", "time")
+            found.setdefault((row["model"], form), {})[row["seed"]] = row["accuracy"]
     return {key: list(seeds.values()) for key, seeds in found.items()}
 
 
@@ -48,18 +49,18 @@ def main() -> None:
     trained, (setting, timed) = accuracies(), steps()
     print(f"{setting}\n")
     for model in sorted({model for model, _ in trained}):
-        head = ["masks", "ours, ms/image", "over dense torch", "accuracy, %", "± ", "seeds", "over grasp@global"]
+        head = ["masks", "ours, ms/image", "over dense torch", "accuracy, %", "±", "seeds", "over grasp@global"]
         table, points = Table(head), []
         own = fmean(trained[model, "grasp@global"])
         for (name, form), found in trained.items():
-            row = timed.get((model, form.replace("time:1.25", "time")))
+            row = timed.get((model, form))
             if name != model or row is None:
                 continue
-            spread = stdev(found) if len(found) > 1 else 0.0
+            spread = stdev(found) if len(found) > 1 else None
             ms = (median_ms(row, "ours") or 0) / row["batch"]
-            cells = [digits(ms), ratio(row["speedup"]["dense"]), f"{fmean(found):.2f}", f"{spread:.2f}"]
+            cells = [digits(ms), ratio(row["speedup"]["dense"]), f"{fmean(found):.2f}", "-" if spread is None else f"{spread:.2f}"]
             table.rows.append([form, *cells, str(len(found)), f"{fmean(found) - own:+.2f}"])
-            points.append((ms, fmean(found), spread, form))
+            points.append((ms, fmean(found), spread or 0.0, form))
         table.rows.sort(key=lambda cells: float(cells[1]))
         print(f"{model}\n\n{table.to_markdown()}\n")
         series = []

@@ -38,9 +38,8 @@ message(STATUS "CUDA kernels: built by nvcc ${CMAKE_CUDA_COMPILER_VERSION} for $
 
 add_library(fedpai_cuda SHARED ${FEDPAI_CUDA_SOURCES})
 target_include_directories(fedpai_cuda PRIVATE csrc)
-target_compile_features(fedpai_cuda PRIVATE cuda_std_20)
 set_target_properties(fedpai_cuda PROPERTIES
-  CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF CUDA_RUNTIME_LIBRARY Static
+  CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF CUDA_RUNTIME_LIBRARY Static
   CUDA_VISIBILITY_PRESET hidden CUDA_SEPARABLE_COMPILATION OFF)
 # As on the CPU: no fast-math, and fused multiply-adds where the kernel says so.
 set(FEDPAI_CUDA_FLAGS -fmad=false --compiler-options=-Wall,-Wextra,-Wshadow)

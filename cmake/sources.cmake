@@ -38,6 +38,7 @@ set(FEDPAI_BINDING_SOURCES
   csrc/bindings/bf16.cpp
   csrc/bindings/plan.cpp
   csrc/bindings/conv2d.cpp
+  csrc/bindings/cuda.cpp
   csrc/bindings/group_norm.cpp
   csrc/bindings/layout.cpp
   csrc/bindings/machine.cpp

@@ -77,6 +77,65 @@ FEDPAI_CUDA_API int fedpai_cuda_conv2d_weight_grad(const FedpaiConv2d* conv, con
 FEDPAI_CUDA_API int fedpai_cuda_conv2d_weight_grad_workspace(const FedpaiConv2d* conv, const FedpaiGroupStream* by_group,
                                                              int64_t* bytes);
 
+/* ---- merging: csrc/cuda/aggregate -------------------------------------------------------------------------------- */
+
+/* vectors: [clients][n], rows `stride` elements apart. weights: on the device. */
+FEDPAI_CUDA_API int fedpai_cuda_weighted_mean(const float* vectors, int64_t stride, const double* weights, int64_t clients,
+                                              int64_t n, int compensated, float* out, void* stream);
+
+/* How many segments n elements have. */
+FEDPAI_CUDA_API int64_t fedpai_cuda_segments(int64_t n);
+
+/* positions: those of all clients, one behind the other; offsets: [clients + 1]; most_values: of one client.
+ * begins: [segments + 1][clients]. wrong: [clients], 1 where positions are not ascending without repeats in [0, n). */
+FEDPAI_CUDA_API int fedpai_cuda_find_segments(const int32_t* positions, const int64_t* offsets, int64_t clients,
+                                              int64_t most_values, int64_t n, int32_t* begins, int32_t* wrong, void* stream);
+
+/* begins: as found for these positions. Where positions are wrong, so is out, but nothing else is read or written.
+ * out may be old. */
+FEDPAI_CUDA_API int fedpai_cuda_masked_mean(const float* values, const int32_t* positions, const int64_t* offsets,
+                                            const int32_t* begins, const double* weights, int64_t clients, const float* old,
+                                            int64_t n, int compensated, float* out, void* stream);
+
+/* bitmaps: [clients][bytes], rows `stride` bytes apart. */
+FEDPAI_CUDA_API int fedpai_cuda_majority(const uint8_t* bitmaps, int64_t stride, int64_t clients, int64_t threshold,
+                                         int64_t bytes, uint8_t* out, void* stream);
+
+/* ---- optimisers: csrc/cuda/optim --------------------------------------------------------------------------------- */
+
+/* Lists and options lie on the host, what they point to on the device; chunks are disjoint. One launch serves 480. */
+typedef struct {
+  float* p;
+  const float* g;
+  float* buffer; /* momentum; null without */
+  int64_t count;
+  int64_t first; /* 1: the buffer holds nothing yet, and is filled */
+} FedpaiSgdChunk;
+
+typedef struct {
+  double lr, momentum, dampening, weight_decay;
+  int64_t nesterov, maximize;
+} FedpaiSgdOptions;
+
+typedef struct {
+  float* p;
+  const float* g;
+  float* m;
+  float* v;
+  float* v_max;             /* amsgrad; null without */
+  const float* device_step; /* number of this step, on the device; null: step */
+  int64_t count;
+} FedpaiAdamChunk;
+
+typedef struct {
+  double lr, beta1, beta2, eps, weight_decay;
+  double step; /* 1 the first time */
+  int64_t decoupled, maximize;
+} FedpaiAdamOptions;
+
+FEDPAI_CUDA_API int fedpai_cuda_sgd_step(const FedpaiSgdChunk* chunks, int64_t count, const FedpaiSgdOptions* options, void* stream);
+FEDPAI_CUDA_API int fedpai_cuda_adam_step(const FedpaiAdamChunk* chunks, int64_t count, const FedpaiAdamOptions* options, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -50,9 +50,11 @@ int check_conv(const FedpaiConv2d& c) {
   return check_size(c);
 }
 
-// body(strip's V and P as constants)
+// A strip's sizes as constants.
 template <int V, int P>
-struct StripOf {};
+struct StripOf {
+  static constexpr int images = V, pixels = P;
+};
 
 template <class F>
 void with_strip(const Strip& strip, const F& body) {
@@ -67,8 +69,8 @@ int launch_gather(const GatherArgs<T>& args, const GatherLaunch& launch, void* s
   if (launch.blocks == 0) return FEDPAI_CUDA_OK;
   const dim3 grid(static_cast<unsigned>(launch.blocks), static_cast<unsigned>(launch.passes));
   const auto threads = static_cast<unsigned>(launch.warps * kWarp);
-  with_strip(launch.strip, [&]<int V, int P>(StripOf<V, P>) {
-    conv2d_gather<T, V, P><<<grid, threads, 0, stream_of(stream)>>>(args);
+  with_strip(launch.strip, [&](auto strip) {
+    conv2d_gather<T, decltype(strip)::images, decltype(strip)::pixels><<<grid, threads, 0, stream_of(stream)>>>(args);
   });
   return launched();
 }
@@ -78,8 +80,8 @@ int launch_weight_grad(const WeightGradArgs<T>& args, const WeightGradLaunch& la
   const dim3 grid(static_cast<unsigned>(launch.blocks), static_cast<unsigned>(launch.splits));
   const auto threads = static_cast<unsigned>(launch.warps * kWarp);
   const auto tiles = static_cast<std::uint32_t>(launch.tiles.count());
-  with_strip(launch.strip, [&]<int V, int P>(StripOf<V, P>) {
-    conv2d_weight_grad<T, V, P><<<grid, threads, 0, stream_of(stream)>>>(args, tiles, groups);
+  with_strip(launch.strip, [&](auto strip) {
+    conv2d_weight_grad<T, decltype(strip)::images, decltype(strip)::pixels><<<grid, threads, 0, stream_of(stream)>>>(args, tiles, groups);
   });
   return launched();
 }
@@ -100,8 +102,8 @@ int fedpai_cuda_conv2d_forward(const FedpaiConv2d* conv, const FedpaiRowStream* 
   if (const int error = count_sms(&sms)) return error;
   const GatherLaunch launch = forward_launch(*conv, sms);
   if (const int error = check_images(*conv, launch.strip, x, y)) return error;
-  const auto run = [&]<class T>(const T* source, T* dest) {
-    return launch_gather(forward_args<T>(*conv, *by_output, launch, source, values, bias, dest), launch, stream);
+  const auto run = [&](auto* source, auto* dest) {
+    return launch_gather(forward_args(*conv, *by_output, launch, source, values, bias, dest), launch, stream);
   };
   if (conv->dtype == FEDPAI_CUDA_F32) return run(static_cast<const float*>(x), static_cast<float*>(y));
   return run(static_cast<const BFloat16*>(x), static_cast<BFloat16*>(y));
@@ -114,8 +116,8 @@ int fedpai_cuda_conv2d_input_grad(const FedpaiConv2d* conv, const FedpaiRowStrea
   if (const int error = count_sms(&sms)) return error;
   const GatherLaunch launch = input_grad_launch(*conv, sms);
   if (const int error = check_images(*conv, launch.strip, dy, dx)) return error;
-  const auto run = [&]<class T>(const T* source, T* dest) {
-    return launch_gather(input_grad_args<T>(*conv, *by_input, launch, source, values, dest), launch, stream);
+  const auto run = [&](auto* source, auto* dest) {
+    return launch_gather(input_grad_args(*conv, *by_input, launch, source, values, dest), launch, stream);
   };
   if (conv->dtype == FEDPAI_CUDA_F32) return run(static_cast<const float*>(dy), static_cast<float*>(dx));
   return run(static_cast<const BFloat16*>(dy), static_cast<BFloat16*>(dx));
@@ -140,8 +142,8 @@ int fedpai_cuda_conv2d_weight_grad(const FedpaiConv2d* conv, const FedpaiGroupSt
   if (workspace_bytes < workspace_bytes_of(*conv, *by_group, launch)) return FEDPAI_CUDA_WORKSPACE;
   if (!is_aligned(workspace, sizeof(float))) return FEDPAI_CUDA_MISALIGNED;
   auto* const partial = static_cast<float*>(workspace);
-  const auto run = [&]<class T>(const T* source, const T* grad) {
-    const auto args = weight_grad_args<T>(*conv, *by_group, launch, source, grad, partial, dbias != nullptr);
+  const auto run = [&](auto* source, auto* grad) {
+    const auto args = weight_grad_args(*conv, *by_group, launch, source, grad, partial, dbias != nullptr);
     return launch_weight_grad(args, launch, by_group->group_count, stream);
   };
   const int error = conv->dtype == FEDPAI_CUDA_F32 ? run(static_cast<const float*>(x), static_cast<const float*>(dy))

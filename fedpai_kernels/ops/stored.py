@@ -84,8 +84,7 @@ def stores(x: Tensor, activation_dtype: torch.dtype | None) -> bool:
     `torch.func`, dispatch modes, subclasses of tensors.
 
     Raises:
-        ValueError: an `activation_dtype` other than None and bfloat16.
-        ValueError: bfloat16 with an `x` on a CUDA device.
+        ValueError: an `activation_dtype` other than None and bfloat16, or one with an `x` on a CUDA device.
         TypeError: bfloat16 with an `x` that is not float32.
     """
     if activation_dtype is None:

@@ -29,7 +29,9 @@ BEGIN, END = "<!-- registers: tools/cuda_registers.py -->", "<!-- registers end 
 
 # All that ptxas -v prints of a kernel.
 COMPILING = re.compile(r"Compiling entry function '(?P<name>[^']+)' for 'sm_(?P<architecture>\d+)a?'")
-SPILLS = re.compile(r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads")
+SPILLS = re.compile(
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+)
 USED = re.compile(r"Used (?P<registers>\d+) registers")
 SHARED = re.compile(r"(?P<shared>\d+) bytes smem")
 

@@ -43,14 +43,16 @@ def check_rows(name: str, given: object, dtype: torch.dtype) -> Tensor:
     return matrix if within and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
 
 
-def check_weights(weights: Sequence[float], clients: int, device: torch.device) -> Tensor:
+def check_weights(weights: Sequence[float] | Tensor, clients: int, device: torch.device) -> Tensor:
     """The weights of so many clients, float64 on the device. A tensor that lies there is taken as it is, unseen.
 
     Raises:
         TypeError: a tensor that is not float64.
         ValueError: another number of them, or one that is not finite and above 0.
     """
-    if isinstance(weights, Tensor) and weights.device == device:
+    if isinstance(weights, Tensor) and weights.device != device:
+        weights = weights.tolist()
+    if isinstance(weights, Tensor):
         if weights.dtype != torch.float64:
             raise TypeError(f"weights: got {weights.dtype}, expected torch.float64")
         if tuple(weights.shape) != (clients,):

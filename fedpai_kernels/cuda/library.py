@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels' shared library, loaded when something first asks for it.
 
-``libfedpai_cuda.so`` lies beside the compiled module, where it was built (docs/gpu.md). It has a C interface of its own,
-``csrc/cuda/fedpai_cuda.h``, which the structures here mirror field by field; all fields are eight bytes.
+``libfedpai_cuda.so`` lies beside the compiled module, where it was built (docs/gpu.md). It has a C interface of its
+own, ``csrc/cuda/fedpai_cuda.h``, which the structures here mirror field by field; all fields are eight bytes.
 """
 
 from __future__ import annotations
@@ -173,9 +173,9 @@ def load() -> Library:
         with _loading:
             if not PATH.is_file():
                 raise CudaUnavailableError(
-                    f"there are no CUDA kernels in this installation ({PATH} does not exist); they are built where nvcc "
-                    "is: install the CUDA toolkit and build the package with FEDPAI_CMAKE_ARGS=-DFEDPAI_CUDA=ON, or "
-                    "leave tensors on the CPU (docs/gpu.md)"
+                    f"there are no CUDA kernels in this installation ({PATH} does not exist); they are built where "
+                    "nvcc is: install the CUDA toolkit and build the package with FEDPAI_CMAKE_ARGS=-DFEDPAI_CUDA=ON, "
+                    "or leave tensors on the CPU (docs/gpu.md)"
                 )
             library = Library(PATH)
             library.check_driver()

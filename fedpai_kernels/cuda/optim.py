@@ -133,7 +133,10 @@ def adam_step(
         raise ValueError(f"step: got {len(counted)} tensors for {len(params)} parameters")
     for k, tensor in enumerate(counted):
         if tensor.dtype != torch.float32 or tensor.numel() != 1 or tensor.device != device:
-            raise ValueError(f"step[{k}]: expected one float32 element on {device}, got {tensor.dtype} on {tensor.device}")
+            raise ValueError(
+                f"step[{k}]: expected one float32 element on {device}, got {tensor.numel()} of {tensor.dtype} "
+                f"on {tensor.device}"
+            )
     if device is None:
         return
     chunks = (library.AdamChunk * len(params))(

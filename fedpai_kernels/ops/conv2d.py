@@ -281,7 +281,9 @@ def check_operands(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None) -
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     dtypes = _DTYPES.get(x.device.type)
     if dtypes is None:
-        raise ValueError(f"x: expected a CPU or CUDA tensor, got one on {x.device}; there are no kernels for that device")
+        raise ValueError(
+            f"x: expected a CPU or CUDA tensor, got one on {x.device}; there are no kernels for that device"
+        )
     if x.dtype not in dtypes:
         raise TypeError(f"x: expected dtype {' or '.join(map(str, dtypes))}, got {x.dtype}")
     if x.layout != torch.strided:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels on a GPU: the case list in all directions against float64 on the CPU, the same bits twice, graphs."""
+"""The CUDA kernels on a GPU: the case list in all directions against float64 on the CPU; repeated; in graphs."""
 
 from __future__ import annotations
 

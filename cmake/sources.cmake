@@ -28,7 +28,8 @@ set(FEDPAI_CORE_SOURCES
   csrc/cpu/norm/group_norm.cpp
   csrc/cpu/norm/norm.cpp
   csrc/cpu/optim/optim.cpp
-  csrc/cpu/pool/pool.cpp)
+  csrc/cpu/pool/pool.cpp
+  csrc/cuda/conv2d/streams.cpp)
 
 # The only files that know Python.
 set(FEDPAI_BINDING_SOURCES
@@ -37,6 +38,7 @@ set(FEDPAI_BINDING_SOURCES
   csrc/bindings/bf16.cpp
   csrc/bindings/plan.cpp
   csrc/bindings/conv2d.cpp
+  csrc/bindings/cuda.cpp
   csrc/bindings/group_norm.cpp
   csrc/bindings/layout.cpp
   csrc/bindings/machine.cpp
@@ -45,3 +47,10 @@ set(FEDPAI_BINDING_SOURCES
   csrc/bindings/optim.cpp
   csrc/bindings/pool.cpp
   csrc/bindings/tensor_reader.cpp)
+
+# Compiled by nvcc alone; what they share with the host's tests is in headers.
+set(FEDPAI_CUDA_SOURCES
+  csrc/cuda/common/status.cu
+  csrc/cuda/aggregate/aggregate.cu
+  csrc/cuda/conv2d/conv2d.cu
+  csrc/cuda/optim/optim.cu)

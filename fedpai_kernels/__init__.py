@@ -25,7 +25,7 @@ except ImportError as error:
         "built."
     ) from error
 
-from . import aggregate, nn, ops, optim
+from . import aggregate, cuda, nn, ops, optim
 from ._C import available_isas, compiled_isas, isa, set_isa
 from .layout import empty_batch_last, is_batch_last, to_batch_last, to_contiguous
 from .memory import MemoryStats, empty_cache, memory_stats
@@ -44,6 +44,7 @@ __all__ = [
     "aggregate",
     "available_isas",
     "compiled_isas",
+    "cuda",
     "densify_",
     "empty_batch_last",
     "empty_cache",

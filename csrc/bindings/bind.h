@@ -8,6 +8,7 @@ namespace fedpai {
 void bind_aggregate(pybind11::module_& m);
 void bind_bf16(pybind11::module_& m);
 void bind_plan(pybind11::module_& m);
+void bind_cuda(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);
 void bind_group_norm(pybind11::module_& m);
 void bind_layout(pybind11::module_& m);

@@ -17,6 +17,7 @@ PYBIND11_MODULE(_C, m) {
   fedpai::bind_bf16(m);
   fedpai::bind_plan(m);
   fedpai::bind_conv2d(m);
+  fedpai::bind_cuda(m);
   fedpai::bind_group_norm(m);
   fedpai::bind_layout(m);
   fedpai::bind_machine(m);

@@ -23,6 +23,8 @@ from .registry import LIBRARY, Operation, called_by_position
 from .stored import refuse_graph, stored, stores, widened
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+# Of images, by device.
+_DTYPES = {"cpu": tuple(_SUFFIX), "cuda": (torch.float32, torch.bfloat16)}
 _FORWARD = {dtype: getattr(_C, f"conv2d_forward_{suffix}") for dtype, suffix in _SUFFIX.items()}
 _INPUT_GRAD = {dtype: getattr(_C, f"conv2d_input_grad_{suffix}") for dtype, suffix in _SUFFIX.items()}
 _WEIGHT_GRAD = {dtype: getattr(_C, f"conv2d_weight_grad_{suffix}") for dtype, suffix in _SUFFIX.items()}
@@ -42,7 +44,7 @@ LIBRARY.define(
 )
 
 
-def _layer_sizes(plan: Plan) -> tuple[int, int, Pair]:
+def layer_sizes(plan: Plan) -> tuple[int, int, Pair]:
     """Output channels, input channels, kernel."""
     shape = plan.mask_shape
     kernel = (shape[2], shape[3]) if plan.kind == "conv2d" else (1, 1)
@@ -76,7 +78,7 @@ def run_forward(
     """`norm`: empty, or what the binding takes for the batch norm (and ReLU) that x goes through first; x is
     batch-last then."""
     layer, g = plan_of(plan), unflatten(geometry)
-    out_channels, _, kernel = _layer_sizes(layer)
+    out_channels, _, kernel = layer_sizes(layer)
     image = (x.shape[2], x.shape[3])
     output = g.output_size(image, kernel)
     x = _readable(x)
@@ -92,7 +94,7 @@ def run_forward(
 
 def _input_grad_cpu(dy: Tensor, values: Tensor, plan: int, height: int, width: int, geometry: list[int]) -> Tensor:
     layer, g = plan_of(plan), unflatten(geometry)
-    _, in_channels, _ = _layer_sizes(layer)
+    _, in_channels, _ = layer_sizes(layer)
     dy = _readable(dy)
     dx = empty_batch_last((dy.shape[0], in_channels, height, width), dtype=dy.dtype, device=dy.device)
     values = values.contiguous()
@@ -114,7 +116,7 @@ def run_weight_grad(
 ) -> tuple[Tensor, Tensor]:
     """`norm`: as in :func:`run_forward`. x may be float32 that was rounded to bfloat16."""
     layer, g = plan_of(plan), unflatten(geometry)
-    out_channels, _, _ = _layer_sizes(layer)
+    out_channels, _, _ = layer_sizes(layer)
     x, dy = widened(_readable(x)), _readable(dy)
     dvalues = x.new_empty(layer.nnz)
     dbias = x.new_empty(out_channels if with_bias else 0)
@@ -134,14 +136,14 @@ LIBRARY.impl("conv2d_weight_grad", _weight_grad_cpu, "CPU")
 
 @torch.library.register_fake("fedpai::conv2d_forward", lib=LIBRARY)
 def _forward_fake(x: Tensor, values: Tensor, bias: Tensor | None, plan: int, geometry: list[int]) -> Tensor:
-    out_channels, _, kernel = _layer_sizes(plan_of(plan))
+    out_channels, _, kernel = layer_sizes(plan_of(plan))
     output = unflatten(geometry).output_size((x.shape[2], x.shape[3]), kernel)
     return empty_batch_last((x.shape[0], out_channels, *output), dtype=x.dtype, device=x.device)
 
 
 @torch.library.register_fake("fedpai::conv2d_input_grad", lib=LIBRARY)
 def _input_grad_fake(dy: Tensor, values: Tensor, plan: int, height: int, width: int, geometry: list[int]) -> Tensor:
-    _, in_channels, _ = _layer_sizes(plan_of(plan))
+    _, in_channels, _ = layer_sizes(plan_of(plan))
     return empty_batch_last((dy.shape[0], in_channels, height, width), dtype=dy.dtype, device=dy.device)
 
 
@@ -150,8 +152,10 @@ def _weight_grad_fake(
     x: Tensor, dy: Tensor, plan: int, with_bias: bool, geometry: list[int]
 ) -> tuple[Tensor, Tensor]:
     layer = plan_of(plan)
-    out_channels, _, _ = _layer_sizes(layer)
-    return dy.new_empty(layer.nnz), dy.new_empty(out_channels if with_bias else 0)
+    out_channels, _, _ = layer_sizes(layer)
+    # bfloat16 images, which CUDA tensors may be, have float32 weights.
+    dtype = torch.float32 if dy.dtype == torch.bfloat16 else dy.dtype
+    return dy.new_empty(layer.nnz, dtype=dtype), dy.new_empty(out_channels if with_bias else 0, dtype=dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ autograd
@@ -204,7 +208,7 @@ class _Forward(torch.autograd.Function):
             else:
                 dvalues, dbias = conv2d_weight_grad(x, dy, ctx.plan.handle, want_bias, ctx.geometry)
         elif want_bias:
-            dbias = dy.sum((0, 2, 3))
+            dbias = dy.sum((0, 2, 3), dtype=values.dtype)
         return dx, dvalues, dbias if want_bias else None, None, None, None
 
 
@@ -267,18 +271,21 @@ def check_operands(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None) -
     """What convolution and linear layers ask of their operands alike.
 
     Raises:
-        TypeError: not tensors, no Plan, or a dtype other than float32 and float64.
-        ValueError: devices or dtypes that differ, or values or bias of the wrong shape.
+        TypeError: not tensors, no Plan, or a dtype that the kernels of the device do not have.
+        ValueError: a device without kernels, devices that differ, or values or bias of the wrong shape.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a fedpai_kernels.Plan, got {type(plan).__name__}")
     for name, tensor in (("x", x), ("values", values), ("bias", bias)):
         if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if x.dtype not in _SUFFIX:
-        raise TypeError(f"x: expected dtype torch.float32 or torch.float64, got {x.dtype}")
-    if x.device.type != "cpu":
-        raise ValueError(f"x: expected a CPU tensor, got one on {x.device}; there are no kernels for that device")
+    dtypes = _DTYPES.get(x.device.type)
+    if dtypes is None:
+        raise ValueError(
+            f"x: expected a CPU or CUDA tensor, got one on {x.device}; there are no kernels for that device"
+        )
+    if x.dtype not in dtypes:
+        raise TypeError(f"x: expected dtype {' or '.join(map(str, dtypes))}, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"x: expected a dense tensor, got one of layout {x.layout}")
     if tuple(values.shape) != (plan.nnz,):
@@ -290,7 +297,10 @@ def check_operands(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None) -
     for name, tensor in (("values", values), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.dtype != x.dtype:
+        if x.dtype == torch.bfloat16:
+            if tensor.dtype != torch.float32:
+                raise TypeError(f"{name}: expected torch.float32 with an x of {x.dtype}, got {tensor.dtype}")
+        elif tensor.dtype != x.dtype:
             raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
@@ -316,7 +326,8 @@ def sparse_conv2d(
     values and bias, to any order. Deterministic for a given number of threads (``torch.get_num_threads()``).
 
     Args:
-        x: (N, C, H, W) or (C, H, W), float32 or float64, any strides; batch-last is read fastest. N may be 0.
+        x: (N, C, H, W) or (C, H, W), float32 or float64, any strides; batch-last is read fastest. N may be 0. On a
+            CUDA device float32, or bfloat16 with float32 values and bias (docs/gpu.md).
         values: (plan.nnz,), the surviving weights in row-major order of the mask.
         plan: of kind "conv2d".
         bias: (out,) or None.
@@ -332,6 +343,7 @@ def sparse_conv2d(
     Raises:
         TypeError: a wrong dtype, or operands that are not tensors.
         ValueError: shapes, devices or settings that do not fit, or an image smaller than the kernel.
+        fedpai_kernels.cuda.CudaUnavailableError: a CUDA tensor, but no CUDA kernels or no driver.
     """
     if isinstance(x, Tensor) and x.dim() == 3:
         y = sparse_conv2d(
@@ -371,7 +383,7 @@ def checked_geometry(
         raise ValueError(f"groups: the plan was made for {plan.groups}, got {groups}")
     if x.dim() != 4:
         raise ValueError(f"x: expected (N, C, H, W) or (C, H, W), got shape {tuple(x.shape)}")
-    _, in_channels, kernel = _layer_sizes(plan)
+    _, in_channels, kernel = layer_sizes(plan)
     if x.shape[1] != in_channels:
         raise ValueError(f"x: expected {in_channels} channels, got shape {tuple(x.shape)}")
     if x.shape[2] == 0 or x.shape[3] == 0:

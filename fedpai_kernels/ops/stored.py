@@ -84,12 +84,17 @@ def stores(x: Tensor, activation_dtype: torch.dtype | None) -> bool:
     `torch.func`, dispatch modes, subclasses of tensors.
 
     Raises:
-        ValueError: an `activation_dtype` other than None and bfloat16.
+        ValueError: an `activation_dtype` other than None and bfloat16, or one with an `x` on a CUDA device.
         TypeError: bfloat16 with an `x` that is not float32.
     """
     if activation_dtype is None:
         return False
     check_activation_dtype(activation_dtype)
+    if x.is_cuda:
+        raise ValueError(
+            f"activation_dtype: activations are stored in {activation_dtype} on the CPU only, got x on {x.device}; "
+            "there x may itself be bfloat16"
+        )
     if x.dtype != torch.float32:
         raise TypeError(
             f"activation_dtype: {activation_dtype} stands in for float32 activations, got x of dtype {x.dtype}"
@@ -166,7 +171,7 @@ def refuse_graph(*saved: Tensor | None) -> None:
     """Raises RuntimeError if gradients of gradients are asked of an activation that was stored: rounding has cut it off
     from what it was computed from.
     """
-    if any(t is not None and t.dtype == torch.bfloat16 for t in saved):
+    if any(t is not None and t.is_cpu and t.dtype == torch.bfloat16 for t in saved):
         raise RuntimeError(
             "activation_dtype: gradients of gradients (create_graph=True) need activations as they were, but they are "
             "stored as torch.bfloat16; use activation_dtype=None"

@@ -144,7 +144,7 @@ X, VALUES, BIAS = torch.zeros(2, 3, 6, 6), torch.zeros(PLAN.nnz), torch.zeros(4)
         ((X.int(), VALUES, PLAN), TypeError, r"^x: expected dtype .* got torch.int32"),
         ((X, VALUES.double(), PLAN), TypeError, r"^values: expected the dtype of x, torch.float32, got torch.float64"),
         ((X, VALUES, PLAN, BIAS.double()), TypeError, r"^bias: expected the dtype of x"),
-        ((X.to("meta"), VALUES, PLAN), ValueError, r"^x: expected a CPU tensor, got one on meta"),
+        ((X.to("meta"), VALUES, PLAN), ValueError, r"^x: expected a CPU or CUDA tensor, got one on meta"),
         ((X, VALUES.to("meta"), PLAN), ValueError, r"^values: expected the device of x, cpu, got meta"),
         ((X.to_sparse(), VALUES, PLAN), TypeError, r"^x: expected a dense tensor, got one of layout torch.sparse_coo"),
         ((X, VALUES[1:], PLAN), ValueError, r"^values: expected shape \(108,\), one per surviving weight"),

@@ -106,7 +106,7 @@ X, VALUES = torch.zeros(2, 3), torch.zeros(12)
         ((X[:, :2], VALUES, PLAN), ValueError, r"^x: expected \(\.\.\., 3\), got shape \(2, 2\)"),
         ((X[0, 0], VALUES, PLAN), ValueError, r"^x: expected \(\.\.\., 3\), got shape \(\)"),
         ((X.half(), VALUES, PLAN), TypeError, r"^x: expected dtype .* got torch.float16"),
-        ((X.to("meta"), VALUES, PLAN), ValueError, r"^x: expected a CPU tensor, got one on meta"),
+        ((X.to("meta"), VALUES, PLAN), ValueError, r"^x: expected a CPU or CUDA tensor, got one on meta"),
         ((X, VALUES[1:], PLAN), ValueError, r"^values: expected shape \(12,\)"),
         ((X, VALUES.double(), PLAN), TypeError, r"^values: expected the dtype of x"),
         ((X, VALUES, PLAN, VALUES), ValueError, r"^bias: expected shape \(4,\), got \(12,\)"),

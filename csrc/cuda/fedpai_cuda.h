@@ -1,0 +1,143 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The C interface of libfedpai_cuda.so.
+ *
+ * Every launcher takes device pointers and a stream (a cudaStream_t, null for the default one), puts its kernels on that
+ * stream of the current device, and returns at once: 0, a cudaError_t above 0, or one of the codes below. Launchers
+ * allocate nothing, copy nothing from the host and wait for nothing, so a CUDA graph may capture them. Outputs are
+ * overwritten unless said otherwise. Sizes are not checked against the memory behind the pointers.
+ *
+ * fedpai_kernels/cuda/library.py mirrors these structs; FEDPAI_CUDA_INTERFACE counts what a change of them breaks.
+ */
+#ifndef FEDPAI_CUDA_H
+#define FEDPAI_CUDA_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FEDPAI_CUDA_INTERFACE 1
+
+#if defined(_WIN32)
+#define FEDPAI_CUDA_API __declspec(dllexport)
+#else
+#define FEDPAI_CUDA_API __attribute__((visibility("default")))
+#endif
+
+enum { FEDPAI_CUDA_F32 = 0, FEDPAI_CUDA_BF16 = 1 };
+
+enum {
+  FEDPAI_CUDA_OK = 0,
+  FEDPAI_CUDA_TOO_LARGE = -1,    /* 2^31 elements or more, or a stride beyond what indices hold */
+  FEDPAI_CUDA_MISALIGNED = -2,   /* images are read by fours, and do not begin at a multiple of four elements */
+  FEDPAI_CUDA_WORKSPACE = -3,    /* the workspace is smaller than asked for */
+  FEDPAI_CUDA_BAD_ARGUMENT = -4, /* a dtype, count or rule that there is not */
+};
+
+FEDPAI_CUDA_API int fedpai_cuda_interface(void);
+
+/* How many devices there are; 35 (cudaErrorInsufficientDriver) and the like where there is no driver. */
+FEDPAI_CUDA_API int fedpai_cuda_device_count(int* count);
+
+/* What a code means, in words; lives for ever. */
+FEDPAI_CUDA_API const char* fedpai_cuda_message(int code);
+
+/* ---- convolution: csrc/cuda/conv2d ------------------------------------------------------------------------------ */
+
+typedef struct {
+  int64_t batch, in_channels, in_h, in_w, out_channels, out_h, out_w, stride_h, stride_w;
+  int64_t dtype; /* of images; values, bias and their gradients are float32 */
+} FedpaiConv2d;
+
+/* RowStream and GroupStream of csrc/cuda/conv2d/streams.h, on the device. Entries: 16 bytes each, aligned to that. */
+typedef struct {
+  const void* entries;
+  const int32_t* row_begin;
+  const int32_t* row_order;
+} FedpaiRowStream;
+
+typedef struct {
+  const void* entries;
+  const void* groups;
+  int64_t entry_count, group_count;
+} FedpaiGroupStream;
+
+/* Images are (C, H, W, N) without gaps. bias may be null. */
+FEDPAI_CUDA_API int fedpai_cuda_conv2d_forward(const FedpaiConv2d* conv, const FedpaiRowStream* by_output, const void* x,
+                                               const float* values, const float* bias, void* y, void* stream);
+FEDPAI_CUDA_API int fedpai_cuda_conv2d_input_grad(const FedpaiConv2d* conv, const FedpaiRowStream* by_input, const void* dy,
+                                                  const float* values, void* dx, void* stream);
+
+/* dbias may be null. workspace: so many bytes as the second function says for the current device, aligned to 4. */
+FEDPAI_CUDA_API int fedpai_cuda_conv2d_weight_grad(const FedpaiConv2d* conv, const FedpaiGroupStream* by_group, const void* x,
+                                                   const void* dy, float* dvalues, float* dbias, void* workspace,
+                                                   int64_t workspace_bytes, void* stream);
+FEDPAI_CUDA_API int fedpai_cuda_conv2d_weight_grad_workspace(const FedpaiConv2d* conv, const FedpaiGroupStream* by_group,
+                                                             int64_t* bytes);
+
+/* ---- merging: csrc/cuda/aggregate -------------------------------------------------------------------------------- */
+
+/* vectors: [clients][n], rows `stride` elements apart. weights: on the device. */
+FEDPAI_CUDA_API int fedpai_cuda_weighted_mean(const float* vectors, int64_t stride, const double* weights, int64_t clients,
+                                              int64_t n, int compensated, float* out, void* stream);
+
+/* How many segments n elements have. */
+FEDPAI_CUDA_API int64_t fedpai_cuda_segments(int64_t n);
+
+/* positions: those of all clients, one behind the other; offsets: [clients + 1]; most_values: of one client.
+ * begins: [segments + 1][clients]. wrong: [clients], 1 where positions are not ascending without repeats in [0, n). */
+FEDPAI_CUDA_API int fedpai_cuda_find_segments(const int32_t* positions, const int64_t* offsets, int64_t clients,
+                                              int64_t most_values, int64_t n, int32_t* begins, int32_t* wrong, void* stream);
+
+/* begins: as found for these positions. Where positions are wrong, so is out, but nothing else is read or written.
+ * out may be old. */
+FEDPAI_CUDA_API int fedpai_cuda_masked_mean(const float* values, const int32_t* positions, const int64_t* offsets,
+                                            const int32_t* begins, const double* weights, int64_t clients, const float* old,
+                                            int64_t n, int compensated, float* out, void* stream);
+
+/* bitmaps: [clients][bytes], rows `stride` bytes apart. */
+FEDPAI_CUDA_API int fedpai_cuda_majority(const uint8_t* bitmaps, int64_t stride, int64_t clients, int64_t threshold,
+                                         int64_t bytes, uint8_t* out, void* stream);
+
+/* ---- optimisers: csrc/cuda/optim --------------------------------------------------------------------------------- */
+
+/* Lists and options lie on the host, what they point to on the device; chunks are disjoint. One launch serves 480. */
+typedef struct {
+  float* p;
+  const float* g;
+  float* buffer; /* momentum; null without */
+  int64_t count;
+  int64_t first; /* 1: the buffer holds nothing yet, and is filled */
+} FedpaiSgdChunk;
+
+typedef struct {
+  double lr, momentum, dampening, weight_decay;
+  int64_t nesterov, maximize;
+} FedpaiSgdOptions;
+
+typedef struct {
+  float* p;
+  const float* g;
+  float* m;
+  float* v;
+  float* v_max;             /* amsgrad; null without */
+  const float* device_step; /* number of this step, on the device; null: step */
+  int64_t count;
+} FedpaiAdamChunk;
+
+typedef struct {
+  double lr, beta1, beta2, eps, weight_decay;
+  double step; /* 1 the first time */
+  int64_t decoupled, maximize;
+} FedpaiAdamOptions;
+
+FEDPAI_CUDA_API int fedpai_cuda_sgd_step(const FedpaiSgdChunk* chunks, int64_t count, const FedpaiSgdOptions* options, void* stream);
+FEDPAI_CUDA_API int fedpai_cuda_adam_step(const FedpaiAdamChunk* chunks, int64_t count, const FedpaiAdamOptions* options, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the functions of this package ask of the tensors that they are given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(name: str, given: object, dtype: torch.dtype, rank: int, device: torch.device | None = None) -> Tensor:
+    """`given`, a dense tensor of this dtype and rank, on a CUDA device, or on `device`.
+
+    Raises:
+        TypeError: no tensor, or of another dtype.
+        ValueError: of another rank, or on another device.
+    """
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: got {type(given).__name__}, expected a tensor of {dtype}")
+    if given.dtype != dtype or given.layout != torch.strided:
+        raise TypeError(f"{name}: got {given.dtype}, {given.layout}, expected a dense tensor of {dtype}")
+    if given.dim() != rank:
+        raise ValueError(f"{name}: got {given.dim()} dimensions, expected {rank}")
+    if device is not None and given.device != device:
+        raise ValueError(f"{name}: got a tensor on {given.device}, expected one on {device}")
+    if device is None and not given.is_cuda:
+        raise ValueError(f"{name}: got a tensor on {given.device}, expected one on a CUDA device")
+    return given
+
+
+def check_rows(name: str, given: object, dtype: torch.dtype) -> Tensor:
+    """A matrix whose rows have no gaps within; copied where they have.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_tensor`, and for a matrix without rows.
+    """
+    matrix = check_tensor(name, given, dtype, 2)
+    if matrix.shape[0] == 0:
+        raise ValueError(f"{name}: got no rows, expected at least one")
+    within = matrix.shape[1] <= 1 or matrix.stride(1) == 1
+    return matrix if within and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
+
+
+def check_weights(weights: Sequence[float] | Tensor, clients: int, device: torch.device) -> Tensor:
+    """The weights of so many clients, float64 on the device. A tensor that lies there is taken as it is, unseen.
+
+    Raises:
+        TypeError: a tensor that is not float64.
+        ValueError: another number of them, or one that is not finite and above 0.
+    """
+    if isinstance(weights, Tensor) and weights.device != device:
+        weights = weights.tolist()
+    if isinstance(weights, Tensor):
+        if weights.dtype != torch.float64:
+            raise TypeError(f"weights: got {weights.dtype}, expected torch.float64")
+        if tuple(weights.shape) != (clients,):
+            raise ValueError(f"weights: got shape {tuple(weights.shape)} for {clients} clients")
+        return weights.contiguous()
+    if len(weights) != clients:
+        raise ValueError(f"weights: got {len(weights)} for {clients} clients")
+    found = [float(weight) for weight in weights]
+    for k, weight in enumerate(found):
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"weights[{k}]: got {weights[k]}, expected a finite number above 0")
+    return torch.tensor(found, dtype=torch.float64).to(device)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three ops of the sparse convolution for CUDA tensors: what ``ops/conv2d.py`` defines, launched on the device.
+
+Images are float32 or bfloat16; values, bias and their gradients float32. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref, c_int64
+
+import torch
+from torch import Tensor
+
+from ..layout import empty_batch_last, to_batch_last
+from ..ops.conv2d import layer_sizes
+from ..ops.geometry import Geometry, Pair, unflatten
+from ..ops.registry import LIBRARY
+from ..plan import Plan, plan_of
+from . import library
+from .device_plan import device_plan
+
+
+def _readable(t: Tensor) -> Tensor:
+    """`t`, or a copy of it, in batch-last storage without gaps, from where vectors of four elements can be read."""
+    t = to_batch_last(t)
+    aligned = t.shape[0] % 4 != 0 or t.data_ptr() % (4 * t.element_size()) == 0
+    return t if aligned else empty_batch_last(tuple(t.shape), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def _sizes(layer: Plan, batch: int, image: Pair, output: Pair, g: Geometry, dtype: torch.dtype) -> library.Conv2d:
+    out_channels, in_channels, _ = layer_sizes(layer)
+    return library.Conv2d(batch, in_channels, *image, out_channels, *output, *g.stride, library.DTYPES[dtype])
+
+
+def _forward(x: Tensor, values: Tensor, bias: Tensor | None, plan: int, geometry: list[int]) -> Tensor:
+    layer, g = plan_of(plan), unflatten(geometry)
+    out_channels, _, kernel = layer_sizes(layer)
+    image = (x.shape[2], x.shape[3])
+    output = g.output_size(image, kernel)
+    with library.on(x.device) as (cuda, stream):
+        x, values = _readable(x), values.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        y = empty_batch_last((x.shape[0], out_channels, *output), dtype=x.dtype, device=x.device)
+        conv = _sizes(layer, x.shape[0], image, output, g, x.dtype)
+        rows = device_plan(layer).rows(x.device, "forward", g, out_channels)
+        cuda.call(
+            "conv2d_forward", byref(conv), byref(rows), x.data_ptr(), values.data_ptr(),
+            None if bias is None else bias.data_ptr(), y.data_ptr(), stream,
+        )  # fmt: skip
+    return y
+
+
+def _input_grad(dy: Tensor, values: Tensor, plan: int, height: int, width: int, geometry: list[int]) -> Tensor:
+    layer, g = plan_of(plan), unflatten(geometry)
+    _, in_channels, _ = layer_sizes(layer)
+    with library.on(dy.device) as (cuda, stream):
+        dy, values = _readable(dy), values.contiguous()
+        dx = empty_batch_last((dy.shape[0], in_channels, height, width), dtype=dy.dtype, device=dy.device)
+        conv = _sizes(layer, dy.shape[0], (height, width), (dy.shape[2], dy.shape[3]), g, dy.dtype)
+        rows = device_plan(layer).rows(dy.device, "input_grad", g, in_channels)
+        cuda.call(
+            "conv2d_input_grad", byref(conv), byref(rows), dy.data_ptr(), values.data_ptr(), dx.data_ptr(), stream
+        )
+    return dx
+
+
+def _weight_grad(
+    x: Tensor, dy: Tensor, plan: int, with_bias: bool, geometry: list[int]
+) -> tuple[Tensor, Tensor]:
+    layer, g = plan_of(plan), unflatten(geometry)
+    out_channels, _, _ = layer_sizes(layer)
+    with library.on(x.device) as (cuda, stream):
+        x, dy = _readable(x), _readable(dy)
+        dvalues = torch.empty(layer.nnz, dtype=torch.float32, device=x.device)
+        dbias = torch.empty(out_channels if with_bias else 0, dtype=torch.float32, device=x.device)
+        conv = _sizes(layer, x.shape[0], (x.shape[2], x.shape[3]), (dy.shape[2], dy.shape[3]), g, x.dtype)
+        groups = device_plan(layer).groups(x.device, g)
+        needed = c_int64(0)
+        cuda.call("conv2d_weight_grad_workspace", byref(conv), byref(groups), byref(needed))
+        workspace = torch.empty(needed.value, dtype=torch.uint8, device=x.device)
+        cuda.call(
+            "conv2d_weight_grad", byref(conv), byref(groups), x.data_ptr(), dy.data_ptr(), dvalues.data_ptr(),
+            dbias.data_ptr() if with_bias else None, workspace.data_ptr(), needed.value, stream,
+        )  # fmt: skip
+    return dvalues, dbias
+
+
+LIBRARY.impl("conv2d_forward", _forward, "CUDA")
+LIBRARY.impl("conv2d_input_grad", _input_grad, "CUDA")
+LIBRARY.impl("conv2d_weight_grad", _weight_grad, "CUDA")

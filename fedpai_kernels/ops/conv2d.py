@@ -9,8 +9,8 @@ fastest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ LIBRARY.define(
 )
 
 
-def _layer_sizes(plan: Plan) -> tuple[int, int, Pair]:
+def layer_sizes(plan: Plan) -> tuple[int, int, Pair]:
     """Output channels, input channels, kernel."""
     shape = plan.mask_shape
     kernel = (shape[2], shape[3]) if plan.kind == "conv2d" else (1, 1)
@@ -76,7 +76,7 @@ def run_forward(
     """`norm`: empty, or what the binding takes for the batch norm (and ReLU) that x goes through first; x is
     batch-last then."""
     layer, g = plan_of(plan), unflatten(geometry)
-    out_channels, _, kernel = _layer_sizes(layer)
+    out_channels, _, kernel = layer_sizes(layer)
     image = (x.shape[2], x.shape[3])
     output = g.output_size(image, kernel)
     x = _readable(x)
@@ -92,7 +92,7 @@ def run_forward(
 
 def _input_grad_cpu(dy: Tensor, values: Tensor, plan: int, height: int, width: int, geometry: list[int]) -> Tensor:
     layer, g = plan_of(plan), unflatten(geometry)
-    _, in_channels, _ = _layer_sizes(layer)
+    _, in_channels, _ = layer_sizes(layer)
     dy = _readable(dy)
     dx = empty_batch_last((dy.shape[0], in_channels, height, width), dtype=dy.dtype, device=dy.device)
     values = values.contiguous()
@@ -114,7 +114,7 @@ def run_weight_grad(
 ) -> tuple[Tensor, Tensor]:
     """`norm`: as in :func:`run_forward`. x may be float32 that was rounded to bfloat16."""
     layer, g = plan_of(plan), unflatten(geometry)
-    out_channels, _, _ = _layer_sizes(layer)
+    out_channels, _, _ = layer_sizes(layer)
     x, dy = widened(_readable(x)), _readable(dy)
     dvalues = x.new_empty(layer.nnz)
     dbias = x.new_empty(out_channels if with_bias else 0)
@@ -134,14 +134,14 @@ LIBRARY.impl("conv2d_weight_grad", _weight_grad_cpu, "CPU")
 
 @torch.library.register_fake("fedpai::conv2d_forward", lib=LIBRARY)
 def _forward_fake(x: Tensor, values: Tensor, bias: Tensor | None, plan: int, geometry: list[int]) -> Tensor:
-    out_channels, _, kernel = _layer_sizes(plan_of(plan))
+    out_channels, _, kernel = layer_sizes(plan_of(plan))
     output = unflatten(geometry).output_size((x.shape[2], x.shape[3]), kernel)
     return empty_batch_last((x.shape[0], out_channels, *output), dtype=x.dtype, device=x.device)
 
 
 @torch.library.register_fake("fedpai::conv2d_input_grad", lib=LIBRARY)
 def _input_grad_fake(dy: Tensor, values: Tensor, plan: int, height: int, width: int, geometry: list[int]) -> Tensor:
-    _, in_channels, _ = _layer_sizes(plan_of(plan))
+    _, in_channels, _ = layer_sizes(plan_of(plan))
     return empty_batch_last((dy.shape[0], in_channels, height, width), dtype=dy.dtype, device=dy.device)
 
 
@@ -150,7 +150,7 @@ def _weight_grad_fake(
     x: Tensor, dy: Tensor, plan: int, with_bias: bool, geometry: list[int]
 ) -> tuple[Tensor, Tensor]:
     layer = plan_of(plan)
-    out_channels, _, _ = _layer_sizes(layer)
+    out_channels, _, _ = layer_sizes(layer)
     return dy.new_empty(layer.nnz), dy.new_empty(out_channels if with_bias else 0)
 
 
@@ -263,22 +263,38 @@ class _WeightGrad(torch.autograd.Function):
 # -------------------------------------------------------------------------------------------------------- public
 
 
-def check_operands(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None) -> None:
+def _check_is_on_cpu(x: Tensor) -> None:
+    if x.device.type != "cpu":
+        raise ValueError(f"x: expected a CPU tensor, got one on {x.device}; there are no kernels for that device")
+
+
+class Backend(NamedTuple):
+    """What the kernels of one backend take."""
+
+    dtypes: tuple[torch.dtype, ...]
+    check_device: Callable[[Tensor], None]  # raises unless they can run where x is
+
+
+CPU = Backend(tuple(_SUFFIX), _check_is_on_cpu)
+
+
+def check_operands(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, backend: Backend = CPU) -> None:
     """What convolution and linear layers ask of their operands alike.
 
     Raises:
-        TypeError: not tensors, no Plan, or a dtype other than float32 and float64.
+        TypeError: not tensors, no Plan, or a dtype that the backend does not take.
         ValueError: devices or dtypes that differ, or values or bias of the wrong shape.
+        Whatever the backend raises about the device of x.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a fedpai_kernels.Plan, got {type(plan).__name__}")
     for name, tensor in (("x", x), ("values", values), ("bias", bias)):
         if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if x.dtype not in _SUFFIX:
-        raise TypeError(f"x: expected dtype torch.float32 or torch.float64, got {x.dtype}")
-    if x.device.type != "cpu":
-        raise ValueError(f"x: expected a CPU tensor, got one on {x.device}; there are no kernels for that device")
+    if x.dtype not in backend.dtypes:
+        *others, last = map(str, backend.dtypes)
+        raise TypeError(f"x: expected dtype {', '.join(others)} or {last}, got {x.dtype}")
+    backend.check_device(x)
     if x.layout != torch.strided:
         raise TypeError(f"x: expected a dense tensor, got one of layout {x.layout}")
     if tuple(values.shape) != (plan.nnz,):
@@ -362,16 +378,17 @@ def checked_geometry(
     padding: int | Pair | str,
     dilation: int | Pair,
     groups: int,
+    backend: Backend = CPU,
 ) -> list[int]:
     """The geometry of a convolution as it travels, after every check of :func:`sparse_conv2d`; x: (N, C, H, W)."""
-    check_operands(x, values, plan, bias)
+    check_operands(x, values, plan, bias, backend)
     if plan.kind != "conv2d":
         raise ValueError(f"plan: expected one of kind 'conv2d', got kind {plan.kind!r} of shape {plan.mask_shape}")
     if groups != plan.groups:
         raise ValueError(f"groups: the plan was made for {plan.groups}, got {groups}")
     if x.dim() != 4:
         raise ValueError(f"x: expected (N, C, H, W) or (C, H, W), got shape {tuple(x.shape)}")
-    _, in_channels, kernel = _layer_sizes(plan)
+    _, in_channels, kernel = layer_sizes(plan)
     if x.shape[1] != in_channels:
         raise ValueError(f"x: expected {in_channels} channels, got shape {tuple(x.shape)}")
     if x.shape[2] == 0 or x.shape[3] == 0:

@@ -10,8 +10,9 @@ Needs the extra: ``pip install 'fedpai-kernels[triton]'``. Importing this packag
 function without it is an error that says so. docs/triton.md says what is computed how.
 """
 
+from . import aggregate, optim
 from .block_conv2d import block_conv2d
 from .block_linear import block_linear
 from .block_plan import BLOCKS, BlockPlan
 
-__all__ = ["BLOCKS", "BlockPlan", "block_conv2d", "block_linear"]
+__all__ = ["BLOCKS", "BlockPlan", "aggregate", "block_conv2d", "block_linear", "optim"]

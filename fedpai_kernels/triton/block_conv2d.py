@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block-sparse 2-D convolution on a GPU: checks, registered ops, autograd.
 
-Three ops, closed under differentiation as those of :mod:`fedpai_kernels.ops.conv2d` are, for masks made of whole blocks
-(:mod:`fedpai_kernels.triton.block_plan`). Results are stored as what they are computed from: batch-last, or channels-last.
+Three ops, closed under differentiation as those of :mod:`fedpai_kernels.ops.conv2d` are, for masks made of whole
+blocks (:mod:`fedpai_kernels.triton.block_plan`). Results are stored as what they are computed from: batch-last, or
+channels-last.
 """
 
 from __future__ import annotations
@@ -200,12 +201,12 @@ def block_conv2d(
 ) -> Tensor:
     """:func:`fedpai_kernels.ops.sparse_conv2d` for a mask of whole blocks, on a GPU.
 
-    Differentiable in x, values and bias, to any order. Deterministic: the bits depend on shapes and operands alone. Sums
-    are float32 for every dtype. A weight outside the mask meets nothing, not even infinities.
+    Differentiable in x, values and bias, to any order. Deterministic: the bits depend on shapes and operands alone.
+    Sums are float32 for every dtype. A weight outside the mask meets nothing, not even infinities.
 
     Args:
-        x: (N, C, H, W) or (C, H, W), float32, float16 or bfloat16, any strides; batch-last and channels-last are read in
-            place, others copied. N may be 0.
+        x: (N, C, H, W) or (C, H, W), float32, float16 or bfloat16, any strides; batch-last and channels-last are read
+            in place, others copied. N may be 0.
         values: (plan.nnz,), the surviving weights in row-major order of the mask.
         plan: of kind "conv2d", of a mask made of whole blocks.
         bias: (out,) or None.

@@ -86,8 +86,8 @@ class Walk:
         if found is None:
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    f"fedpai_kernels.triton: the lists of this layer are not on {device} yet, and a CUDA graph is being "
-                    "captured; run the layer once, forward and backward, before the capture"
+                    f"fedpai_kernels.triton: the lists of this layer are not on {device} yet, and a CUDA graph is "
+                    "being captured; run the layer once, forward and backward, before the capture"
                 )
             found = self._devices.setdefault(device, Tables(*(t.to(device) for t in self.host)))
         return found

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From tensors to launches: grids, strides and sizes of the block kernels.
 
-Nothing here synchronises or looks at data, so every function may run while a CUDA graph is captured. Memory is taken from
-torch for what is returned, for the blocks of the weights and for the partial sums of a weight gradient, which capture
-allows; input that is neither batch-last nor channels-last is copied first.
+Nothing here synchronises or looks at data, so every function may run while a CUDA graph is captured. Memory is taken
+from torch for what is returned, for the blocks of the weights and for the partial sums of a weight gradient, which
+capture allows; input that is neither batch-last nor channels-last is copied first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Walked(NamedTuple):
 def stored(t: Tensor) -> Tensor:
     """`t` itself where it is batch-last or channels-last, else a batch-last copy.
 
-    Results are stored as what they are computed from. A matrix (rows, features, 1, 1) is channels-last when its rows are.
+    Results are stored as what they are computed from. A matrix (rows, features, 1, 1) is channels-last when its rows
+    are.
     """
     if is_batch_last(t) or t.is_contiguous(memory_format=torch.channels_last):
         return t

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the cases of tests/cases.py through the Triton kernels: on a GPU, or in Triton's interpreter on the CPU.
 
-The rules are those of tests/checking.py, with float16 and bfloat16 beside float32. Sums are float32 whatever the operands
-are, so a result of 16 bits may err as one of float32 and by one epsilon of its own besides: it is rounded once.
+The rules are those of tests/checking.py, with float16 and bfloat16 beside float32. Sums are float32 whatever the
+operands are, so a result of 16 bits may err as one of float32 and by one epsilon of its own besides: it is rounded
+once.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def moved(given: Operands, x_layout: str, dy: Tensor, dy_layout: str) -> Operand
 
     x = stored(given.x, x_layout)
     bias = None if given.bias is None else given.bias.to(DEVICE)
-    return Operands(x, given.values.to(DEVICE), bias, dy.to(DEVICE) if dy_layout == "expanded" else stored(dy, dy_layout))
+    dy = dy.to(DEVICE) if dy_layout == "expanded" else stored(dy, dy_layout)
+    return Operands(x, given.values.to(DEVICE), bias, dy)
 
 
 def check_block_op(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -13,7 +14,13 @@ from torch import Tensor
 from fedpai_kernels import Plan
 from fedpai_kernels.triton import BLOCKS, BlockPlan
 from fedpai_kernels.triton.block_plan import (
-    DEST_FIRST, DEST_SIZE, SOURCE_FIRST, SOURCE_SIZE, TAP, Walk, gather_map,
+    DEST_FIRST,
+    DEST_SIZE,
+    SOURCE_FIRST,
+    SOURCE_SIZE,
+    TAP,
+    Walk,
+    gather_map,
 )  # fmt: skip
 from tests.cases import BLOCK_CONV2D, BLOCK_LINEAR, Case, Conv2dCase
 
@@ -32,16 +39,16 @@ def dense_from(walk: Walk, plan: Plan, values: Tensor, block: int, transposed: b
     """The weight as the entries of a list tell it, every weight counted as often as it is listed."""
     entries = walk.host.entries
     places = gather_map(entries, block)
-    inputs_per_group = plan.mask_shape[1]
-    weight = torch.zeros(*plan.mask_shape[:2], plan.numel // (plan.mask_shape[0] * inputs_per_group), dtype=values.dtype)
+    outputs, inputs_per_group = plan.mask_shape[:2]
+    weight = torch.zeros(outputs, inputs_per_group, plan.numel // (outputs * inputs_per_group), dtype=values.dtype)
     for entry, place in zip(entries.tolist(), places, strict=True):
         dest = slice(entry[DEST_FIRST], entry[DEST_FIRST] + entry[DEST_SIZE])
         source = slice(entry[SOURCE_FIRST], entry[SOURCE_FIRST] + entry[SOURCE_SIZE])
-        outputs, inputs = (source, dest) if transposed else (dest, source)
-        group = inputs.start // inputs_per_group
-        own = slice(inputs.start - group * inputs_per_group, inputs.stop - group * inputs_per_group)
+        rows, columns = (source, dest) if transposed else (dest, source)
+        group = columns.start // inputs_per_group
+        own = slice(columns.start - group * inputs_per_group, columns.stop - group * inputs_per_group)
         part = values[place[: entry[DEST_SIZE], : entry[SOURCE_SIZE]]]
-        weight[outputs, own, entry[TAP]] += part.T if transposed else part
+        weight[rows, own, entry[TAP]] += part.T if transposed else part
     return weight.reshape(plan.mask_shape)
 
 
@@ -81,7 +88,7 @@ def test_entries_of_a_phase_have_its_residues(case: Conv2dCase) -> None:
     phases_h, phases_w = walk.phases
     assert walk.phases == ((stride_h, stride_w) if stride_h * stride_w <= 16 else (1, 1))
     begin = walk.host.begin.tolist()
-    for i, (first, last) in enumerate(zip(begin, begin[1:], strict=False)):
+    for i, (first, last) in enumerate(itertools.pairwise(begin)):
         phase = i % (phases_h * phases_w)
         for tap in walk.host.entries[first:last, TAP].tolist():
             ky, kx = divmod(tap, case.kernel[1])
@@ -126,7 +133,7 @@ def test_a_mask_that_is_no_blocks_is_refused() -> None:
     kept = torch.ones(32, 32, 3, 3, dtype=torch.bool)
     kept[20, 17, 1, 2] = False
     plan = Plan.from_mask(kept)
-    with pytest.raises(ValueError, match=r"output channels 16 to 31, input channels 16 to 31, tap \(1, 2\) keeps 255 of"):
+    with pytest.raises(ValueError, match=r"channels 16 to 31, input channels 16 to 31, tap \(1, 2\) keeps 255 of"):
         BlockPlan.of(plan, 16)
     with pytest.raises(ValueError, match="not made of whole blocks of 16 output x 16 input channels"):
         BlockPlan.of(plan)

@@ -3,10 +3,10 @@
 
     blocks[e, d, s] = values[origin_e + d * dest_stride_e + s * source_stride_e]      0 in the padding of ragged blocks
 
-Layout: values (nnz,), any dtype; entries (count, 8) int32 (block_plan.py); blocks (count, B, B) of the same dtype, source
-channels innermost, overwritten as a whole. Matrix units take both operands with the summed channels innermost (TF32 on
-Hopper takes nothing else), which is why each direction has blocks of its own instead of reading the other's sideways.
-Bound: memory, 2 * nnz elements; at the sizes that layers have, the launch.
+Layout: values (nnz,), any dtype; entries (count, 8) int32 (block_plan.py); blocks (count, B, B) of the same dtype,
+source channels innermost, overwritten as a whole. Matrix units take both operands with the summed channels innermost
+(TF32 on Hopper takes nothing else), which is why each direction has blocks of its own instead of reading the other's
+sideways. Bound: memory, 2 * nnz elements; at the sizes that layers have, the launch.
 """
 
 from __future__ import annotations

@@ -18,4 +18,4 @@ DEST_STRIDE = tl.constexpr(6)
 SOURCE_STRIDE = tl.constexpr(7)
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether kernels run in Triton's interpreter. Decided by TRITON_INTERPRET when they are defined, once for a process."""
+"""Whether kernels run in Triton's interpreter: TRITON_INTERPRET decides when they are defined, once for a process."""

@@ -6,14 +6,14 @@
     forward          destination y, source x,   q = p * stride - pad + tap * dilation
     input gradient   destination dx, source dy, q = (p + pad - tap * dilation) / stride where that is whole
 
-p and q are (image, row, column); source pixels outside the image are 0. Each program writes PIXELS destination pixels of
-one block of B channels: an accumulator of PIXELS x B float32, and per step a product of (PIXELS x DEPTH) pixels with
-(DEPTH x B) weights. Rows without blocks write bias or zero. The output is overwritten.
+p and q are (image, row, column); source pixels outside the image are 0. Each program writes PIXELS destination pixels
+of one block of B channels: an accumulator of PIXELS x B float32, and per step a product of (PIXELS x DEPTH) pixels
+with (DEPTH x B) weights. Rows without blocks write bias or zero. The output is overwritten.
 
-Layout: source and destination are (N, C, H, W) of any strides; pixels are counted with the batch innermost, so batch-last
-storage is read in runs of the batch at every tap, stride and dilation, and channels-last storage in runs of DEPTH
-channels. blocks: (count, B, B), in the order of the list, source channels innermost (pack.py). begin, dest, entries: see
-block_plan.py. float32, float16 or bfloat16, accumulated in float32.
+Layout: source and destination are (N, C, H, W) of any strides; pixels are counted with the batch innermost, so
+batch-last storage is read in runs of the batch at every tap, stride and dilation, and channels-last storage in runs
+of DEPTH channels. blocks: (count, B, B), in the order of the list, source channels innermost (pack.py). begin, dest,
+entries: see block_plan.py. float32, float16 or bfloat16, accumulated in float32.
 
 Pixels are the rows of the product because Hopper's matrix instruction has 64 rows and columns in steps of 8: blocks of
 16 output channels fill it. Per step and element of the accumulator, PIXELS * DEPTH + DEPTH * B elements are loaded for

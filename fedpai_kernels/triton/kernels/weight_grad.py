@@ -4,9 +4,9 @@
     partials[i, e, d, s] = sum over the output pixels p of part i: dy[p, d] * x[p * stride - pad + tap_e * dilation, s]
     dvalues[origin_e + d * dest_stride_e + s * source_stride_e] = sum over i, ascending: partials[i, e, d, s]
 
-The sum runs over batch x height x width, 10^4 to 10^6 terms, into few blocks: one program per block would leave most of a
-GPU idle, so the pixels are cut into parts. How many depends on shapes alone, not on the device. Nothing is added by
-atomics. An output gradient whose source pixel lies outside the image is not read: 0 * inf does not happen.
+The sum runs over batch x height x width, 10^4 to 10^6 terms, into few blocks: one program per block would leave most
+of a GPU idle, so the pixels are cut into parts. How many depends on shapes alone, not on the device. Nothing is added
+by atomics. An output gradient whose source pixel lies outside the image is not read: 0 * inf does not happen.
 
 Layout: x, dy (N, C, H, W) of any strides, float32, float16 or bfloat16; entries (count, 8) int32 of the forward list
 (block_plan.py); partials (parts, count, B, B) float32; dvalues (nnz,), of the dtype of x. All outputs are overwritten.
@@ -23,7 +23,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .table import COLUMNS, DEST_FIRST, DEST_SIZE, DEST_STRIDE, ORIGIN, SOURCE_FIRST, SOURCE_SIZE, SOURCE_STRIDE, TAP
+from .table import (
+    COLUMNS,
+    DEST_FIRST,
+    DEST_SIZE,
+    DEST_STRIDE,
+    ORIGIN,
+    SOURCE_FIRST,
+    SOURCE_SIZE,
+    SOURCE_STRIDE,
+    TAP,
+)
 from .walk import locate
 
 _PLAIN = ("count", "positions", "part", "x_h", "x_w", "pad_h", "pad_w", "dilation_h", "dilation_w")
@@ -89,7 +99,7 @@ def join_kernel(partials, dvalues, entries, count, parts, BLOCK: tl.constexpr, E
     block = tl.program_id(0)
     element = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
     sums = tl.zeros((ELEMENTS,), tl.float32)
-    for part in range(0, parts):
+    for part in range(parts):
         own = partials + (part * count + block).to(tl.int64) * (BLOCK * BLOCK)
         sums += tl.load(own + element)
     entry = entries + block * COLUMNS

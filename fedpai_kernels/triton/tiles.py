@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 
 _TARGET_PROGRAMS = 1024
-"""Into how many programs the weight gradient of a layer is cut at least, if it has the pixels: several per SM of the
-largest GPUs. A constant, so that its bits are the same on all of them."""
+"""Into about how many programs the weight gradient of a layer is cut at least, if it has the pixels: several per SM of
+the largest GPUs. A constant, so that its bits are the same on all of them."""
 
 _FEWEST_STEPS = 8
-"""Steps of a part of the weight gradient, at least: less would be all start and end."""
+"""Steps of a part of the weight gradient, at least, where there are several: less would be all start and end."""
 
 
 _WALK_STAGES = 7
@@ -49,6 +49,6 @@ def weight_grad_tile(block: int, dtype: torch.dtype) -> Tile:
 def parts(count: int, positions: int, depth: int) -> tuple[int, int]:
     """Into how many parts the pixels of a weight gradient of so many blocks are cut, and the pixels of a part."""
     steps = -(-positions // depth)
-    wanted = min(-(-_TARGET_PROGRAMS // count), -(-steps // _FEWEST_STEPS))
+    wanted = min(-(-_TARGET_PROGRAMS // count), max(1, steps // _FEWEST_STEPS))
     steps_per_part = -(-steps // wanted)
     return -(-steps // steps_per_part), steps_per_part * depth

@@ -159,3 +159,11 @@ def test_plans_of_one_mask_share_their_lists_and_take_them_along() -> None:
     del first, second, blocks
     gc.collect()
     assert left() is None
+
+
+def test_lists_are_not_copied_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    walk = BlockPlan.of(Plan.from_mask(torch.ones(16, 16, dtype=torch.bool))).forward
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="run the layer once, forward and backward, before the capture"):
+        walk.on(torch.device("cuda", 0))
+    assert walk.on(torch.device("cpu")) is walk.host

@@ -9,8 +9,8 @@ fastest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .. import _C
 from ..layout import empty_batch_last, to_batch_last
 from ..plan import Plan, plan_of
 from .geometry import Pair, compiled_geometry, flatten, resolve_geometry, unflatten
+from .operands import CPU, Backend, check_operands
 from .registry import LIBRARY, Operation, called_by_position
 from .stored import refuse_graph, stored, stores, widened
 
@@ -261,55 +262,6 @@ class _WeightGrad(torch.autograd.Function):
 
 
 # -------------------------------------------------------------------------------------------------------- public
-
-
-def _check_is_on_cpu(x: Tensor) -> None:
-    if x.device.type != "cpu":
-        raise ValueError(f"x: expected a CPU tensor, got one on {x.device}; there are no kernels for that device")
-
-
-class Backend(NamedTuple):
-    """What the kernels of one backend take."""
-
-    dtypes: tuple[torch.dtype, ...]
-    check_device: Callable[[Tensor], None]  # raises unless they can run where x is
-
-
-CPU = Backend(tuple(_SUFFIX), _check_is_on_cpu)
-
-
-def check_operands(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, backend: Backend = CPU) -> None:
-    """What convolution and linear layers ask of their operands alike.
-
-    Raises:
-        TypeError: not tensors, no Plan, or a dtype that the backend does not take.
-        ValueError: devices or dtypes that differ, or values or bias of the wrong shape.
-        Whatever the backend raises about the device of x.
-    """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected a fedpai_kernels.Plan, got {type(plan).__name__}")
-    for name, tensor in (("x", x), ("values", values), ("bias", bias)):
-        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if x.dtype not in backend.dtypes:
-        *others, last = map(str, backend.dtypes)
-        raise TypeError(f"x: expected dtype {', '.join(others)} or {last}, got {x.dtype}")
-    backend.check_device(x)
-    if x.layout != torch.strided:
-        raise TypeError(f"x: expected a dense tensor, got one of layout {x.layout}")
-    if tuple(values.shape) != (plan.nnz,):
-        raise ValueError(
-            f"values: expected shape ({plan.nnz},), one per surviving weight of the plan, got {tuple(values.shape)}"
-        )
-    if bias is not None and tuple(bias.shape) != (plan.mask_shape[0],):
-        raise ValueError(f"bias: expected shape ({plan.mask_shape[0]},), got {tuple(bias.shape)}")
-    for name, tensor in (("values", values), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
 
 
 def sparse_conv2d(

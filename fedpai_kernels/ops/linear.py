@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..layout import with_contiguous_gradient
 from ..plan import Plan
-from .conv2d import CPU, Backend, check_operands, differentiable_conv2d
+from .conv2d import differentiable_conv2d
 from .geometry import flatten, resolve_geometry
+from .operands import CPU, Backend, check_operands
 from .stored import stores
 
 GEOMETRY = flatten(resolve_geometry((1, 1), 1, 0, 1))

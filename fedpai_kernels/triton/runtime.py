@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ..ops.conv2d import Backend
+from ..ops.operands import Backend
 
 
 def check_device(x: Tensor) -> None:

@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel compiled ahead of time for sm_80 and sm_90, with no GPU: types, layouts, shared memory, spills.
-
-Pointers and strides are declared divisible by 16, as torch's allocations of whole vectors are.
-"""
+"""Every kernel compiled ahead of time for sm_80 and sm_90, with no GPU: types, layouts, shared memory, spills."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-from functools import cache
-from typing import Any, NamedTuple
 
 import pytest
 
-from fedpai_kernels.triton import BLOCKS, tiles
-from tests.triton.checking import INTERPRETED, TYPES, needs_triton
+from fedpai_kernels.triton import BLOCKS
+from tests.triton.checking import INTERPRETED, needs_triton
+from tests.triton.compiling import Compiled, compiled, walk, weight_grad
 
 pytestmark = [
     needs_triton,
@@ -23,113 +18,11 @@ pytestmark = [
 ]
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may have
-NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
 # Operands, and the precision of their products, by direction. float16 and bfloat16 take the same way through the
 # compiler, which takes a second for each kernel: one of them per direction.
 FORWARD = (("f32", "ieee"), ("f32", "tf32"), ("bf16", "ieee"))
 INPUT_GRAD = (("f32", "tf32"), ("f16", "ieee"))
 WEIGHT_GRAD = (("f32", "ieee"), ("f32", "tf32"), ("bf16", "ieee"))
-
-
-class Compiled(NamedTuple):
-    ptx: str
-    shared: int  # bytes
-    registers: int
-    spilled: int  # bytes stored and loaded
-
-
-def compiled(
-    kernel: Any,
-    target: int,
-    pointers: dict[str, str],
-    constants: dict[str, Any],
-    ones: tuple[str, ...] = (),
-    odd: tuple[str, ...] = (),
-    *,
-    warps: int = 4,
-    stages: int = 3,
-    scalars: dict[str, str] | None = None,
-) -> Compiled:
-    """`ones`: integers that are 1; `odd`: integers not known to be divisible by 16; all others are."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, attributes = {}, {}
-    constants = constants | dict.fromkeys(ones, 1)
-    for i, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else {**pointers, **(scalars or {})}.get(name, "i32")
-        if name in pointers or (signature[name] == "i32" and name not in odd):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    made = triton.compile(
-        source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps, "num_stages": stages}
-    )
-    assert made.asm["cubin"][:4] == b"\x7fELF"
-    registers, spilled = _resources(made.asm["ptx"], target)
-    return Compiled(made.asm["ptx"], made.metadata.shared, registers, spilled)
-
-
-def _resources(ptx: str, target: int) -> tuple[int, int]:
-    """Registers and spilled bytes, as the assembler that comes with Triton reports them."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    name = "sm_90a" if target == 90 else f"sm_{target}"
-    command = [get_ptxas(target).path, "-v", f"--gpu-name={name}", "-o", "/dev/null", "-"]
-    done = subprocess.run(command, input=ptx, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    registers = re.search(r"Used (\d+) registers", done.stderr)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert registers
-    assert spills
-    return int(registers[1]), int(spills[1]) + int(spills[2])
-
-
-@cache
-def walk(block: int, dtype: str, precision: str, target: int, layout: str, input_grad: bool) -> Compiled:
-    import triton.language as tl
-
-    from fedpai_kernels.triton.kernels.walk import walk_kernel
-
-    tile = tiles.walk_tile(block, TYPES[dtype], 10_000)
-    element = f"*{NAMES[dtype]}"
-    phases = 2 if input_grad else 1
-    constants = {
-        "INPUT_GRAD": input_grad, "PHASES_H": phases, "PHASES_W": phases, "HAS_BIAS": not input_grad, "BLOCK": block,
-        "PIXELS": tile.pixels, "DEPTH": tile.depth, "WHOLE": True, "PRECISION": precision, "OFFSET": tl.int32,
-        "WIDEN": False,
-    }  # fmt: skip
-    unit = ("source_n", "dest_n") if layout == "batch_last" else ("source_c", "dest_c")
-    odd = (
-        "rows", "tiles", "dest_h", "dest_w", "source_h", "source_w", "kernel_w", "pad_h", "pad_w", "dilation_h",
-        "dilation_w", "stride_h", "stride_w",
-    )  # fmt: skip
-    pointers = dict.fromkeys(("source", "blocks", "bias", "destination"), element)
-    pointers |= dict.fromkeys(("begin", "dest", "entries"), "*i32")
-    strides = () if input_grad else ("stride_h", "stride_w")
-    return compiled(
-        walk_kernel, target, pointers, constants, unit + strides, odd, warps=tile.warps, stages=tile.stages
-    )
-
-
-@cache
-def weight_grad(block: int, dtype: str, precision: str, target: int, layout: str) -> Compiled:
-    import triton.language as tl
-
-    from fedpai_kernels.triton.kernels.weight_grad import weight_grad_kernel
-
-    tile = tiles.weight_grad_tile(block, TYPES[dtype])
-    element = f"*{NAMES[dtype]}"
-    constants = {
-        "BLOCK": block, "DEPTH": tile.depth, "WHOLE": True, "PRECISION": precision, "OFFSET": tl.int32, "WIDEN": False,
-    }  # fmt: skip
-    unit = ("x_n", "dy_n") if layout == "batch_last" else ("x_c", "dy_c")
-    odd = ("count", "dy_w", "x_h", "x_w", "kernel_w", "pad_h", "pad_w", "dilation_h", "dilation_w")
-    pointers = {"x": element, "dy": element, "partials": "*fp32", "entries": "*i32"}
-    return compiled(
-        weight_grad_kernel, target, pointers, constants, (*unit, "stride_h", "stride_w"), odd, warps=tile.warps,
-        stages=tile.stages,
-    )  # fmt: skip
 
 
 def matrix_instructions(made: Compiled, target: int) -> int:
@@ -176,6 +69,17 @@ def test_weight_grad(direction: str, block: int, dtype: str, precision: str, tar
 
 
 @pytest.mark.parametrize("target", [80, 90])
+def test_the_general_kernels(target: int) -> None:
+    """Ragged blocks, 64-bit offsets, residues that are tested, products of three TF32."""
+    for input_grad in (False, True):
+        made = walk(32, "f32", "tf32x3", target, "batch_last", input_grad, general=True)
+        assert made.shared <= SHARED_LIMIT[target]
+        assert matrix_instructions(made, target) > 0
+    made = weight_grad(32, "f16", "ieee", target, "channels_last", general=True)
+    assert made.shared <= SHARED_LIMIT[target]
+
+
+@pytest.mark.parametrize("target", [80, 90])
 @pytest.mark.parametrize("layout", ["batch_last", "channels_last"])
 def test_pixels_are_copied_16_bytes_at_a_time(layout: str, target: int) -> None:
     """In both layouts, where no block is ragged: what the hints in the kernels are for."""
@@ -202,3 +106,33 @@ def test_pack_and_join(block: int, target: int) -> None:
     assert compiled(pack_kernel, target, pointers, constants).spilled == 0
     pointers = {"partials": "*fp32", "dvalues": element, "entries": "*i32"}
     assert compiled(join_kernel, target, pointers, constants, odd=("count", "parts")).spilled == 0
+
+
+@pytest.mark.parametrize("target", [80, 90])
+def test_merging(target: int) -> None:
+    from fedpai_kernels.triton.kernels.aggregate import ELEMENTS, masked_mean_kernel, mean_kernel
+
+    pointers = {"values": "*fp32", "weights": "*fp64", "out": "*fp32", "old": "*fp32", "words": "*i32", "ranks": "*i32"}
+    odd = ("clients", "size", "row")
+    for kernel in (mean_kernel, masked_mean_kernel):
+        made = compiled(kernel, target, pointers, {"ELEMENTS": ELEMENTS}, odd=odd, fusion=False)
+        assert made.spilled == 0
+        assert "fma.rn.f64" not in made.ptx  # the bits of the CPU: products are rounded before they are added
+        assert "div.rn.f64" in made.ptx
+
+
+@pytest.mark.parametrize("target", [80, 90])
+@pytest.mark.parametrize("momentum", [False, True])
+def test_steps(momentum: bool, target: int) -> None:
+    from fedpai_kernels.triton.kernels.step import ELEMENTS, adam_kernel, sgd_kernel
+
+    pointers = dict.fromkeys(("p", "g", "buffer", "m", "v", "factors"), "*fp32")
+    constants = {"DECAYS": True, "MOMENTUM": momentum, "FIRST": False, "NESTEROV": momentum, "ELEMENTS": ELEMENTS}
+    made = compiled(sgd_kernel, target, pointers, constants, odd=("size",))
+    assert made.spilled == 0
+    assert "fma.rn.f32" in made.ptx
+    constants = {"DECAYS": True, "DECOUPLED": momentum, "ELEMENTS": ELEMENTS}
+    made = compiled(adam_kernel, target, pointers, constants, odd=("size",))
+    assert made.spilled == 0
+    assert "div.rn.f32" in made.ptx
+    assert "sqrt.rn.f32" in made.ptx

@@ -18,7 +18,7 @@ from ..ops.geometry import Pair, unflatten
 from ..ops.registry import LIBRARY
 from ..plan import Plan, plan_of
 from .block_plan import BlockPlan
-from .launch import Walked, empty_stored_like, run_walk, run_weight_grad
+from .launch import Walked, empty_stored_like, run_walk, run_weight_grad, stored
 from .runtime import HALF_OR_SINGLE
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -128,10 +128,17 @@ class _Forward(torch.autograd.Function):
         x, values = ctx.saved_tensors
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
         dx = dvalues = dbias = None
-        if want_x:
+        again = torch.is_grad_enabled()  # else nobody will differentiate this pass, and the ops themselves will do
+        if want_x and want_values and not again and not torch.compiler.is_compiling():
+            dy = stored(dy)  # once for both
+        if want_x and again:
             dx = _InputGrad.apply(dy, values, *ctx.image, ctx.plan, ctx.setting)
-        if want_values:
+        elif want_x:
+            dx = _ops.block_conv2d_input_grad(dy, values, *ctx.image, *ctx.setting)
+        if want_values and again:
             dvalues, dbias = _WeightGrad.apply(x, dy, want_bias, ctx.plan, ctx.setting)
+        elif want_values:
+            dvalues, dbias = _ops.block_conv2d_weight_grad(x, dy, want_bias, *ctx.setting)
         elif want_bias:
             dbias = dy.sum((0, 2, 3))
         return dx, dvalues, dbias if want_bias else None, None, None

@@ -51,7 +51,7 @@ def _forward(
     layer, g = plan_of(plan), unflatten(geometry)
     out_channels, _, kernel = layer_sizes(layer)
     shape = (x.shape[0], out_channels, *g.output_size((x.shape[2], x.shape[3]), kernel))
-    walked = Walked(g, kernel[1], input_grad=False)
+    walked = Walked(g, kernel, input_grad=False)
     return run_walk(x, values, bias, BlockPlan.of(layer, block).forward, block, precision, shape, walked)
 
 
@@ -61,7 +61,7 @@ def _input_grad(
     layer, g = plan_of(plan), unflatten(geometry)
     _, in_channels, kernel = layer_sizes(layer)
     walk = BlockPlan.of(layer, block).input_grad(g.stride, g.dilation)
-    walked = Walked(g, kernel[1], input_grad=True)
+    walked = Walked(g, kernel, input_grad=True)
     return run_walk(dy, values, None, walk, block, precision, (dy.shape[0], in_channels, height, width), walked)
 
 
@@ -71,7 +71,7 @@ def _weight_grad(
     layer = plan_of(plan)
     _, _, kernel = layer_sizes(layer)
     blocks = BlockPlan.of(layer, block)
-    dvalues = run_weight_grad(x, dy, blocks, layer.nnz, precision, unflatten(geometry), kernel[1])
+    dvalues = run_weight_grad(x, dy, blocks, layer.nnz, precision, unflatten(geometry), kernel)
     return dvalues, dy.sum((0, 2, 3)) if with_bias else dy.new_empty(0)
 
 

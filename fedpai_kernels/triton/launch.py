@@ -19,14 +19,15 @@ from .block_plan import BlockPlan, Tables, Walk
 from .runtime import current
 from .tiles import parts, walk_tile, weight_grad_tile
 
-_LARGEST = 2**31 - 1
+_LARGEST_OFFSET = 2**31 - 1  # that 32 bits hold
+_MOST_PIXELS = 2**30  # sums of two such numbers fit 32 bits
 
 
 class Walked(NamedTuple):
     """The two images of a convolution and what lies between them, for one direction of the walk."""
 
     geometry: Geometry
-    kernel_w: int
+    kernel: Pair
     input_grad: bool
 
 
@@ -64,7 +65,7 @@ def run_walk(
     phases_h, phases_w = walk.phases
     batch, _, height, width = shape
     positions = batch * -(-height // phases_h) * -(-width // phases_w)
-    _check_sizes(batch * height * width, walked.geometry, (height, width), (source.shape[2], source.shape[3]))
+    _check_sizes(walked.geometry, walked.kernel, source, destination)
     tile = walk_tile(block, source.dtype, positions)
     tiles = triton.cdiv(positions, tile.pixels)
     grid = (walk.rows * phases_h * phases_w * tiles,)
@@ -73,7 +74,7 @@ def run_walk(
         blocks = _packed(values, tables, block)
         walk_kernel[grid](
             source, blocks, blocks if bias is None else bias.contiguous(), destination, *tables,
-            walk.rows, tiles, batch, height, width, source.shape[2], source.shape[3], walked.kernel_w,
+            walk.rows, tiles, batch, height, width, source.shape[2], source.shape[3], walked.kernel[1],
             *walked.geometry.stride, *walked.geometry.pad_front, *walked.geometry.dilation,
             *source.stride(), *destination.stride(),
             INPUT_GRAD=walked.input_grad, PHASES_H=phases_h, PHASES_W=phases_w, HAS_BIAS=bias is not None,
@@ -85,7 +86,7 @@ def run_walk(
 
 
 def run_weight_grad(
-    x: Tensor, dy: Tensor, plan: BlockPlan, nnz: int, precision: str, geometry: Geometry, kernel_w: int
+    x: Tensor, dy: Tensor, plan: BlockPlan, nnz: int, precision: str, geometry: Geometry, kernel: Pair
 ) -> Tensor:
     """Gradient of the packed values: (nnz,), of the dtype of x. Arguments are not checked, but for sizes."""
     import triton
@@ -97,7 +98,7 @@ def run_weight_grad(
     positions = dy.shape[0] * dy.shape[2] * dy.shape[3]
     if positions == 0:
         return dvalues.zero_()
-    _check_sizes(positions, geometry, (dy.shape[2], dy.shape[3]), (x.shape[2], x.shape[3]))
+    _check_sizes(geometry, kernel, x, dy)
     block, count = plan.block, plan.count
     tile = weight_grad_tile(block, x.dtype)
     number, size = parts(count, positions, tile.depth)
@@ -107,7 +108,7 @@ def run_weight_grad(
         partials = torch.empty((number, count, block, block), dtype=torch.float32, device=x.device)
         weight_grad_kernel[(count * number,)](
             x, dy, partials, entries, count, positions, size, dy.shape[0], dy.shape[3], x.shape[2], x.shape[3],
-            kernel_w, *geometry.stride, *geometry.pad_front, *geometry.dilation, *x.stride(), *dy.stride(),
+            kernel[1], *geometry.stride, *geometry.pad_front, *geometry.dilation, *x.stride(), *dy.stride(),
             BLOCK=block, DEPTH=tile.depth, WHOLE=plan.whole, PRECISION=precision, OFFSET=_offset(x, dy),
             WIDEN=_widen(x),
             num_warps=tile.warps, num_stages=tile.stages,
@@ -136,7 +137,7 @@ def _offset(*tensors: Tensor) -> Any:
     import triton.language as tl
 
     largest = max(sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors)
-    return tl.int32 if largest <= _LARGEST else tl.int64
+    return tl.int32 if largest <= _LARGEST_OFFSET else tl.int64
 
 
 def _widen(t: Tensor) -> bool:
@@ -145,16 +146,18 @@ def _widen(t: Tensor) -> bool:
     return INTERPRETED and t.dtype == torch.bfloat16
 
 
-def _check_sizes(positions: int, geometry: Geometry, *images: Pair) -> None:
+def _check_sizes(geometry: Geometry, kernel: Pair, *images: Tensor) -> None:
     """Pixels are counted in 32 bits.
 
     Raises:
-        ValueError: more pixels, or steps beyond them.
+        ValueError: more pixels in all images, or steps beyond them.
     """
-    reach = max(
-        max(h, w) * max(geometry.stride) + max(geometry.pad_front) for h, w in images
-    )
-    if positions > _LARGEST or reach > _LARGEST or max(geometry.dilation) > _LARGEST // 64:
+    most = max(t.shape[0] * t.shape[2] * t.shape[3] for t in images)
+    side = max(max(t.shape[2:]) for t in images)
+    reach = side * max(geometry.stride) + max(geometry.pad_front)
+    spread = max(d * k for d, k in zip(geometry.dilation, kernel, strict=True))
+    if max(most, reach, spread) > _MOST_PIXELS:
         raise ValueError(
-            f"x: {positions} pixels in all images, with {geometry}, exceed the 2^31 - 1 that the kernels count to"
+            f"x: {most} pixels in all images, with {geometry} and a kernel of {kernel[0]} x {kernel[1]}, exceed the "
+            "2^30 that the kernels count to"
         )

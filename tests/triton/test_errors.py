@@ -74,6 +74,10 @@ def test_settings_that_do_not_fit() -> None:
         block_conv2d(x[:, :, None, None], values, plan)
     with pytest.raises(ValueError, match=r"x: expected \(\.\.\., 32\), got shape \(4, 31\)"):
         block_linear(x[:, 1:], values, plan)
+    conv = Plan.from_mask(torch.ones(16, 16, 3, 3, dtype=torch.bool))
+    image, weights = torch.zeros(1, 16, 3, 3, device=x.device), torch.zeros(conv.nnz, device=x.device)
+    with pytest.raises(ValueError, match=r"exceed the 2\^30 that the kernels count to"):
+        block_conv2d(image, weights, conv, padding=2**29, dilation=2**29)
     scattered = torch.ones(16, 32, dtype=torch.bool)
     scattered[3, 4] = False
     with pytest.raises(ValueError, match="not made of whole blocks of 16 output x 16 input channels"):

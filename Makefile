@@ -55,6 +55,12 @@ $(STAMPS)/rivals: $(STAMPS)/package
 	@$(PY) -m pip install --quiet "sparseprop==0.1.14" scipy || echo "SparseProp could not be installed; going on without it"
 	@touch $@
 
+# Triton for the CPU: its interpreter and its compiler, for the tests of the kernels for GPUs. 286 MB to fetch, 1.0 GB
+# installed, so it is no part of `develop`; without it those tests are skipped and say so.
+$(STAMPS)/triton: $(STAMPS)/package
+	$(PY) -m pip install --quiet --no-deps "triton>=3.8"
+	@touch $@
+
 .PHONY: develop
 develop: $(STAMPS)/package build ## create .venv with the package in it (editable), and build
 
@@ -111,6 +117,10 @@ aarch64: $(STAMPS)/tools ## the C++ kernel tests with NEON, cross-compiled and e
 .PHONY: pytest
 pytest: develop data
 	@$(PY) -m pytest -q -m "not bench"
+
+.PHONY: triton
+triton: build $(STAMPS)/triton ## the Triton kernels in the interpreter, and compiled for sm_80 and sm_90 (installs Triton, 1.0 GB)
+	@$(PY) -m pytest -q tests/triton
 
 # pytest comes last: its summary line closes the output.
 .PHONY: test

@@ -326,6 +326,54 @@ LINEAR: Sequence[LinearCase] = (
     LinearCase("fan_in", mask="fan-in"),
 )
 
+# Masks of blocks that matrix units take, for the kernels of GPUs: small, because an interpreter runs them too.
+BLOCK_CONV2D: Sequence[Conv2dCase] = (
+    _conv("plain", mask="16x16", in_channels=32, out_channels=48, batch=16, image=(4, 5)),
+    _conv("ragged", mask="16x16", in_channels=20, out_channels=18, batch=3, image=(4, 5), density=0.5),
+    _conv("smaller_than_a_block", mask="16x16", in_channels=3, out_channels=7, batch=2, image=(4, 5)),
+    _conv("one_left", mask="16x16", in_channels=34, out_channels=48, batch=3, image=(3, 4), density=0),
+    _conv("full_dense", mask="full", in_channels=17, out_channels=32, batch=2, image=(3, 4), bias=False),
+    _conv("several_tiles", mask="16x16", in_channels=16, out_channels=16, batch=33, image=(4, 3), kernel=(2, 2)),
+    _conv("n_is_1", mask="16x16", in_channels=16, out_channels=32, batch=1, image=(9, 8), density=0.5),
+    _conv("blocks_32", mask="32x32", in_channels=64, out_channels=32, batch=4, image=(3, 4)),
+    _conv("blocks_32_ragged", mask="32x32", in_channels=34, out_channels=33, batch=5, image=(3, 4), density=0.5),
+    _conv("blocks_64_ragged", mask="64x64", in_channels=70, out_channels=66, batch=6, image=(4, 3), kernel=(1, 2),
+          density=0.6),
+    _conv("blocks_128", mask="128x128", in_channels=128, out_channels=256, batch=4, image=(2, 2), kernel=(1, 2),
+          density=0.6),
+    _conv("blocks_128_ragged", mask="128x128", in_channels=130, out_channels=20, batch=2, image=(2, 2), kernel=(1, 2),
+          padding=(0, 1), density=0.6),
+    _conv("one_by_one_stride_2", mask="16x16", kernel=(1, 1), padding=0, stride=2, in_channels=16, out_channels=16,
+          image=(5, 4), density=1.0),
+    _conv("stride_2_even_size", mask="16x16", stride=2, in_channels=16, out_channels=20, image=(6, 4), batch=4),
+    _conv("stride_2_odd_size", mask="16x16", stride=2, in_channels=20, out_channels=16, image=(7, 5), batch=4),
+    _conv("stride_above_kernel", mask="16x16", stride=4, in_channels=16, out_channels=16, image=(9, 6), batch=3),
+    _conv("stride_above_image", mask="16x16", stride=9, in_channels=16, out_channels=16, image=(7, 6), batch=3),
+    _conv("non_square_everything", mask="16x16", image=(5, 11), kernel=(2, 4), stride=(2, 3), padding=(1, 3),
+          dilation=(2, 1), in_channels=18, out_channels=20, batch=2),
+    _conv("dilation_3_stride_2", mask="16x16", dilation=3, stride=2, padding=3, in_channels=16, out_channels=16,
+          batch=3, image=(6, 7)),
+    _conv("padding_same_even_kernel", mask="16x16", padding="same", kernel=(2, 4), in_channels=16, out_channels=20,
+          batch=2, image=(4, 5)),
+    _conv("padding_larger_than_image", mask="16x16", padding=(3, 4), in_channels=16, out_channels=16, batch=2,
+          image=(2, 3)),
+    _conv("groups_2", mask="16x16", groups=2, in_channels=64, out_channels=32, batch=4, image=(3, 4), density=0.5),
+    _conv("groups_2_ragged_strided", mask="16x16", groups=2, in_channels=40, out_channels=36, batch=3, image=(5, 4),
+          stride=(3, 2), dilation=(2, 1), padding=(2, 1)),
+    _conv("depthwise_multiplier_4", mask="4x1", groups=5, in_channels=5, out_channels=20, batch=2, image=(4, 3),
+          density=0.5),
+)  # fmt: skip
+
+BLOCK_LINEAR: Sequence[LinearCase] = (
+    LinearCase("blocks_plain", mask="16x16", leading=(16,), in_features=48, out_features=32),
+    LinearCase("blocks_ragged", mask="16x16", in_features=37, out_features=18, density=0.5),
+    LinearCase("blocks_n_is_1", mask="16x16", leading=(1,), in_features=32, out_features=20, density=0.5),
+    LinearCase("blocks_rank_1", mask="16x16", leading=(), in_features=20, out_features=17, density=0.6),
+    LinearCase("blocks_32_rank_3", mask="32x32", leading=(3, 47), in_features=70, out_features=40, density=0.6),
+    LinearCase("blocks_64_no_bias", mask="64x64", leading=(130,), in_features=130, out_features=64, bias=False),
+    LinearCase("blocks_128", mask="128x128", leading=(9,), in_features=256, out_features=140, density=0.5),
+)
+
 
 def batch_sweep(batch: int) -> Sequence[Case]:
     """The cases that every batch size from 1 to 65 goes through."""

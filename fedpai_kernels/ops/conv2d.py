@@ -19,12 +19,11 @@ from .. import _C
 from ..layout import empty_batch_last, to_batch_last
 from ..plan import Plan, plan_of
 from .geometry import Pair, compiled_geometry, flatten, resolve_geometry, unflatten
+from .operands import NATIVE, Backend, check_operands
 from .registry import LIBRARY, Operation, called_by_position
 from .stored import refuse_graph, stored, stores, widened
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
-# Of images, by device.
-_DTYPES = {"cpu": tuple(_SUFFIX), "cuda": (torch.float32, torch.bfloat16)}
 _FORWARD = {dtype: getattr(_C, f"conv2d_forward_{suffix}") for dtype, suffix in _SUFFIX.items()}
 _INPUT_GRAD = {dtype: getattr(_C, f"conv2d_input_grad_{suffix}") for dtype, suffix in _SUFFIX.items()}
 _WEIGHT_GRAD = {dtype: getattr(_C, f"conv2d_weight_grad_{suffix}") for dtype, suffix in _SUFFIX.items()}
@@ -267,45 +266,6 @@ class _WeightGrad(torch.autograd.Function):
 # -------------------------------------------------------------------------------------------------------- public
 
 
-def check_operands(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None) -> None:
-    """What convolution and linear layers ask of their operands alike.
-
-    Raises:
-        TypeError: not tensors, no Plan, or a dtype that the kernels of the device do not have.
-        ValueError: a device without kernels, devices that differ, or values or bias of the wrong shape.
-    """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected a fedpai_kernels.Plan, got {type(plan).__name__}")
-    for name, tensor in (("x", x), ("values", values), ("bias", bias)):
-        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    dtypes = _DTYPES.get(x.device.type)
-    if dtypes is None:
-        raise ValueError(
-            f"x: expected a CPU or CUDA tensor, got one on {x.device}; there are no kernels for that device"
-        )
-    if x.dtype not in dtypes:
-        raise TypeError(f"x: expected dtype {' or '.join(map(str, dtypes))}, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"x: expected a dense tensor, got one of layout {x.layout}")
-    if tuple(values.shape) != (plan.nnz,):
-        raise ValueError(
-            f"values: expected shape ({plan.nnz},), one per surviving weight of the plan, got {tuple(values.shape)}"
-        )
-    if bias is not None and tuple(bias.shape) != (plan.mask_shape[0],):
-        raise ValueError(f"bias: expected shape ({plan.mask_shape[0]},), got {tuple(bias.shape)}")
-    for name, tensor in (("values", values), ("bias", bias)):
-        if tensor is None:
-            continue
-        if x.dtype == torch.bfloat16:
-            if tensor.dtype != torch.float32:
-                raise TypeError(f"{name}: expected torch.float32 with an x of {x.dtype}, got {tensor.dtype}")
-        elif tensor.dtype != x.dtype:
-            raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
-
-
 def sparse_conv2d(
     x: Tensor,
     values: Tensor,
@@ -374,9 +334,10 @@ def checked_geometry(
     padding: int | Pair | str,
     dilation: int | Pair,
     groups: int,
+    backend: Backend = NATIVE,
 ) -> list[int]:
     """The geometry of a convolution as it travels, after every check of :func:`sparse_conv2d`; x: (N, C, H, W)."""
-    check_operands(x, values, plan, bias)
+    check_operands(x, values, plan, bias, backend)
     if plan.kind != "conv2d":
         raise ValueError(f"plan: expected one of kind 'conv2d', got kind {plan.kind!r} of shape {plan.mask_shape}")
     if groups != plan.groups:

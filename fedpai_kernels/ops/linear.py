@@ -8,11 +8,13 @@ from torch import Tensor
 
 from ..layout import with_contiguous_gradient
 from ..plan import Plan
-from .conv2d import check_operands, differentiable_conv2d
+from .conv2d import differentiable_conv2d
 from .geometry import flatten, resolve_geometry
+from .operands import NATIVE, Backend, check_operands
 from .stored import stores
 
-_GEOMETRY = flatten(resolve_geometry((1, 1), 1, 0, 1))
+GEOMETRY = flatten(resolve_geometry((1, 1), 1, 0, 1))
+"""That of a linear layer, as a convolution's travels."""
 
 
 def sparse_linear(
@@ -44,17 +46,27 @@ def sparse_linear(
         TypeError: a wrong dtype, or operands that are not tensors.
         ValueError: shapes, devices or settings that do not fit.
     """
-    check_operands(x, values, plan, bias)
-    if plan.kind != "linear":
-        raise ValueError(f"plan: expected one of kind 'linear', got kind {plan.kind!r} of shape {plan.mask_shape}")
+    check_linear(x, values, plan, bias)
     out_features, in_features = plan.mask_shape
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x: expected (..., {in_features}), got shape {tuple(x.shape)}")
     rows = x if x.dim() == 2 else x.reshape(-1, in_features)
     if rows.is_contiguous() and rows.numel() > 0:
         rows = with_contiguous_gradient(rows)
     keeps = stores(x, activation_dtype)
     images = rows.unsqueeze(2).unsqueeze(3)
     # Not by indices: their gradient is a tensor of zeros with one element of it set.
-    y = differentiable_conv2d(images, values, bias, plan, _GEOMETRY, keeps).squeeze(3).squeeze(2)
+    y = differentiable_conv2d(images, values, bias, plan, GEOMETRY, keeps).squeeze(3).squeeze(2)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
+
+
+def check_linear(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, backend: Backend = NATIVE) -> None:
+    """Every check of :func:`sparse_linear`.
+
+    Raises:
+        TypeError, ValueError: as it says, and whatever the backend raises about the device of x.
+    """
+    check_operands(x, values, plan, bias, backend)
+    if plan.kind != "linear":
+        raise ValueError(f"plan: expected one of kind 'linear', got kind {plan.kind!r} of shape {plan.mask_shape}")
+    in_features = plan.mask_shape[1]
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x: expected (..., {in_features}), got shape {tuple(x.shape)}")

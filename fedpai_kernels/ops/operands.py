@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every backend's convolution and linear layers ask of their operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+
+
+class Backend(NamedTuple):
+    """What the kernels of one backend take."""
+
+    dtypes: Callable[[Tensor], tuple[torch.dtype, ...]]  # of x, where it is; raises where they cannot run
+    single_weights: bool = False  # bfloat16 images have float32 values and bias
+
+
+_NATIVE = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32, torch.bfloat16)}
+
+
+def _native_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
+    dtypes = _NATIVE.get(x.device.type)
+    if dtypes is None:
+        raise ValueError(
+            f"x: expected a CPU or CUDA tensor, got one on {x.device}; there are no kernels for that device"
+        )
+    return dtypes
+
+
+NATIVE = Backend(_native_dtypes, single_weights=True)
+"""The C++ and CUDA kernels, by the device of x."""
+
+
+def check_operands(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, backend: Backend = NATIVE) -> None:
+    """What convolution and linear layers ask of their operands alike.
+
+    Raises:
+        TypeError: not tensors, no Plan, or a dtype that the backend does not take.
+        ValueError: devices that differ, or values or bias of the wrong shape.
+        Whatever the backend raises about the device of x.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a fedpai_kernels.Plan, got {type(plan).__name__}")
+    for name, tensor in (("x", x), ("values", values), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    dtypes = backend.dtypes(x)
+    if x.dtype not in dtypes:
+        *others, last = map(str, dtypes)
+        raise TypeError(f"x: expected dtype {', '.join(others)} or {last}, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x: expected a dense tensor, got one of layout {x.layout}")
+    if tuple(values.shape) != (plan.nnz,):
+        raise ValueError(
+            f"values: expected shape ({plan.nnz},), one per surviving weight of the plan, got {tuple(values.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (plan.mask_shape[0],):
+        raise ValueError(f"bias: expected shape ({plan.mask_shape[0]},), got {tuple(bias.shape)}")
+    for name, tensor in (("values", values), ("bias", bias)):
+        if tensor is None:
+            continue
+        if backend.single_weights and x.dtype == torch.bfloat16:
+            if tensor.dtype != torch.float32:
+                raise TypeError(f"{name}: expected torch.float32 with an x of {x.dtype}, got {tensor.dtype}")
+        elif tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")

@@ -15,7 +15,8 @@ from ..plan import Plan
 class Backend(NamedTuple):
     """What the kernels of one backend take."""
 
-    dtypes: Callable[[Tensor], tuple[torch.dtype, ...]]  # of x, where it is; raises where they cannot run
+    dtypes: Callable[[Tensor], tuple[torch.dtype, ...]]  # of x, where it is
+    check_device: Callable[[Tensor], None]  # raises unless they can run there
     single_weights: bool = False  # bfloat16 images have float32 values and bias
 
 
@@ -23,15 +24,17 @@ _NATIVE = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32, torch.
 
 
 def _native_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
-    dtypes = _NATIVE.get(x.device.type)
-    if dtypes is None:
+    return _NATIVE.get(x.device.type, _NATIVE["cpu"])
+
+
+def _check_native_device(x: Tensor) -> None:
+    if x.device.type not in _NATIVE:
         raise ValueError(
             f"x: expected a CPU or CUDA tensor, got one on {x.device}; there are no kernels for that device"
         )
-    return dtypes
 
 
-NATIVE = Backend(_native_dtypes, single_weights=True)
+NATIVE = Backend(_native_dtypes, _check_native_device, single_weights=True)
 """The C++ and CUDA kernels, by the device of x."""
 
 
@@ -52,6 +55,7 @@ def check_operands(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, b
     if x.dtype not in dtypes:
         *others, last = map(str, dtypes)
         raise TypeError(f"x: expected dtype {', '.join(others)} or {last}, got {x.dtype}")
+    backend.check_device(x)
     if x.layout != torch.strided:
         raise TypeError(f"x: expected a dense tensor, got one of layout {x.layout}")
     if tuple(values.shape) != (plan.nnz,):

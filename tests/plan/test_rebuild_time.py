@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import fedpai_kernels
 from fedpai import models, pruning
 from fedpai_kernels import Plan, sparsify_, to_batch_last
 from fedpai_kernels.ops import sparse_conv2d
@@ -36,9 +37,10 @@ def seconds(work: Callable[[], object]) -> float:
         (128, 16, 0.05, 1),
         (256, 8, 0.02, 1),
         (512, 4, 0.02, 1),
-        # 2.4 million weights on four pixels, the most unfavourable layer of VGG19, takes 0.9 to 1.0 steps: too close to
-        # the goal to assert it. The bound keeps it from getting worse.
-        (512, 2, 0.02, 1.25),
+        # 2.4 million weights on four pixels, the most unfavourable layer of VGG19, takes 0.9 to 1.0 steps with AVX2,
+        # too close to the goal to assert it. With AVX-512 steps are shorter, plans are not: 1.15 to 1.33. The bounds
+        # keep it from getting worse.
+        (512, 2, 0.02, 1.6 if fedpai_kernels.isa() == "avx512" else 1.25),
     ],
     ids=str,
 )

@@ -49,15 +49,7 @@ endif()
 target_compile_options(fedpai_cuda PRIVATE ${FEDPAI_CUDA_FLAGS})
 
 if(FEDPAI_MODULE_DIR)
-  # As the Python module: under another name first.
-  set(cuda_file ${FEDPAI_MODULE_DIR}/libfedpai_cuda.so)
-  add_custom_command(
-    OUTPUT ${cuda_file}
-    COMMAND ${CMAKE_COMMAND} -E copy $<TARGET_FILE:fedpai_cuda> ${cuda_file}.new
-    COMMAND ${CMAKE_COMMAND} -E rename ${cuda_file}.new ${cuda_file}
-    DEPENDS fedpai_cuda
-    COMMENT "Placing the CUDA kernels" VERBATIM)
-  add_custom_target(place_cuda ALL DEPENDS ${cuda_file})
+  fedpai_place(place_cuda fedpai_cuda ${FEDPAI_MODULE_DIR}/libfedpai_cuda.so)
   if(TARGET place_module)
     add_dependencies(place_module place_cuda)
   endif()

@@ -34,3 +34,15 @@ function(fedpai_add_cpu_targets library)
     target_compile_definitions(${library} PUBLIC FEDPAI_HAVE_${upper}=1)
   endforeach()
 endfunction()
+
+# A target `name` that puts what `built` is linked to at `file`. Copied under another name and renamed: a process that
+# has the old file mapped keeps it intact.
+function(fedpai_place name built file)
+  add_custom_command(
+    OUTPUT ${file}
+    COMMAND ${CMAKE_COMMAND} -E copy $<TARGET_FILE:${built}> ${file}.new
+    COMMAND ${CMAKE_COMMAND} -E rename ${file}.new ${file}
+    DEPENDS ${built}
+    COMMENT "Placing ${file}" VERBATIM)
+  add_custom_target(${name} ALL DEPENDS ${file})
+endfunction()

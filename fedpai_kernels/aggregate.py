@@ -53,7 +53,7 @@ def weighted_mean(vectors: Sequence[Array], weights: Sequence[float], *, compens
         ValueError: no vectors, unequal lengths, or a weight that cannot be.
     """
     own = [_vector(f"vectors[{k}]", vector, np.float32) for k, vector in enumerate(vectors)]
-    factors = _weights(weights, len(own))
+    factors = checked_weights(weights, len(own))
     for k, vector in enumerate(own):
         if vector.size != own[0].size:
             raise ValueError(
@@ -95,7 +95,7 @@ def masked_mean(
     """
     before = _vector("old", old, np.float32)
     own = [_vector(f"vectors[{k}]", vector, np.float32) for k, vector in enumerate(vectors)]
-    factors = _weights(weights, len(own))
+    factors = checked_weights(weights, len(own))
     if len(positions) != len(own):
         raise ValueError(f"positions: got {len(positions)} arrays for {len(own)} vectors")
     at = [_positions(f"positions[{k}]", places, before.size) for k, places in enumerate(positions)]
@@ -255,7 +255,12 @@ def _out_of_order(client: int, size: int) -> str:
     return f"positions[{client}]: expected ascending positions without repeats in [0, {size})"
 
 
-def _weights(weights: Sequence[float], vectors: int) -> list[float]:
+def checked_weights(weights: Sequence[float], vectors: int) -> list[float]:
+    """The weights of so many vectors.
+
+    Raises:
+        ValueError: no vectors, another number of weights, or one that is not finite and above 0.
+    """
     if vectors == 0:
         raise ValueError("vectors: got none, expected at least one")
     if len(weights) != vectors:

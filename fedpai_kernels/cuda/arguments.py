@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ..aggregate import checked_weights
 
 
 def check_tensor(name: str, given: object, dtype: torch.dtype, rank: int, device: torch.device | None = None) -> Tensor:
@@ -58,10 +59,4 @@ def check_weights(weights: Sequence[float] | Tensor, clients: int, device: torch
         if tuple(weights.shape) != (clients,):
             raise ValueError(f"weights: got shape {tuple(weights.shape)} for {clients} clients")
         return weights.contiguous()
-    if len(weights) != clients:
-        raise ValueError(f"weights: got {len(weights)} for {clients} clients")
-    found = [float(weight) for weight in weights]
-    for k, weight in enumerate(found):
-        if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"weights[{k}]: got {weights[k]}, expected a finite number above 0")
-    return torch.tensor(found, dtype=torch.float64).to(device)
+    return torch.tensor(checked_weights(weights, clients), dtype=torch.float64).to(device)

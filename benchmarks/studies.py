@@ -140,7 +140,8 @@ def about(cells: Sequence[dict[str, Any]]) -> str:
 def _machine(row: dict[str, Any]) -> str:
     machine, software = row["machine"], row["software"]
     threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
-    return f"{machine['cpu']}, {threads}, {row['isa']}, torch {software['torch']}"
+    beside = f", {row['jobs']} runs side by side" if row.get("jobs", 1) > 1 else ""
+    return f"{machine['cpu']}, {threads}{beside}, {row['isa']}, torch {software['torch']}"
 
 
 if __name__ == "__main__":

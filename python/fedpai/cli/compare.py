@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fedpai compare`: a grid of runs, one after the other, and one report on all of them."""
+"""`fedpai compare`: a grid of runs, one after the other or side by side, and one report on all of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIMES = {"uplink": "uplink", "downlink": "downlink", "device_slowdown": "slowdow
 
 EPILOG = """examples:
   fedpai compare --preset fashion-smoke --out runs/smoke       minutes
-  fedpai compare --preset study --out runs/study               two hours: FedPaI-U against dense FedAvg
+  fedpai compare --preset study --threads 1 --jobs 2 --out runs/study      an hour: FedPaI-U against dense FedAvg
   fedpai compare --method fedavg,fedpai-u --sparsity 0.9,0.98 --alpha iid,0.5 --seed 0,1,2 --out runs/grid
   fedpai compare --resume --out runs/grid                      go on; finished cells are kept
   fedpai compare --resume --out runs/grid --seed 0,1,2,3       the same with another seed
@@ -48,6 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     result = parser.add_argument_group("results")
     result.add_argument("--out", type=Path, metavar="DIR", help="folder of the grid and its runs (needed)")
     result.add_argument("--resume", action="store_true", help="go on with the grid in --out")
+    result.add_argument("--jobs", type=int, metavar="N", help="runs side by side, of --threads each (1)")
     result.add_argument("--json", type=Path, metavar="FILE", help="also write rows and summary as JSON lines")
     parser.set_defaults(run=run)
 
@@ -60,7 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from fedpai import cli
     from fedpai.compare.study import Grid, Study
+    from fedpai.compare.workers import WorkerError
 
     given = vars(arguments)
     out: Path | None = given.get("out")
@@ -72,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
     axes, settings = asked(explicit_settings(given), given.get("preset"), bool(given.get("resume")))
     explicit = frozenset(explicit_settings(given))
     grid = Grid(axes, settings, {field: given[key] for key, field in TIMES.items() if key in given})
-    study = (Study.reopen if given.get("resume") else Study.create)(out, grid, explicit)
+    study = (Study.reopen if given.get("resume") else Study.create)(out, grid, explicit, given.get("jobs", 1))
     done = len(study.finished())
     print(f"folder: {out}, {len(study.cells)} runs, {done} finished", file=sys.stderr)
     progress = GridProgress(sys.stderr, len(study.cells), done)
@@ -80,6 +83,8 @@ def _run(arguments: argparse.Namespace) -> int:
         study.finish(progress)
     except KeyboardInterrupt:
         return _interrupted(study)
+    except WorkerError as error:
+        return cli.complain(error)
     finally:
         progress.close()
     return _results(study, json_file)

@@ -9,8 +9,8 @@ from typing import Any, TextIO
 from fedpai.federation.progress import Progress, summary_line
 
 
-class GridProgress(Progress):
-    """Follows the runs of a grid, one after the other. A cell counts by its finished rounds.
+class GridProgress:
+    """Follows the runs of a grid. A cell counts by its finished rounds.
 
     Args:
         stream: where to.
@@ -21,6 +21,7 @@ class GridProgress(Progress):
         self._stream = stream
         self._total = total
         self._done = done
+        self._under_way: dict[str, CellProgress] = {}
         self._bar: Any = None
         if stream.isatty():
             from tqdm import tqdm
@@ -29,20 +30,51 @@ class GridProgress(Progress):
                 total=total, initial=done, file=stream, dynamic_ncols=True, leave=False, bar_format=_BAR
             )
 
-    def cell(self, name: str) -> None:
-        """A cell starts or goes on."""
-        self._name = name
+    def cell(self, name: str) -> CellProgress:
+        """A cell starts or goes on: who is to be told about it."""
+        self._under_way[name] = CellProgress(self)
+        self.move()
+        return self._under_way[name]
+
+    def finished(self, name: str) -> None:
+        """A cell is done."""
+        self._done += 1
+        self.note(f"[{self._done}/{self._total}] {name}: {self._under_way.pop(name).summary()}")
+        self.move()
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+        if self._bar is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            self._bar.write(text, file=self._stream)
+
+    def move(self) -> None:
+        """Some cell got on."""
+        if self._bar is not None:
+            self._bar.n = self._done + sum(cell.share for cell in self._under_way.values())
+            self._bar.set_description(", ".join(self._under_way), refresh=False)
+            self._bar.refresh()
+
+    def close(self) -> None:
+        """The grid ended, for whatever reason."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class CellProgress(Progress):
+    """Follows one run of a grid.
+
+    Attributes:
+        share: of its rounds that are finished, the choosing of masks counted as one.
+    """
+
+    share = 0.0
+
+    def __init__(self, grid: GridProgress) -> None:
+        self._grid = grid
         self._start = time.monotonic()
         self._last: dict[str, Any] | None = None
-        if self._bar is not None:
-            self._bar.set_description(name)
-
-    def finished(self) -> None:
-        """The cell is done."""
-        self._done += 1
-        result = "" if self._last is None else summary_line(self._last)
-        self.note(f"[{self._done}/{self._total}] {self._name}: {result}  took {time.monotonic() - self._start:.0f} s")
-        self._move(float(self._done))
 
     def begin(self, methods: tuple[str, ...], rounds: int, done: int) -> None:
         """See Progress."""
@@ -51,24 +83,17 @@ class GridProgress(Progress):
     def row(self, row: dict[str, Any]) -> None:
         """See Progress."""
         self._last = row
-        self._move(self._done + row["round"] / (self._rounds + 1))
+        self.share = row["round"] / (self._rounds + 1)
+        self._grid.move()
 
     def note(self, text: str) -> None:
         """See Progress."""
-        if self._bar is None:
-            print(text, file=self._stream, flush=True)
-        else:
-            self._bar.write(text, file=self._stream)
+        self._grid.note(text)
 
-    def close(self) -> None:
-        """The grid ended, for whatever reason."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def _move(self, cells: float) -> None:
-        if self._bar is not None:
-            self._bar.n = cells
-            self._bar.refresh()
+    def summary(self) -> str:
+        """Its last round and how long it took."""
+        result = "" if self._last is None else summary_line(self._last)
+        return f"{result}  took {time.monotonic() - self._start:.0f} s"
 
 
 _BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} cells {elapsed}<{remaining} {desc}"

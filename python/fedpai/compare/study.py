@@ -12,30 +12,28 @@ The rows and the page follow from the cells and are written anew after each of t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedpai.bench.machine import identity
 from fedpai.compare import page
 from fedpai.compare.grid import AXES, Cell, check, expand
 from fedpai.compare.progress import GridProgress
 from fedpai.compare.results import Finished, Row, result_rows, sections, to_lines
+from fedpai.compare.workers import MACHINE_FILE, Task, carry_out, side_by_side
 from fedpai.data import Dataset
 from fedpai.federation.config import MOVABLE, ConfigError, RunConfig, differences
-from fedpai.federation.files import PART, write_atomic
+from fedpai.federation.files import write_atomic
 from fedpai.federation.folder import FolderError, RunFolder
 from fedpai.federation.link_speed import LinkSpeed
-from fedpai.federation.progress import Progress
-from fedpai.federation.runner import Run, load_data
-from fedpai.methods.base import MethodError
+from fedpai.federation.runner import load_data
 
 LINK = LinkSpeed(1e6, 10e6)
 """What times are stated for unless a link is given: 1 MB/s up, 10 MB/s down."""
 GRID_FILE = "compare.json"
 CELLS = "cells"
-MACHINE_FILE = "machine.json"
 
 
 @dataclass(frozen=True)
@@ -66,18 +64,20 @@ class Grid:
 class Study:
     """A grid in its folder. Use `create` or `reopen`."""
 
-    def __init__(self, path: Path, grid: Grid, cells: Sequence[Cell], data: Dataset) -> None:
+    def __init__(self, path: Path, grid: Grid, cells: Sequence[Cell], data: Dataset, jobs: int) -> None:
         self.path = path
         self.grid = grid
         self.cells = cells
         self._data = data
+        self._jobs = jobs
 
     @classmethod
-    def create(cls, path: Path, grid: Grid, explicit: frozenset[str]) -> Study:
+    def create(cls, path: Path, grid: Grid, explicit: frozenset[str], jobs: int = 1) -> Study:
         """Starts a grid in a new or empty folder, once all of it is known to be possible.
 
         Args:
             explicit: axes and settings that a person asked for, of which some method must make use.
+            jobs: runs side by side, each in a process of its own and with all the threads of its settings.
 
         Raises:
             ConfigError, DataError: what cannot be; nothing was written then.
@@ -86,16 +86,16 @@ class Study:
         if (path / GRID_FILE).exists():
             raise FolderError(f"{path} already holds a grid; go on with it by --resume, or choose another --out")
         RunFolder.check_vacant(path)
-        return cls._open(path, grid, explicit)
+        return cls._open(path, grid, explicit, jobs)
 
     @classmethod
-    def reopen(cls, path: Path, asked: Grid, explicit: frozenset[str]) -> Study:
+    def reopen(cls, path: Path, asked: Grid, explicit: frozenset[str], jobs: int = 1) -> Study:
         """Opens a folder to go on with its grid.
 
         Args:
             asked: what was given again. Settings must agree with the folder's; an axis may have other values than
                 before, and finished cells that are still in the grid are kept; times may be for another link.
-            explicit: see `create`.
+            explicit, jobs: see `create`.
 
         Raises:
             FolderError: no grid there, or settings that differ; the message names each of them.
@@ -109,19 +109,20 @@ class Study:
         grid = Grid(
             {**stored.axes, **asked.axes}, {**stored.settings, **moved}, {**stored.times, **asked.times}
         )
-        return cls._open(path, grid, explicit)
+        return cls._open(path, grid, explicit, jobs)
 
     @classmethod
-    def _open(cls, path: Path, grid: Grid, explicit: frozenset[str]) -> Study:
+    def _open(cls, path: Path, grid: Grid, explicit: frozenset[str], jobs: int) -> Study:
         cells = expand(grid.axes, grid.settings, explicit)
         data = load_data(cells[0].config)
         check(cells, data)
+        check_jobs(jobs, cells[0].config.threads)
         try:
             path.mkdir(parents=True, exist_ok=True)
             write_atomic(path / GRID_FILE, (json.dumps(asdict(grid), indent=2) + "\n").encode())
         except OSError as error:
             raise FolderError(f"cannot write the folder {path}: {error.strerror}") from None
-        return cls(path, grid, cells, data)
+        return cls(path, grid, cells, data, jobs)
 
     def cell_path(self, cell: Cell) -> Path:
         """A cell's run folder."""
@@ -147,28 +148,21 @@ class Study:
 
         Raises:
             FolderError, ConfigError, MethodError: from a cell; those before it are kept.
+            WorkerError: the process of a cell ended; the same.
         """
         done = {one.cell.name for one in self.finished()}
-        for cell in self.cells:
-            if cell.name not in done:
-                progress.cell(cell.name)
-                try:
-                    self._run(cell, progress)
-                except (ConfigError, MethodError) as error:
-                    raise type(error)(f"{cell.name}: {error}") from None
-                self.save()
-                progress.finished()
+        tasks = [Task(cell.name, self.cell_path(cell), cell.config) for cell in self.cells if cell.name not in done]
+        for name in self._carried_out(tasks, progress):
+            self.save()
+            progress.finished(name)
 
-    def _run(self, cell: Cell, progress: Progress) -> None:
-        path = self.cell_path(cell)
-        if (path / "config.json").exists():
-            folder = RunFolder.reopen(path, cell.config.to_json())
+    def _carried_out(self, tasks: Sequence[Task], progress: GridProgress) -> Iterator[str]:
+        if self._jobs > 1:
+            yield from side_by_side(tasks, self._jobs, progress.cell)
         else:
-            for leftover in path.glob(f"*{PART}"):
-                leftover.unlink()
-            folder = RunFolder.create(path, cell.config)
-        Run(folder.config, folder, progress, data=self._data).finish()
-        folder.write(MACHINE_FILE, (json.dumps(identity()) + "\n").encode())
+            for task in tasks:
+                carry_out(task, progress.cell(task.name), self._data, self._jobs)
+                yield task.name
 
     def save(self) -> list[Row]:
         """Writes the rows and the page of what is finished, and returns the rows."""
@@ -178,6 +172,22 @@ class Study:
             settings = {"axes": self.grid.axes, **self.grid.settings}
             page.write(self.path / "report.html", sections(rows), rows, settings, len(self.cells) - len(rows))
         return rows
+
+
+def check_jobs(jobs: int, threads: int) -> None:
+    """So many runs of so many threads at once must find a core for each thread: waiting threads spin.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if jobs < 1:
+        raise ConfigError(f"jobs: got {jobs}, expected at least 1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if jobs > 1 and jobs * threads > cores:
+        raise ConfigError(
+            f"jobs: {jobs} runs side by side, each of {threads} thread{'s' * (threads > 1)} (--threads), "
+            f"want {jobs * threads} cores; there are {cores}"
+        )
 
 
 def stored_grid(path: Path) -> Grid:

@@ -15,7 +15,7 @@ from fedpai import cli
 from fedpai.cli import compare as compare_command
 from fedpai.cli.options import explicit_settings
 from fedpai.compare.presets import PRESETS
-from fedpai.compare.progress import GridProgress
+from fedpai.compare.progress import CellProgress, GridProgress
 
 PAGE = Path(__file__).parents[3] / "docs" / "compare.md"
 Read = Callable[[Path], list[dict[str, Any]]]
@@ -87,7 +87,13 @@ class StopAt(GridProgress):
 
     left = 0
 
-    def step(self, number: int, count: int) -> None:
+    def cell(self, name: str) -> CellProgress:
+        cell = super().cell(name)
+        cell.step = self.count  # type: ignore[method-assign]
+        return cell
+
+    @staticmethod
+    def count(number: int, count: int) -> None:
         StopAt.left -= 1
         if StopAt.left == 0:
             raise KeyboardInterrupt

@@ -190,13 +190,16 @@ def test_a_bar_over_cells() -> None:
 
     stream = Terminal()
     bar = GridProgress(stream, total=4, done=1)
-    bar.cell("resnet18-fedavg-iid-seed0")
-    bar.begin(("fedavg",), 2, 0)
+    first, second = bar.cell("resnet18-fedavg-iid-seed0"), bar.cell("resnet18-fedavg-iid-seed1")
+    first.begin(("fedavg",), 2, 0)
+    second.begin(("fedavg",), 2, 0)
     for row in rows("fedavg", [0.1, 0.2, 0.3]):
-        bar.row(row)
+        first.row(row)
     assert "1.7/4 cells" in stream.getvalue(), "one cell and two of three rounds of the next"
-    bar.finished()
+    second.row(rows("fedavg", [0.1, 0.2])[1])
+    assert "2.0/4 cells" in stream.getvalue(), "and one of a third"
+    bar.finished("resnet18-fedavg-iid-seed0")
     bar.close()
     text = stream.getvalue()
-    assert "2.0/4 cells" in text
+    assert "2.3/4 cells" in text
     assert "[2/4] resnet18-fedavg-iid-seed0: fedavg             round   2  accuracy 30.00 %" in text

@@ -161,7 +161,9 @@ class _Sender(Progress):
 
 def _serve(connection: Connection, jobs: int) -> None:
     """A process: carries out tasks until it is stopped, or the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one stops the others
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all processes; the first one stops the others
     data = lru_cache(maxsize=1)(lambda name, root: load_data(RunConfig(data=name, data_root=root)))
     try:
         while True:

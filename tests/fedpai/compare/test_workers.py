@@ -23,8 +23,17 @@ TINY = [
     *("--batch", "16", "--max-images", "32", "--eval-images", "40", "--threads", "1"),
 ]
 CONFIG = RunConfig(
-    **{"method": "random", "model": "mlp", "width": 0.125, "data": "synthetic-gray", "clients": 3, "sample": 3},
-    **{"rounds": 2, "batch": 16, "max_images": 32, "eval_images": 40, "threads": 1},
+    method="random",
+    model="mlp",
+    width=0.125,
+    data="synthetic-gray",
+    clients=3,
+    sample=3,
+    rounds=2,
+    batch=16,
+    max_images=32,
+    eval_images=40,
+    threads=1,
 )
 
 
@@ -98,7 +107,10 @@ def test_stopped_by_hand(tmp_path: Path) -> None:
     ("jobs", "message"),
     [
         ("0", "jobs: got 0, expected at least 1"),
-        ("100000", "jobs: 100000 runs side by side, each of 1 thread (--threads), want 100000 cores; there are "),
+        (
+            "100000",
+            "jobs: 100000 runs side by side, each of 1 thread (--threads), want 100000 cores; there are ",
+        ),
     ],
 )
 def test_more_than_there_are_cores(

@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SHOWN = ("step", "layer", "aggregate")
 FIRST = ("uniform", "grasp", "grasp@time")
-"""Masks of whole steps in the README; all others are in docs/benchmarking.md."""
+"""Masks of whole steps in the README, by single weights; all others are in docs/benchmarking.md."""
 RIVALS = {"dense": "dense torch", "sparseprop": "SparseProp"}
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows = newest([row for row in read(sorted(arguments.results.glob("*.jsonl"))) if row["row"] in SHOWN])
         old = {path: path.read_text(encoding="utf-8") for path in documents(arguments.root)}
-        steps = [row for row in rows if row["row"] == "step" and row["mask"] in FIRST]  # a first screen has little room
+        steps = [row for row in rows if on_first_screen(row)]
         new = {
             path: replaced(path, text, section(steps if path.name == "README.md" else rows))
             for path, text in old.items()
@@ -60,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             path.write_text(new[path], encoding="utf-8")
             print(f"wrote {path}")
     return 1 if arguments.check and stale else 0
+
+
+def on_first_screen(row: Row) -> bool:
+    """Whether the README has room for a row."""
+    return row["row"] == "step" and row["mask"] in FIRST and row["structure"] == "weight"
 
 
 def documents(root: Path) -> tuple[Path, Path]:

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Personal masks that lean on everybody's scores: accuracy by how much; one line a run.
 
-    python lab/010_personal_masks/consensus.py --lean 0,0.5,0.8,0.9,1 --alpha iid,0.5
+    python lab/010_personal_masks/consensus.py --lean dense,1,0.9,0.5,0 --alpha iid,0.5
 
-The study's networks, clients and rounds (preset `study`), at one sparsity.
+The study's networks, clients and rounds (preset `study`), at one sparsity. A client's own model is scored on its own mix
+of classes in three states: `trained`, at the end of its turn (over the last three rounds' clients); after the last
+round as it would be `received`, that is merged, under the client's mask; and the same `calibrated`, with the running
+statistics of its norms taken from its own images, no weight changed (both over all clients).
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
+import torch
 
 from fedpai import pruning
 from fedpai.compare.presets import PRESETS
+from fedpai.data import Dataset
 from fedpai.federation.aggregate import weighted_mean
 from fedpai.federation.client import Client
 from fedpai.federation.config import RunConfig
@@ -25,9 +30,17 @@ from fedpai.federation.runner import Run, load_data
 from fedpai.federation.server import Server, Update
 from fedpai.methods import METHODS
 from fedpai.methods.base import only
+from fedpai.methods.fedavg import FedAvg
 from fedpai.methods.fedpai_u import FedPaiU
 from fedpai.methods.fixed import chooser
 from fedpai.pruning import balanced_batch
+
+
+class Dense(FedAvg):
+    """Dense federated averaging whose clients' own models are scored too."""
+
+    name = "dense"
+    personal = True  # type: ignore[assignment]
 
 
 class Leaning(FedPaiU):
@@ -68,40 +81,66 @@ class Leaning(FedPaiU):
         server.set_client_masks(masks)
 
 
+@torch.no_grad()
+def own_models(run: Run) -> tuple[float, float]:
+    """Accuracy of the clients' models after the last merge: as received, and calibrated; means by n_k."""
+    (arm,) = run.arms
+    method, server, clients = arm.federation.method, arm.federation.server, arm.clients
+    received, calibrated, examples = [], [], []
+    for k in range(run.config.clients):
+        me = clients._client(k, server.round)
+        me.receive(method.send(server, k), method.takes)
+        examples.append(me.examples)
+        received.append(clients._personal_accuracy(me))
+        bound = me.bound()
+        model = bound.model.train()
+        for _ in range(2):
+            for indices in np.array_split(me.indices, len(me.indices) // run.config.batch):
+                model(run.pool.images(bound, run.data.batch(indices, split="train")[0]))
+        me.keep(bound)
+        calibrated.append(clients._personal_accuracy(me))
+    return float(np.average(received, weights=examples)), float(np.average(calibrated, weights=examples))
+
+
+def measured(config: RunConfig, data: Dataset) -> dict[str, float]:
+    """One run."""
+    run = Run(config, data=data)
+    last = run.finish()[-3:]
+    received, calibrated = own_models(run)
+    return {
+        "trained": sum(row["personal_accuracy"] for row in last) / len(last),
+        "received": received,
+        "calibrated": calibrated,
+        "global": last[-1]["accuracy"],
+    }
+
+
 def main() -> None:
     """Prints one JSON line a run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--lean", default="0,0.5,0.8,0.9,1")
-    parser.add_argument("--per-class", default="10")
+    parser.add_argument("--lean", default="dense,1,0.9,0.5,0")
+    parser.add_argument("--per-class", type=int, default=10)
     parser.add_argument("--alpha", default="iid,0.5")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--sparsity", type=float, default=0.98)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    METHODS["leaning"] = Leaning
+    METHODS.update({"leaning": Leaning, "dense": Dense})
+    Leaning.per_class = arguments.per_class
     preset = {key: value for key, value in PRESETS["study"].items() if not isinstance(value, list)}
     base = RunConfig(
-        **preset, method="leaning", model=arguments.model, sparsity=arguments.sparsity, threads=arguments.threads
+        **preset, method="fedavg", model=arguments.model, sparsity=arguments.sparsity, threads=arguments.threads
     )
     data = load_data(base)
-    for seed in map(int, arguments.seeds.split(",")):
-        for alpha in arguments.alpha.split(","):
-            for per_class in map(int, arguments.per_class.split(",")):
-                for lean in map(float, arguments.lean.split(",")):
-                    Leaning.lean, Leaning.per_class = lean, per_class
-                    config = replace(base, seed=seed, alpha=None if alpha == "iid" else float(alpha))
-                    last = Run(config, data=data).finish()[-3:]
-                    found = {
-                        "alpha": alpha,
-                        "seed": seed,
-                        "per_class": per_class,
-                        "lean": lean,
-                        "shared": round(Leaning.shared, 3),
-                        "personal_accuracy": round(sum(row["personal_accuracy"] for row in last) / len(last), 4),
-                        "accuracy": last[-1]["accuracy"],
-                    }
-                    print(json.dumps(found), flush=True)
+    for seed, alpha, lean in product(arguments.seeds.split(","), arguments.alpha.split(","), arguments.lean.split(",")):
+        method = "dense" if lean == "dense" else "leaning"
+        Leaning.lean = 0.0 if lean == "dense" else float(lean)
+        config = replace(base, method=method, seed=int(seed), alpha=None if alpha == "iid" else float(alpha))
+        found = {key: round(value, 4) for key, value in measured(config, data).items()}
+        shared = 1.0 if lean == "dense" else round(Leaning.shared, 3)
+        about = {"alpha": alpha, "seed": int(seed), "per_class": arguments.per_class, "lean": lean, "shared": shared}
+        print(json.dumps({**about, **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,8 @@ def test_structures_are_different_measurements(root: Path) -> None:
     readme, docs = (path.read_text() for path in tables.documents(root))
     assert "| resnet18 | uniform 98 % | weight | 2.0 % | 20.0 | - | 2.00 | 10x | - |" in readme
     assert "11x" not in readme
-    assert "| resnet18 | uniform 98 % | 16x1 | 2.0 % | 20.0 | - | 2.00 | 13x | - |" in readme
+    assert "| resnet18 | uniform 98 % | 16x1 | 2.0 % | 20.0 | - | 2.00 | 13x | - |" in docs
+    assert "16x1" not in readme, "the first screen is of single weights"
     assert "| resnet18 | uniform | 8x8 | 2 % | 1 | 5.0x | 5.0x | - | - |" in docs
     assert "| resnet18 | uniform | weight | 2 % | 1 | 4.0x | 4.0x | - | - |" in docs
     assert "| conv1 | 3-64 3x3 @32 | 8x4 | 0.02 | 2.00" in docs

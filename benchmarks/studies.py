@@ -75,7 +75,7 @@ def rendered(document: Path, folder: Path) -> dict[Path, str]:
         cells = [row for row in rows if row["row"] == "cell"]
         if grid is None or not cells:
             raise BenchError(f"{folder / name}.jsonl: expected a row 'grid' and rows 'cell' of fedpai compare")
-        parts = [f"    {command(name, grid)}", about(cells)]
+        parts = [f"    {command(name, grid, jobs(cells))}", about(cells)]
         for section in results.sections(cells):
             found = page.part(section)
             parts += [f"**{found.table.title}**", found.table.to_markdown()]
@@ -107,7 +107,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def command(name: str, grid: dict[str, Any]) -> str:
+def jobs(cells: Sequence[dict[str, Any]]) -> int:
+    """How many runs were carried out side by side."""
+    return max(cell["machine"].get("jobs", 1) for cell in cells)
+
+
+def command(name: str, grid: dict[str, Any], beside: int) -> str:
     """What makes these rows again: the preset of that name, and options for what differs from it."""
     known, words = {}, ["fedpai", "compare"]
     if name in PRESETS:
@@ -119,6 +124,8 @@ def command(name: str, grid: dict[str, Any]) -> str:
     spelled = {field: key for key, field in TIMES.items()}
     for field, value in grid["times"].items():
         words += [option(spelled[field]), f"{value:.0f}B/s" if field in ("uplink", "downlink") else str(value)]
+    if beside > 1:
+        words += ["--jobs", str(beside)]
     return shlex.join([*words, "--out", f"runs/{name}"])
 
 

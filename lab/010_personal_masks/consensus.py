@@ -49,6 +49,8 @@ class Leaning(FedPaiU):
     name = "leaning"
     lean = 0.0
     per_class = 10
+    own_norms = False
+    """Whether what belongs to no masked weight (norms with their running statistics, biases) stays on the client."""
     shared = 1.0
     """Of a client's weights, the share that another's mask has too, on average, once masks are chosen."""
 
@@ -62,6 +64,14 @@ class Leaning(FedPaiU):
         data = balanced_batch(client.data, client.indices, self.per_class, seed=client.seed("scoring images"))
         scores = pruning.scores(client.model(), self.config.criterion, data=data, seed=client.seed("mask"))
         return [client.scores_message(client.layout.from_layers(scores))]
+
+    def train(self, client: Client) -> None:
+        """With the client's own norms, if it has any."""
+        take_own(client)
+        super().train(client)
+        floats, mask = client.floats, client.memory.mask
+        if self.own_norms and floats is not None and mask is not None:
+            client.memory.extra["own"] = floats[mask.kept :].copy()
 
     def accept_proposal(self, server: Server, client: int, messages: list[bytes]) -> Update:
         """Scores."""
@@ -81,6 +91,13 @@ class Leaning(FedPaiU):
         server.set_client_masks(masks)
 
 
+def take_own(client: Client) -> None:
+    """Replaces the merged norms by the client's own, where it keeps them."""
+    own = client.memory.extra.get("own")
+    if own is not None and client.floats is not None:
+        client.floats = np.concatenate([client.floats[: -own.size], own])
+
+
 @torch.no_grad()
 def own_models(run: Run) -> tuple[float, float]:
     """Accuracy of the clients' models after the last merge: as received, and calibrated; means by n_k."""
@@ -90,6 +107,7 @@ def own_models(run: Run) -> tuple[float, float]:
     for k in range(run.config.clients):
         me = clients._client(k, server.round)
         me.receive(method.send(server, k), method.takes)
+        take_own(me)
         examples.append(me.examples)
         received.append(clients._personal_accuracy(me))
         bound = me.bound()
@@ -124,10 +142,11 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--sparsity", type=float, default=0.98)
     parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--own-norms", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     METHODS.update({"leaning": Leaning, "dense": Dense})
-    Leaning.per_class = arguments.per_class
+    Leaning.per_class, Leaning.own_norms = arguments.per_class, arguments.own_norms
     preset = {key: value for key, value in PRESETS["study"].items() if not isinstance(value, list)}
     base = RunConfig(
         **preset, method="fedavg", model=arguments.model, sparsity=arguments.sparsity, threads=arguments.threads
@@ -139,7 +158,8 @@ def main() -> None:
         config = replace(base, method=method, seed=int(seed), alpha=None if alpha == "iid" else float(alpha))
         found = {key: round(value, 4) for key, value in measured(config, data).items()}
         shared = 1.0 if lean == "dense" else round(Leaning.shared, 3)
-        about = {"alpha": alpha, "seed": int(seed), "per_class": arguments.per_class, "lean": lean, "shared": shared}
+        about = {"alpha": alpha, "seed": int(seed), "per_class": arguments.per_class, "own_norms": arguments.own_norms}
+        about |= {"lean": lean, "shared": shared}
         print(json.dumps({**about, **found}), flush=True)
 
 

@@ -25,7 +25,7 @@ SOFTWARE = {"software": {"torch": "2.13.0"}, "isa": "avx2"}
 def written(tmp_path: Path) -> Path:
     """A root with one study of two methods and a document with a place for it."""
     axes = {"method": ["fedavg", "random"], "model": ["mlp"], "seed": [0]}
-    machine = {**MACHINE, **SOFTWARE}
+    machine = {**MACHINE, **SOFTWARE, "jobs": 3}
     cells = expand(axes, {"clients": 4, "sample": 4})
     found = [Done(cell, rows(cell.config.method, [0.1, 0.5, 0.75]), machine) for cell in cells]
     grid = {"row": "grid", "axes": axes, "settings": {"clients": 4}, "times": {"uplink": 2e6, "slowdown": 5.0}}
@@ -46,8 +46,8 @@ def test_the_document_is_made_of_the_rows(written: Path) -> None:
     assert run(written) == 0
     text = (written / "docs" / "studies.md").read_text()
     assert text.startswith("before\n\n<!-- study two: kept -->\n\n    fedpai compare --method fedavg,random")
-    assert "--clients 4 --uplink 2000000B/s --device-slowdown 5.0 --out runs/two\n" in text
-    assert "Measured on a CPU, 2 threads, avx2, torch 2.13.0. Times over a link of" in text
+    assert "--clients 4 --uplink 2000000B/s --device-slowdown 5.0 --jobs 3 --out runs/two\n" in text
+    assert "Measured on a CPU, 2 threads, 3 runs side by side, avx2, torch 2.13.0. Times over a link of" in text
     assert "| fedavg | 100 | 75.00 | +0.00 |" in text
     assert text.endswith("<!-- end two -->\nafter\n")
     assert "old" not in text
@@ -80,9 +80,9 @@ def test_what_is_no_study_is_refused(
 def test_the_command_of_a_preset_is_its_name(name: str) -> None:
     axes, settings = asked({}, name)
     grid: dict[str, Any] = json.loads(json.dumps({"axes": axes, "settings": settings, "times": {}}))
-    assert studies.command(name, grid) == f"fedpai compare --preset {name} --out runs/{name}"
+    assert studies.command(name, grid, 1) == f"fedpai compare --preset {name} --out runs/{name}"
     changed = {**grid, "axes": {**axes, "alpha": [None, 0.3]}, "settings": {**settings, "max_images": None}}
-    words = shlex.split(studies.command(name, changed))
+    words = shlex.split(studies.command(name, changed, 1))
     assert words[words.index("--alpha") + 1] == "iid,0.3"
 
 

@@ -119,8 +119,8 @@ class Entry:
         family, label: see `Cell`.
         rows: of its cells.
         accuracy, density: shares, after the last round.
-        personal_accuracy: over all clients by the models that they hold in the end, where the method leaves models
-            there; else over the last round's clients.
+        personal_accuracy: over all clients by the models that they hold in the end; over the last round's clients in
+            rows of before that was measured under personal masks.
         accuracy_gap: global accuracy less dense FedAvg's mean, in points.
         uplink, downlink: bytes per client and round.
         sent: bytes of the whole run, both ways, choosing masks included.

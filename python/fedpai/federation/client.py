@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fedpai.data import Dataset
 from fedpai.federation.bound import BoundModel, ModelPool
@@ -249,6 +250,33 @@ class Client:
     def keep(self, bound: BoundModel) -> None:
         """Takes the model's values as the client's own."""
         self.floats, self.ints = bound.read()
+
+    def calibrate(self) -> None:
+        """Takes the running statistics of the norms anew, from one pass over the client's images; nothing is trained.
+
+        Each becomes the mean over the batches. Statistics that were merged over clients with other masks are those of
+        other networks; under its own mask, a client's model is worth nothing with them (docs/methods/fedpai.md).
+
+        Raises:
+            PayloadError: the server has sent no model in this turn.
+        """
+        bound = self.bound()
+        norms = [m for m in bound.model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+        if self.examples < 2 or not norms:
+            return  # batch norm needs two images
+        before = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all batches since then
+        try:
+            model = bound.model.train()
+            with torch.no_grad():
+                for indices in self._batches(1):
+                    model(self.pool.images(bound, self.data.batch(indices, split="train")[0]))
+        finally:
+            for norm, momentum in zip(norms, before, strict=True):
+                norm.momentum = momentum
+        self.keep(bound)
 
     def density(self) -> float:
         """Share of the conv and linear weights that are not zero."""

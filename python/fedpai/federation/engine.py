@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Protocol
@@ -114,14 +114,25 @@ class LocalClients:
         seconds = trained - start + time.perf_counter() - answering
         return Reply(answer, me.log, seconds, accuracy, density)
 
-    def held_accuracy(self, round: int) -> float | None:
-        """n_k mean over all clients, each by the model that it holds between its turns on its own class mix.
+    def held_accuracy(self, round: int, messages: Iterable[tuple[int, list[bytes]]]) -> float | None:
+        """n_k mean over all clients, each by the model that it holds after the last round, on its own class mix.
 
-        None where models do not stay on the clients, or one of them has none.
+        Where models stay on the clients, that is the one it keeps; otherwise the one it is sent last, calibrated.
+
+        Args:
+            messages: by client, what the server sends last (`Federation.last_messages`).
+
+        Returns:
+            None where nothing is sent and no models stay on the clients, or one of them has none.
         """
-        if self._method.has_global:
-            return None
         found = []
+        if self._method.has_global:
+            for client, sent in messages:
+                me = self._client(client, round)
+                me.receive(sent, self._method.takes)
+                me.calibrate()
+                found.append((me.examples, self._personal_accuracy(me)))
+            return _mean_accuracy(found)
         for client in self.memories:
             me = self._client(client, round)
             self._method.recall(me)
@@ -206,6 +217,15 @@ class Federation:
             self._round_to_wire()
         merging = time.perf_counter() - merging
         return self._row(sampled, turns, start, merge=merging + turns.serving)
+
+    def last_messages(self) -> Iterator[tuple[int, list[bytes]]]:
+        """After the last round, by client: its personal mask's part of the merged model. Nothing in other forms.
+
+        They are no part of any round and are not counted, as little as the download of a global model when all is done.
+        """
+        if self.method.personal and self.method.has_global:
+            for client in sorted(self.server.client_masks):
+                yield client, self.method.send(self.server, client)
 
     def _round_to_wire(self) -> None:
         try:

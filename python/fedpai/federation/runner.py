@@ -133,7 +133,7 @@ class Run:
         self.progress.round(arm.name, number)
         row = arm.federation.choose_masks() if number == 0 else arm.federation.run_round()
         if number == self.config.rounds:
-            row["held_accuracy"] = arm.clients.held_accuracy(number)
+            row["held_accuracy"] = arm.clients.held_accuracy(number, arm.federation.last_messages())
         if self.folder is not None:
             self.folder.append(row)
             self.folder.save(arm.name, checkpoint.dump(arm.name, arm.federation.server, arm.clients.memories))

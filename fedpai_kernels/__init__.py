@@ -25,11 +25,11 @@ except ImportError as error:
         "built."
     ) from error
 
-from . import aggregate, cuda, nn, ops, optim
+from . import aggregate, cuda, dispatch, nn, ops, optim
 from ._C import available_isas, compiled_isas, isa, set_isa
 from .layout import empty_batch_last, is_batch_last, to_batch_last, to_contiguous
 from .memory import MemoryStats, empty_cache, memory_stats
-from .nn.convert import densify_, sparsify, sparsify_
+from .nn.convert import densify_, report, sparsify, sparsify_
 from .nn.report import Report
 from .plan import Plan
 from .tuning.measure import tune
@@ -46,6 +46,7 @@ __all__ = [
     "compiled_isas",
     "cuda",
     "densify_",
+    "dispatch",
     "empty_batch_last",
     "empty_cache",
     "is_batch_last",
@@ -54,6 +55,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "report",
     "set_isa",
     "sparsify",
     "sparsify_",

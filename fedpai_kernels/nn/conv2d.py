@@ -93,7 +93,8 @@ class SparseConv2d(_PackedConv2d):
     """`torch.nn.Conv2d` that computes with the surviving weights only.
 
     Any input layout; hands on batch-last (:mod:`fedpai_kernels.layout`). float32 and float64 on the CPU. On a CUDA
-    device float32 weights, float32 or bfloat16 images, and whichever kernels are fastest (:mod:`fedpai_kernels.dispatch`).
+    device float32 weights, float32 or bfloat16 images, and whichever kernels are fastest
+    (:mod:`fedpai_kernels.dispatch`).
 
     Attributes:
         activation_dtype: `torch.bfloat16` keeps the input for the backward pass rounded

@@ -112,8 +112,7 @@ def sparsify_(
             says so.
 
     Returns:
-        One row per convolution and linear layer: its density, its kernel, and why. The kernel is that of the CPU; on a
-        CUDA device each direction is chosen by measurement in the first step (:func:`fedpai_kernels.report`).
+        One row per convolution and linear layer: its density, its kernel on the CPU, and why (see :func:`report`).
 
     Raises:
         TypeError: a mask that is no tensor, or one for a module that is no plain Conv2d or Linear; an
@@ -185,11 +184,7 @@ def sparsify(
 
 
 def report(model: nn.Module) -> Report:
-    """What a converted model computes now: the rows of :func:`sparsify_`, and for each layer that has run on a CUDA
-    device, what was chosen for each direction and why (:attr:`fedpai_kernels.nn.report.LayerRow.directions`).
-
-    Nothing is measured or changed.
-    """
+    """The rows of :func:`sparsify_` for a model as it is, and what was measured and chosen on CUDA devices so far."""
     return Report(_rows(dict(_named(model)), {}, _everything))
 
 

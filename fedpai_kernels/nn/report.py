@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..dispatch.layers import CHOOSER
+from ..dispatch import layers
 from ..ops.geometry import flatten, resolve_geometry
 from ..ops.linear import GEOMETRY
 from ..plan import Plan
@@ -36,17 +36,16 @@ class DirectionRow:
     reason: str
 
 
-def directions_of(module: nn.Module) -> tuple[DirectionRow, ...]:
+def directions_of(module: Any) -> tuple[DirectionRow, ...]:
     """Of a layer with a plan, those that have run on a CUDA device; layers of one mask and geometry have the same."""
     plan: Plan = module.plan
     if plan.kind == "linear":
         geometry = GEOMETRY
     else:
-        own: Any = module
         # What is not zeros is padded before the convolution.
-        padding = own.padding if own.padding_mode == "zeros" else 0
-        geometry = flatten(resolve_geometry(own.kernel_size, own.stride, padding, own.dilation))
-    found = CHOOSER.choices(plan, geometry)
+        padding = module.padding if module.padding_mode == "zeros" else 0
+        geometry = flatten(resolve_geometry(module.kernel_size, module.stride, padding, module.dilation))
+    found = layers.CHOOSER.choices(plan, geometry)
     return tuple(DirectionRow(call.direction, str(call), made.candidate, made.reason) for call, made in found.items())
 
 

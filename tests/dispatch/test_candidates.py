@@ -24,7 +24,7 @@ def by_dense(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("by_dense")
-@pytest.mark.parametrize("case", (*CONV2D, *LINEAR), ids=lambda case: f"{case.op}-{case.name}")
+@pytest.mark.parametrize("case", [*CONV2D, *LINEAR], ids=lambda case: f"{case.op}-{case.name}")
 def test_dense_is_exact(case: Case) -> None:
     """Small integers: sums are exact, so the results are equal; and they are stored as the registered op says."""
     given = operands(case, "f64", "exact")

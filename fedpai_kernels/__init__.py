@@ -27,6 +27,7 @@ except ImportError as error:
 
 from . import aggregate, cuda, dispatch, nn, ops, optim
 from ._C import available_isas, compiled_isas, isa, set_isa
+from .graphed import graphed_step
 from .layout import empty_batch_last, is_batch_last, to_batch_last, to_contiguous
 from .memory import MemoryStats, empty_cache, memory_stats
 from .nn.convert import densify_, report, sparsify, sparsify_
@@ -49,6 +50,7 @@ __all__ = [
     "dispatch",
     "empty_batch_last",
     "empty_cache",
+    "graphed_step",
     "is_batch_last",
     "isa",
     "memory_stats",

@@ -238,11 +238,11 @@ def match_autocast(x: Tensor, values: Tensor) -> Tensor:
     """Under autocast the sparse kernels compute in the weights' own precision; on a CUDA device they take bfloat16
     images with float32 values, so there autocast to bfloat16 is what it says."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return x
-    if kind == "cuda" and values.dtype == torch.float32 and torch.get_autocast_dtype(kind) == torch.bfloat16:
-        return x.to(torch.bfloat16)
-    return x.to(values.dtype)
+    if kind == "cuda" and values.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return x.to(torch.bfloat16 if torch.get_autocast_dtype(kind) == torch.bfloat16 else torch.float32)
+    if x.dtype != values.dtype and torch.is_autocast_enabled(kind):
+        return x.to(values.dtype)
+    return x
 
 
 def is_dispatched(x: Tensor, values: Tensor) -> bool:

@@ -25,11 +25,12 @@ except ImportError as error:
         "built."
     ) from error
 
-from . import aggregate, cuda, nn, ops, optim
+from . import aggregate, cuda, dispatch, nn, ops, optim
 from ._C import available_isas, compiled_isas, isa, set_isa
+from .graphed import graphed_step
 from .layout import empty_batch_last, is_batch_last, to_batch_last, to_contiguous
 from .memory import MemoryStats, empty_cache, memory_stats
-from .nn.convert import densify_, sparsify, sparsify_
+from .nn.convert import densify_, report, sparsify, sparsify_
 from .nn.report import Report
 from .plan import Plan
 from .tuning.measure import tune
@@ -46,14 +47,17 @@ __all__ = [
     "compiled_isas",
     "cuda",
     "densify_",
+    "dispatch",
     "empty_batch_last",
     "empty_cache",
+    "graphed_step",
     "is_batch_last",
     "isa",
     "memory_stats",
     "nn",
     "ops",
     "optim",
+    "report",
     "set_isa",
     "sparsify",
     "sparsify_",

@@ -13,6 +13,10 @@ operands and on nothing else: neither on the number of threads nor on the instru
 Vectors are one-dimensional float32 arrays of numpy or CPU tensors of torch; results are what the first one is. An
 array that is not contiguous or not aligned is copied first. NaN and infinities go through the arithmetic as they are;
 compensated, an infinity becomes NaN.
+
+Means and votes of tensors on one CUDA device are computed there, with the same bits (:mod:`fedpai_kernels.cuda`, whose
+functions take matrices of clients without the copy into one that these make). A matrix (clients, n) may stand for a
+sequence of its rows, and is not copied. Without the CUDA kernels that is an error.
 """
 
 from __future__ import annotations
@@ -52,6 +56,9 @@ def weighted_mean(vectors: Sequence[Array], weights: Sequence[float], *, compens
         TypeError: what is not an array, or not float32.
         ValueError: no vectors, unequal lengths, or a weight that cannot be.
     """
+    if _are_on_cuda(vectors):
+        rows = _rows("vectors", vectors, torch.float32)
+        return _cuda().weighted_mean(rows, checked_weights(weights, len(rows)), compensated=compensated)
     own = [_vector(f"vectors[{k}]", vector, np.float32) for k, vector in enumerate(vectors)]
     factors = checked_weights(weights, len(own))
     for k, vector in enumerate(own):
@@ -93,6 +100,8 @@ def masked_mean(
         TypeError: what is not an array, or of another dtype.
         ValueError: no vectors, lengths that do not fit, positions that cannot be, or a weight that cannot be.
     """
+    if _are_on_cuda(vectors):
+        return _masked_mean_on_cuda(old, vectors, positions, weights, compensated)
     before = _vector("old", old, np.float32)
     own = [_vector(f"vectors[{k}]", vector, np.float32) for k, vector in enumerate(vectors)]
     factors = checked_weights(weights, len(own))
@@ -126,6 +135,8 @@ def majority(bitmaps: Sequence[Array], threshold: int) -> Array:
         TypeError: what is not an array, or not uint8.
         ValueError: no bitmaps, unequal lengths, or a threshold that cannot be.
     """
+    if _are_on_cuda(bitmaps):
+        return _cuda().majority(_rows("bitmaps", bitmaps, torch.uint8), threshold)
     own = [_vector(f"bitmaps[{k}]", bitmap, np.uint8) for k, bitmap in enumerate(bitmaps)]
     if not own:
         raise ValueError("bitmaps: got none, expected at least one")
@@ -206,6 +217,52 @@ def server_step(
         out.size, lr, beta1, beta2, tau, _address(out), torch.get_num_threads(),
     )  # fmt: skip
     return _like(old, out)
+
+
+# ---- on a CUDA device -----------------------------------------------------------------------------------
+
+
+def _cuda() -> Any:
+    """The functions for CUDA tensors, which know this module."""
+    from .cuda import aggregate
+
+    return aggregate
+
+
+def _are_on_cuda(vectors: Sequence[Any]) -> bool:
+    return len(vectors) > 0 and isinstance(vectors[0], Tensor) and vectors[0].is_cuda
+
+
+def _rows(name: str, vectors: Any, dtype: torch.dtype) -> Tensor:
+    """Vectors of one device as the rows of a matrix."""
+    if isinstance(vectors, Tensor) and vectors.dim() == 2:
+        return vectors
+    own = _on_one_device(name, vectors, dtype)
+    for k, vector in enumerate(own):
+        if vector.numel() != own[0].numel():
+            sizes = f"{vector.numel()} elements and the {own[0].numel()} of {name}[0]"
+            raise ValueError(f"{name}[{k}]: {sizes} cannot be merged")
+    return torch.stack(own)
+
+
+def _on_one_device(name: str, vectors: Sequence[Any], dtype: torch.dtype) -> list[Tensor]:
+    from .cuda.arguments import check_tensor
+
+    return [check_tensor(f"{name}[{k}]", vector, dtype, 1, vectors[0].device) for k, vector in enumerate(vectors)]
+
+
+def _masked_mean_on_cuda(
+    old: Any, vectors: Sequence[Any], positions: Sequence[Any], weights: Sequence[float], compensated: bool
+) -> Any:
+    own = _on_one_device("vectors", vectors, torch.float32)
+    factors = checked_weights(weights, len(own))
+    if len(positions) != len(own):
+        raise ValueError(f"positions: got {len(positions)} arrays for {len(own)} vectors")
+    for k, (vector, places) in enumerate(zip(own, positions, strict=True)):
+        if vector.numel() != len(places):
+            raise ValueError(f"positions[{k}]: got {len(places)} for the {vector.numel()} values of vectors[{k}]")
+    at = _cuda().Positions(list(positions), len(old))
+    return _cuda().masked_mean(old, torch.cat(own), at, factors, compensated=compensated)
 
 
 # ---- arguments ------------------------------------------------------------------------------------------

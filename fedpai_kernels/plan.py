@@ -34,11 +34,12 @@ _living: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 class _Streams:
     """What the plans of one mask have in common, however often that mask is compiled: the memory and the work."""
 
-    __slots__ = ("__weakref__", "compiled", "digest", "indices", "structure")
+    __slots__ = ("__weakref__", "compiled", "digest", "indices", "indices_on", "structure")
 
     def __init__(self, compiled: _C.CompiledPlan, indices: Tensor) -> None:
         self.compiled = compiled
         self.indices = indices
+        self.indices_on: dict[torch.device, Tensor] = {}
         self.digest: str | None = None
         self.structure: str | None = None
 
@@ -197,6 +198,28 @@ class Plan:
         """int64 tensor (nnz,): row-major positions of the surviving weights, ascending. Do not write to it."""
         return self._streams.indices
 
+    def indices_on(self, device: torch.device) -> Tensor:
+        """:attr:`indices` on a device: copied there the first time, the same tensor ever after.
+
+        Raises:
+            RuntimeError: the first time falls into the capture of a CUDA graph, which cannot hold a copy from the host.
+        """
+        if device.type == "cpu":
+            return self.indices
+        if torch.compiler.is_compiling():
+            return self.indices.to(device)
+        found = self._streams.indices_on.get(device)
+        if found is None:
+            if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "plan: the positions of its weights are not on the device yet, and a CUDA graph that is being "
+                    "captured cannot copy them there; run the step once before capturing it"
+                )
+            found = self.indices.to(device)
+            if type(found) is Tensor:  # else a tensor that only stands for one
+                found = self._streams.indices_on.setdefault(device, found)
+        return found
+
     def mask(self) -> Tensor:
         """A fresh bool tensor of ``mask_shape``, True where a weight survives."""
         mask = torch.zeros(self.numel, dtype=torch.bool)
@@ -215,7 +238,7 @@ class Plan:
         """
         if tuple(dense.shape) != self.mask_shape:
             raise ValueError(f"dense: expected shape {self.mask_shape}, got {tuple(dense.shape)}")
-        return dense.reshape(-1)[self.indices.to(dense.device)]
+        return dense.reshape(-1)[self.indices_on(dense.device)]
 
     def unpack(self, values: Tensor) -> Tensor:
         """The dense weight that packed values stand for: ``mask_shape``, zero outside the mask, differentiable.
@@ -226,7 +249,7 @@ class Plan:
         if tuple(values.shape) != (self.nnz,):
             raise ValueError(f"values: expected shape ({self.nnz},), got {tuple(values.shape)}")
         dense = torch.zeros(self.numel, dtype=values.dtype, device=values.device)
-        return dense.index_copy(0, self.indices.to(values.device), values).reshape(self.mask_shape)
+        return dense.index_copy(0, self.indices_on(values.device), values).reshape(self.mask_shape)
 
     def __eq__(self, other: object) -> bool:
         return self.digest == other.digest if isinstance(other, Plan) else NotImplemented

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels: loaded lazily, launched on torch's current stream, never waited for.
 
-:func:`fedpai_kernels.ops.sparse_conv2d` and ``sparse_linear`` come here by themselves for CUDA tensors. Merging and
-optimiser steps are called by name. docs/gpu.md says how to get the library and what was checked of it.
+:mod:`fedpai_kernels.dispatch` brings layers here, where they are faster so; :mod:`fedpai_kernels.optim` and
+:mod:`fedpai_kernels.aggregate` come here by themselves for CUDA tensors. docs/gpu.md says how to get the library and
+what was checked of it.
 """
 
-from . import conv2d  # noqa: F401  registers the ops
 from .aggregate import Positions, majority, masked_mean, weighted_mean
 from .library import CudaUnavailableError
 from .optim import adam_step, sgd_step

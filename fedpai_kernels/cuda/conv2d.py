@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three ops of the sparse convolution for CUDA tensors: what ``ops/conv2d.py`` defines, launched on the device.
+"""The sparse convolution on a CUDA device: the three ops that ``ops/conv2d.py`` defines, launched.
 
-Images are float32 or bfloat16; values, bias and their gradients float32. Nothing here waits for the device.
+:mod:`fedpai_kernels.dispatch` calls them where it chooses the sparse kernels. Images are float32 or bfloat16; values,
+bias and their gradients float32. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from torch import Tensor
 from ..layout import empty_batch_last, to_batch_last
 from ..ops.conv2d import layer_sizes
 from ..ops.geometry import Geometry, Pair, unflatten
-from ..ops.registry import LIBRARY
 from ..plan import Plan, plan_of
 from . import library
 from .device_plan import device_plan
@@ -32,7 +32,7 @@ def _sizes(layer: Plan, batch: int, image: Pair, output: Pair, g: Geometry, dtyp
     return library.Conv2d(batch, in_channels, *image, out_channels, *output, *g.stride, library.DTYPES[dtype])
 
 
-def _forward(x: Tensor, values: Tensor, bias: Tensor | None, plan: int, geometry: list[int]) -> Tensor:
+def forward(x: Tensor, values: Tensor, bias: Tensor | None, plan: int, geometry: list[int]) -> Tensor:
     layer, g = plan_of(plan), unflatten(geometry)
     out_channels, _, kernel = layer_sizes(layer)
     image = (x.shape[2], x.shape[3])
@@ -50,7 +50,7 @@ def _forward(x: Tensor, values: Tensor, bias: Tensor | None, plan: int, geometry
     return y
 
 
-def _input_grad(dy: Tensor, values: Tensor, plan: int, height: int, width: int, geometry: list[int]) -> Tensor:
+def input_grad(dy: Tensor, values: Tensor, plan: int, height: int, width: int, geometry: list[int]) -> Tensor:
     layer, g = plan_of(plan), unflatten(geometry)
     _, in_channels, _ = layer_sizes(layer)
     with library.on(dy.device) as (cuda, stream):
@@ -64,7 +64,7 @@ def _input_grad(dy: Tensor, values: Tensor, plan: int, height: int, width: int, 
     return dx
 
 
-def _weight_grad(
+def weight_grad(
     x: Tensor, dy: Tensor, plan: int, with_bias: bool, geometry: list[int]
 ) -> tuple[Tensor, Tensor]:
     layer, g = plan_of(plan), unflatten(geometry)
@@ -83,8 +83,3 @@ def _weight_grad(
             dbias.data_ptr() if with_bias else None, workspace.data_ptr(), needed.value, stream,
         )  # fmt: skip
     return dvalues, dbias
-
-
-LIBRARY.impl("conv2d_forward", _forward, "CUDA")
-LIBRARY.impl("conv2d_input_grad", _input_grad, "CUDA")
-LIBRARY.impl("conv2d_weight_grad", _weight_grad, "CUDA")

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import library
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether the elements lie side by side, in whatever order of the dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -46,7 +46,7 @@ def _check_lists(lists: dict[str, Sequence[Tensor]]) -> torch.device | None:
                 raise ValueError(f"{name}[{k}]: got a tensor on {tensor.device}, expected one CUDA device for all")
             if tensor.shape != p.shape or tensor.stride() != p.stride():
                 raise ValueError(f"{name}[{k}]: its shape or strides are not those of params[{k}]")
-            if not _is_dense(tensor):
+            if not is_dense(tensor):
                 raise ValueError(f"{name}[{k}]: expected a dense tensor, got strides {tensor.stride()}")
     return params[0].device if params else None
 

@@ -20,7 +20,7 @@ from ..tuning import BUILT_IN
 from .choice import walks_in_full
 from .deferred import PendingNorm
 from .masks import plan_for
-from .packed import PackedWeight, match_autocast
+from .packed import PackedWeight, is_dispatched, match_autocast
 
 __all__ = ["BatchLastConv2d", "MaskedConv2d", "SparseConv2d"]
 
@@ -92,7 +92,9 @@ class _PackedConv2d(PackedWeight):
 class SparseConv2d(_PackedConv2d):
     """`torch.nn.Conv2d` that computes with the surviving weights only.
 
-    Any input layout; hands on batch-last (:mod:`fedpai_kernels.layout`). float32 and float64 on the CPU.
+    Any input layout; hands on batch-last (:mod:`fedpai_kernels.layout`). float32 and float64 on the CPU. On a CUDA
+    device float32 weights, float32 or bfloat16 images, and whichever kernels are fastest
+    (:mod:`fedpai_kernels.dispatch`).
 
     Attributes:
         activation_dtype: `torch.bfloat16` keeps the input for the backward pass rounded
@@ -118,9 +120,10 @@ class SparseConv2d(_PackedConv2d):
 
 
 class MaskedConv2d(_PackedConv2d):
-    """`torch.nn.Conv2d` by the dense kernel, for layers that would lose by the sparse one.
+    """`torch.nn.Conv2d` by the dense kernel, for layers that would lose by the sparse one on the CPU.
 
-    The parameter is packed as in :class:`SparseConv2d`; weights outside of the mask are zero and stay so.
+    The parameter is packed as in :class:`SparseConv2d`; weights outside of the mask are zero and stay so. On a CUDA
+    device it computes as that does, with the dense kernel among the choices; other dtypes than that takes are dense.
 
     Attributes:
         batch_last: whether to hand on batch-last, as the layers of a sparse model do. Default False.
@@ -129,6 +132,10 @@ class MaskedConv2d(_PackedConv2d):
     batch_last = False
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_dispatched(input, self.values):
+            x, padding = self._padded(match_autocast(input, self.values))
+            settings = self.stride, padding, self.dilation, self.groups
+            return sparse_conv2d(x, self.values, self.plan, self.bias, *settings)
         x, padding = self._padded(_for_dense(input))
         y = F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
         return _handed_on(y) if self.batch_last else y

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
@@ -31,12 +31,12 @@ from .linear import MaskedLinear, SparseLinear
 from .masks import check_structure, checked_mask, is_pruned, mask_of, remove_pruning, unpruned_weight
 from .packed import PackedWeight
 from .removed import Cut, Restored, original_mask, original_shape, restore_, shrink_
-from .report import LayerRow, Report
+from .report import LayerRow, Report, directions_of
 from .storing import check_float32, short_name, tell_activation_dtype
 from .surround import PLAIN, surround_
 from .trace import copy_memo, trace_modes
 
-__all__ = ["densify_", "sparsify", "sparsify_"]
+__all__ = ["densify_", "report", "sparsify", "sparsify_"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]
@@ -112,7 +112,7 @@ def sparsify_(
             says so.
 
     Returns:
-        One row per convolution and linear layer: its density, its kernel, and why.
+        One row per convolution and linear layer: its density, its kernel on the CPU, and why (see :func:`report`).
 
     Raises:
         TypeError: a mask that is no tensor, or one for a module that is no plain Conv2d or Linear; an
@@ -181,6 +181,11 @@ def sparsify(
         activation_dtype=activation_dtype,
     )
     return copied
+
+
+def report(model: nn.Module) -> Report:
+    """The rows of :func:`sparsify_` for a model as it is, and what was measured and chosen on CUDA devices so far."""
+    return Report(_rows(dict(_named(model)), {}, _everything))
 
 
 def densify_(model: Model) -> Model:
@@ -295,8 +300,10 @@ def _weight(module: nn.Module) -> Tensor:
 def _choice(module: nn.Module, plan: Plan, weight: Tensor, figures: BreakEvens) -> KernelChoice:
     if weight.dtype not in (torch.float32, torch.float64):
         return KernelChoice("dense", f"no sparse kernel for {weight.dtype}")
-    if weight.device.type != "cpu":
+    if weight.device.type not in ("cpu", "cuda"):
         return KernelChoice("dense", f"no sparse kernel for device {weight.device.type}")
+    if weight.device.type == "cuda" and weight.dtype != torch.float32:
+        return KernelChoice("dense", f"no sparse kernel for {weight.dtype} on a CUDA device")
     stride = getattr(module, "stride", (1, 1))
     return choose_kernel(
         LayerInfo(plan.kind, plan.mask_shape, plan.nnz, plan.groups, stride, plan.shared), figures
@@ -381,7 +388,8 @@ def _rows(names: dict[str, nn.Module], planned: dict[int, _Layer], wanted: Filte
             rows.append(LayerRow.of_plan(name, layer.plan, *layer.choice, keeps, original_mask(module)))
         elif isinstance(module, PackedWeight):
             kernel = "sparse" if isinstance(module, (SparseConv2d, SparseLinear)) else "dense"
-            rows.append(LayerRow.of_plan(name, module.plan, kernel, "as it was", keeps, original_mask(module)))
+            row = LayerRow.of_plan(name, module.plan, kernel, "as it was", keeps, original_mask(module))
+            rows.append(replace(row, directions=directions_of(module)))
         elif "weight" in module._parameters or is_pruned(module):
             weight, before = unpruned_weight(module), original_shape(module)
             reason = "no mask" if wanted(module, name) else "left out by filter_fn"

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..ops.linear import sparse_linear
 from ..plan import Plan
 from .masks import plan_for
-from .packed import PackedWeight, match_autocast
+from .packed import PackedWeight, is_dispatched, match_autocast
 
 __all__ = ["MaskedLinear", "SparseLinear"]
 
@@ -46,7 +46,8 @@ class _PackedLinear(PackedWeight):
 
 
 class SparseLinear(_PackedLinear):
-    """`torch.nn.Linear` that computes with the surviving weights only. float32 and float64 on the CPU.
+    """`torch.nn.Linear` that computes with the surviving weights only. float32 and float64 on the CPU; on a CUDA device
+    as :class:`SparseConv2d`.
 
     Attributes:
         activation_dtype: as in :class:`SparseConv2d`.
@@ -60,10 +61,13 @@ class SparseLinear(_PackedLinear):
 
 
 class MaskedLinear(_PackedLinear):
-    """`torch.nn.Linear` by the dense kernel, for layers that would lose by the sparse one.
+    """`torch.nn.Linear` by the dense kernel, for layers that would lose by the sparse one on the CPU.
 
-    The parameter is packed as in :class:`SparseLinear`; weights outside of the mask are zero and stay so.
+    The parameter is packed as in :class:`SparseLinear`; weights outside of the mask are zero and stay so. On a CUDA
+    device as :class:`MaskedConv2d`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_dispatched(input, self.values):
+            return sparse_linear(match_autocast(input, self.values), self.values, self.plan, self.bias)
         return F.linear(input, self.weight, self.bias)

@@ -235,7 +235,21 @@ def _independent_copy(module: nn.Module) -> Any:
 
 
 def match_autocast(x: Tensor, values: Tensor) -> Tensor:
-    """Under autocast the sparse kernels compute in the weights' own precision."""
-    if x.dtype != values.dtype and torch.is_autocast_enabled(x.device.type):
+    """Under autocast the sparse kernels compute in the weights' own precision; on a CUDA device they take bfloat16
+    images with float32 values, so there autocast to bfloat16 is what it says."""
+    kind = x.device.type
+    if kind == "cuda" and values.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return x.to(torch.bfloat16 if torch.get_autocast_dtype(kind) == torch.bfloat16 else torch.float32)
+    if x.dtype != values.dtype and torch.is_autocast_enabled(kind):
         return x.to(values.dtype)
     return x
+
+
+def is_dispatched(x: Tensor, values: Tensor) -> bool:
+    """Whether a layer with these operands is computed on a CUDA device by what is fastest there
+    (:mod:`fedpai_kernels.dispatch`): then a masked layer is no other than a sparse one."""
+    if x.device.type != "cuda" or values.dtype != torch.float32:
+        return False
+    if torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda") == torch.bfloat16
+    return x.dtype in (torch.float32, torch.bfloat16)

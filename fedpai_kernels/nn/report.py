@@ -6,13 +6,47 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor
 
+from ..dispatch import layers
+from ..ops.geometry import flatten, resolve_geometry
+from ..ops.linear import GEOMETRY
 from ..plan import Plan
 from ..structure import describe
 
-__all__ = ["LayerRow", "Report"]
+__all__ = ["DirectionRow", "LayerRow", "Report"]
+
+
+@dataclass(frozen=True)
+class DirectionRow:
+    """What was chosen for one direction of a layer on a CUDA device.
+
+    Attributes:
+        direction: "forward", "input_grad" or "weight_grad".
+        call: on what it was chosen: batch, image, dtype, device.
+        kernel: "sparse", "blocks" or "dense" (:data:`fedpai_kernels.dispatch.BACKENDS`).
+        reason: the times that were measured, and why the other kernels were not.
+    """
+
+    direction: str
+    call: str
+    kernel: str
+    reason: str
+
+
+def directions_of(module: Any) -> tuple[DirectionRow, ...]:
+    """Of a layer with a plan, those that have run on a CUDA device; layers of one mask and geometry have the same."""
+    plan: Plan = module.plan
+    if plan.kind == "linear":
+        geometry = GEOMETRY
+    else:
+        # What is not zeros is padded before the convolution.
+        padding = module.padding if module.padding_mode == "zeros" else 0
+        geometry = flatten(resolve_geometry(module.kernel_size, module.stride, padding, module.dilation))
+    found = layers.CHOOSER.choices(plan, geometry)
+    return tuple(DirectionRow(call.direction, str(call), made.candidate, made.reason) for call, made in found.items())
 
 
 @dataclass(frozen=True)
@@ -32,6 +66,8 @@ class LayerRow:
         activation_dtype: "bfloat16" where the input is kept so for the backward pass; None: as it is.
         original_shape: of the weight, where channels were removed; else None. `shape`, `nnz` and `density` are those of
             what is left.
+        directions: what was chosen on CUDA devices; :func:`fedpai_kernels.report` fills it. `kernel` and `reason` are
+            those of the CPU.
     """
 
     name: str
@@ -44,6 +80,7 @@ class LayerRow:
     reason: str
     activation_dtype: str | None = None
     original_shape: tuple[int, ...] | None = None
+    directions: tuple[DirectionRow, ...] = ()
 
     @classmethod
     def of_plan(
@@ -113,7 +150,8 @@ class Report:
             ).rstrip()
             for line in (head, *body)
         ]
-        return "\n".join([*lines, *self.notes])
+        chosen = [f"{row.name}: {d.call}: {d.kernel}, {d.reason}" for row in self.rows for d in row.directions]
+        return "\n".join([*lines, *self.notes, *chosen])
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

@@ -287,7 +287,8 @@ def sparse_conv2d(
 
     Args:
         x: (N, C, H, W) or (C, H, W), float32 or float64, any strides; batch-last is read fastest. N may be 0. On a
-            CUDA device float32, or bfloat16 with float32 values and bias (docs/gpu.md).
+            CUDA device float32, or bfloat16 with float32 values and bias; the first call with a shape measures which
+            kernels are fastest there, and torch's dense ones are among them (docs/gpu.md).
         values: (plan.nnz,), the surviving weights in row-major order of the mask.
         plan: of kind "conv2d".
         bias: (out,) or None.
@@ -303,7 +304,8 @@ def sparse_conv2d(
     Raises:
         TypeError: a wrong dtype, or operands that are not tensors.
         ValueError: shapes, devices or settings that do not fit, or an image smaller than the kernel.
-        fedpai_kernels.cuda.CudaUnavailableError: a CUDA tensor, but no CUDA kernels or no driver.
+        RuntimeError: on a CUDA device, the first call with a shape while a CUDA graph is being captured; under
+            :func:`fedpai_kernels.dispatch.backend`, a layer that the backend cannot compute.
     """
     if isinstance(x, Tensor) and x.dim() == 3:
         y = sparse_conv2d(

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file of measured figures: where it lies, what is in it, and when it counts.
-
-    $XDG_CACHE_HOME (or ~/.cache)/fedpai/<key>.json      key: of the machine's facts, threads and versions included
+"""The file of break-evens: what is in it, and when it counts (:mod:`fedpai_kernels.tuning.store`: where it lies).
 
 FEDPAI_TUNING names another file, or is ``off``. A file that does not fit is never used: one that was named is an
 error, one that was found is a warning, and the built-in figures hold.
@@ -9,30 +7,20 @@ error, one that was found is a warning, and the built-in figures hold.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
-import tempfile
 import warnings
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
 from .figures import BUILT_IN, BreakEvens
 from .machine import facts
+from .store import OFF, VARIABLE, TuningError, path_of, read_object, write_object
 
 __all__ = ["State", "TuningError", "break_evens", "default_path", "read", "state", "write"]
 
 FORMAT = 2
-VARIABLE = "FEDPAI_TUNING"
-OFF = "off"
 _DENSITIES = tuple(BUILT_IN.densities())
-
-
-class TuningError(ValueError):
-    """A file that holds no figures for this machine; the text names the file and says why."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +43,7 @@ class State:
 
 def default_path(machine: dict[str, str | int] | None = None) -> Path:
     """Where the figures of a machine are kept; by default of this one, with its threads as they are now."""
-    machine = facts() if machine is None else machine
-    key = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification of that variable wants a relative path ignored.
-    folder = Path(cache) if os.path.isabs(cache) else Path(os.path.expanduser("~"), ".cache")
-    return folder / "fedpai" / f"{key}.json"
+    return path_of(facts() if machine is None else machine)
 
 
 def break_evens() -> BreakEvens:
@@ -111,18 +94,7 @@ def read(path: Path) -> BreakEvens:
         TuningError: it cannot be read, is damaged, of another format, or was measured on another machine, with
             another number of threads, or with other versions.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise TuningError(f"{path} cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON
-        raise TuningError(f"{path} is damaged ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise TuningError(f"{path} has format {found!r}, expected {FORMAT}")
-    _check_machine(path, content.get("machine"))
+    content = read_object(path, FORMAT, facts())
     densities = content.get("break_even")
     if not isinstance(densities, dict) or set(densities) != set(_DENSITIES):
         raise TuningError(f"{path} is damaged (break_even: expected the numbers {', '.join(_DENSITIES)})")
@@ -139,19 +111,6 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float)
 
 
-def _check_machine(path: Path, machine: object) -> None:
-    here = facts()
-    if not isinstance(machine, dict):
-        raise TuningError(f"{path} is damaged (machine: expected an object, got {machine!r})")
-    other = [
-        f"{name} {machine.get(name)!r}, here {value!r}"
-        for name, value in here.items()
-        if machine.get(name) != value
-    ]
-    if other:
-        raise TuningError(f"{path} was measured elsewhere ({'; '.join(other)})")
-
-
 def write(path: Path, figures: BreakEvens, samples: dict[str, Any]) -> None:
     """Writes figures of this machine, in one step: a reader sees the old file or the new one.
 
@@ -164,21 +123,8 @@ def write(path: Path, figures: BreakEvens, samples: dict[str, Any]) -> None:
         OSError: it cannot be written.
     """
     content = {
-        "format": FORMAT,
-        "machine": facts(),
-        "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "break_even": {name: round(density, 4) for name, density in figures.densities().items()},
         "full_fan_in": figures.full_fan_in,
         "samples": samples,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    write_object(path, FORMAT, facts(), content)

@@ -23,7 +23,8 @@ from ..memory import empty_cache
 from ..nn.conv2d import BatchLastConv2d, MaskedConv2d, SparseConv2d
 from ..nn.linear import MaskedLinear, SparseLinear
 from .figures import BreakEvens
-from .file import OFF, VARIABLE, TuningError, default_path, write
+from .file import TuningError, default_path, write
+from .store import OFF, VARIABLE
 
 __all__ = ["crossing", "interleaved_medians", "steps_of", "threshold", "tune"]
 

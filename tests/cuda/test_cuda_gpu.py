@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -19,6 +19,13 @@ pytestmark = [
 ]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 CASES: Sequence[Case] = (*CONV2D, *LINEAR)
+
+
+@pytest.fixture(autouse=True)
+def _by_the_cuda_kernels() -> Iterator[None]:
+    """Not by whatever is fastest."""
+    with fk.dispatch.backend("sparse"):
+        yield
 
 
 def on_gpu(given: Operands, dtype: torch.dtype) -> Operands:

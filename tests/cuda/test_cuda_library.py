@@ -76,19 +76,19 @@ def test_ops_on_tensors(
     assert dense_x.grad is not None
     assert dense.grad is not None
 
-    y = conv2d._forward(x, values, bias, plan.handle, geometry)
+    y = conv2d.forward(x, values, bias, plan.handle, geometry)
     assert fk.is_batch_last(y)
     assert torch.equal(y, expected.to(dtype))
-    dx = conv2d._input_grad(dy, values, plan.handle, 7, 5, geometry)
+    dx = conv2d.input_grad(dy, values, plan.handle, 7, 5, geometry)
     assert torch.equal(dx, dense_x.grad.to(dtype))
-    dvalues, dbias = conv2d._weight_grad(x, dy, plan.handle, True, geometry)
+    dvalues, dbias = conv2d.weight_grad(x, dy, plan.handle, True, geometry)
     assert torch.equal(dvalues, plan.pack(dense.grad).float())
     assert torch.equal(dbias, dy.float().sum((0, 2, 3)))
-    without, none = conv2d._weight_grad(x, dy, plan.handle, False, geometry)
+    without, none = conv2d.weight_grad(x, dy, plan.handle, False, geometry)
     assert torch.equal(without, dvalues)
     assert none.shape == (0,)
     assert torch.equal(
-        conv2d._forward(x, values, None, plan.handle, geometry),
+        conv2d.forward(x, values, None, plan.handle, geometry),
         functional.conv2d(x.double(), dense, None, stride, padding, 1, groups).to(dtype),
     )
 
@@ -100,7 +100,7 @@ def test_misaligned_images() -> None:
     memory = integers(1 + 9 * 4)
     x = memory[1:].view(1, 3, 3, 4).permute(3, 0, 1, 2)
     assert x.data_ptr() % 16 != 0
-    y = conv2d._forward(x, torch.tensor([1.0, 2.0]), None, plan.handle, flatten(resolve_geometry((1, 1), 1, 0, 1)))
+    y = conv2d.forward(x, torch.tensor([1.0, 2.0]), None, plan.handle, flatten(resolve_geometry((1, 1), 1, 0, 1)))
     assert torch.equal(y, torch.cat([x, 2 * x], 1))
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("conv2d/conv2d.cu", "aggregate/aggregate.cu", "optim/optim.cu")
+SOURCES = ("conv2d/conv2d.cu", "norm/norm.cu", "aggregate/aggregate.cu", "optim/optim.cu")
 ARCHITECTURES = ("80", "90")
 # As cmake/cuda.cmake has them.
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-fmad=false", "-Xcompiler=-fPIC", "-I", str(ROOT / "csrc"))

@@ -82,7 +82,7 @@ def readable(names: Iterable[str]) -> dict[str, str]:
     done = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True)
     found = {}
     for name, whole in zip(mangled, done.stdout.splitlines(), strict=True):
-        short = re.sub(r"\(anonymous namespace\)::|fedpai::cuda::|^void ", "", whole)
+        short = re.sub(r"\(anonymous namespace\)::|fedpai::cuda::|^void |\(fedpai::\w+\)(?=\d)", "", whole)
         found[name] = short[: short.index("(")] if "(" in short else short
     return found
 

@@ -137,6 +137,16 @@ FEDPAI_CUDA_API int fedpai_cuda_masked_mean(const float* values, const int32_t* 
 FEDPAI_CUDA_API int fedpai_cuda_majority(const uint8_t* bitmaps, int64_t stride, int64_t clients, int64_t threshold,
                                          int64_t bytes, uint8_t* out, void* stream);
 
+/* rule: a ServerStep of csrc/cpu/aggregate/kernels.h. */
+typedef struct {
+  double lr, beta1, beta2, tau;
+  int64_t rule;
+} FedpaiServerStep;
+
+/* n elements each; m and v are changed in place, v is null where the rule has none. out may be old or merged. */
+FEDPAI_CUDA_API int fedpai_cuda_server_step(const FedpaiServerStep* step, const float* old, const float* merged, float* m,
+                                            float* v, int64_t n, float* out, void* stream);
+
 /* ---- optimisers: csrc/cuda/optim --------------------------------------------------------------------------------- */
 
 /* Lists and options lie on the host, what they point to on the device; chunks are disjoint. One launch serves 480. */

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels: loaded lazily, launched on torch's current stream, never waited for.
 
-:func:`fedpai_kernels.ops.sparse_conv2d` and ``sparse_linear`` come here by themselves for CUDA tensors. Merging and
-optimiser steps are called by name. docs/gpu.md says how to get the library and what was checked of it.
+:func:`fedpai_kernels.ops.sparse_conv2d`, ``sparse_linear`` and the batch norms of ``ops/norm.py`` come here by
+themselves for CUDA tensors. Merging, server steps and optimiser steps are called by name. docs/gpu.md says how to get the library and what was checked of it.
 """
 
-from . import conv2d  # noqa: F401  registers the ops
-from .aggregate import Positions, majority, masked_mean, weighted_mean
+from . import conv2d, norm  # noqa: F401  register the ops
+from .aggregate import Positions, majority, masked_mean, server_step, weighted_mean
 from .library import CudaUnavailableError
 from .optim import adam_step, sgd_step
 
@@ -17,6 +17,7 @@ __all__ = [
     "is_available",
     "majority",
     "masked_mean",
+    "server_step",
     "sgd_step",
     "weighted_mean",
 ]

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..aggregate import checked_weights
+from ..aggregate import RULES, checked_weights
 
 
 def check_tensor(name: str, given: object, dtype: torch.dtype, rank: int, device: torch.device | None = None) -> Tensor:
@@ -60,3 +61,51 @@ def check_weights(weights: Sequence[float] | Tensor, clients: int, device: torch
             raise ValueError(f"weights: got shape {tuple(weights.shape)} for {clients} clients")
         return weights.contiguous()
     return torch.tensor(checked_weights(weights, clients), dtype=torch.float64).to(device)
+
+
+def check_state(name: str, tensor: Tensor) -> Tensor:
+    """A vector that is changed in place, so nothing may be copied.
+
+    Raises:
+        ValueError: it has gaps.
+    """
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: it is changed in place, so it must be contiguous, got strides {tensor.stride()}")
+    return tensor
+
+
+def check_apart(vectors: Mapping[str, Tensor], changed: Sequence[str]) -> None:
+    """That no vector that is `changed` in place shares memory with another one.
+
+    Raises:
+        ValueError: one does.
+    """
+
+    def span(t: Tensor) -> tuple[int, int]:
+        last = max(t.numel() - 1, 0) * (t.stride(0) if t.dim() else 0)
+        return t.data_ptr(), t.data_ptr() + (last + 1 if t.numel() else 0) * t.element_size()
+
+    for own in (name for name in changed if name in vectors):
+        begin, end = span(vectors[own])
+        for name, other in vectors.items():
+            first, last = span(other)
+            if name != own and first < end and begin < last:
+                raise ValueError(f"{own}: it is changed in place, so it must share no memory with {name}")
+
+
+def check_step(rule: str, v: Tensor | None, lr: float, beta1: float, beta2: float, tau: float) -> None:
+    """A rule of a server's step, whether it has a v, and its factors.
+
+    Raises:
+        ValueError: one of them cannot be.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule: got {rule!r}, expected one of {', '.join(RULES)}")
+    if (v is None) != (rule == "avgm"):
+        raise ValueError(f"v: got {'none' if v is None else 'one'}, the reverse of what rule {rule!r} has")
+    for name, factor in (("lr", lr), ("tau", tau)):
+        if not (math.isfinite(factor) and factor > 0):
+            raise ValueError(f"{name}: got {factor}, expected a finite number above 0")
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name}: got {beta}, expected 0 <= {name} < 1")

@@ -2,7 +2,8 @@
 """The CUDA kernels: loaded lazily, launched on torch's current stream, never waited for.
 
 :func:`fedpai_kernels.ops.sparse_conv2d`, ``sparse_linear`` and the batch norms of ``ops/norm.py`` come here by
-themselves for CUDA tensors. Merging, server steps and optimiser steps are called by name. docs/gpu.md says how to get the library and what was checked of it.
+themselves for CUDA tensors. Merging, server steps and optimiser steps are called by name. docs/gpu.md says how to get
+the library and what was checked of it.
 """
 
 from . import conv2d, norm  # noqa: F401  register the ops

@@ -180,8 +180,8 @@ def server_step(
 
     Raises:
         TypeError: what is not a tensor, or not float32.
-        ValueError: an unknown rule, a v where the rule has none or the reverse, unequal lengths or devices, state that has
-            gaps or shares memory with another argument, or a factor that cannot be.
+        ValueError: an unknown rule, a v where the rule has none or the reverse, unequal lengths or devices, state that
+            has gaps or shares memory with another argument, or a factor that cannot be.
         CudaUnavailableError: no CUDA kernels, or no driver.
     """
     check_step(rule, v, lr, beta1, beta2, tau)

@@ -106,11 +106,12 @@ _SIGNATURES: Final[dict[str, tuple[type, ...]]] = {
     "conv2d_weight_grad_workspace": (POINTER(Conv2d), POINTER(GroupStream), POINTER(c_int64)),
     "norm_workspace": (POINTER(Norm), POINTER(c_int64)),
     "norm_train": (
-        POINTER(Norm), c_void_p, c_void_p, c_void_p, c_void_p, c_double, c_void_p, c_void_p, c_double, c_void_p, c_void_p,
-        c_void_p, c_int64, c_void_p,
+        POINTER(Norm), c_void_p, c_void_p, c_void_p, c_void_p, c_double, c_void_p, c_void_p, c_double, c_void_p,
+        c_void_p, c_void_p, c_int64, c_void_p,
     ),
     "norm_eval": (
-        POINTER(Norm), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_double, c_void_p, c_void_p, c_void_p,
+        POINTER(Norm), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_double, c_void_p, c_void_p,
+        c_void_p,
     ),
     "norm_apply": (POINTER(Norm), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
     "norm_backward": (

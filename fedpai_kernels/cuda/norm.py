@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops of batch norm for CUDA tensors: what ``ops/norm_kernels.py`` and ``ops/norm_conv2d.py`` define, launched on the
-device.
+"""The ops of batch norm for CUDA tensors: what ``ops/norm_kernels.py`` and ``ops/norm_conv2d.py`` define, launched on
+the device.
 
 Activations are float32 or bfloat16; parameters, statistics and their gradients float32. Nothing here waits for the
 device. A convolution that reads a norm alone is given the normalised activation in memory that is free again when the

@@ -16,7 +16,14 @@ from torch import Tensor
 from .. import _C
 from ..layout import to_batch_last
 from .activation import Activation, chosen, in_torch, is_smooth, slope_at_result
-from .norm_kernels import DTYPES, batch_norm_backward, batch_norm_eval, batch_norm_train, parameter_dtype, row_of
+from .norm_kernels import (
+    DTYPES,
+    batch_norm_backward,
+    batch_norm_eval,
+    batch_norm_train,
+    parameter_dtype,
+    row_of,
+)
 from .registry import called_by_position, is_watched_by_torch
 from .stored import refuse_graph, stored, stores
 

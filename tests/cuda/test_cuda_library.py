@@ -17,6 +17,7 @@ import fedpai_kernels as fk
 from fedpai_kernels.cuda import conv2d, device_plan, library
 from fedpai_kernels.ops.geometry import flatten, resolve_geometry
 
+
 def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randint(-3, 4, shape).to(dtype)
 

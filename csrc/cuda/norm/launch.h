@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/fedpai_cuda.h"
 #include "cuda/norm/norm.cuh"

@@ -36,7 +36,7 @@
 namespace fedpai::cuda {
 
 // Vectors that a lane has under way at a time, of each operand. Smooth activations compute for longer, and need registers.
-template <int V, ActivationKind Kind>
+template <ActivationKind Kind>
 constexpr int kForwardTogether = Kind < kPiecewiseKinds ? 4 : 2;
 template <int V, ActivationKind Kind>
 constexpr int kBackwardTogether = (V == 1 ? 4 : 2) / (Kind < kPiecewiseKinds ? 1 : 2);
@@ -125,7 +125,7 @@ FEDPAI_DEVICE void normalise_block(const NormForwardArgs<T>& a, const Warp& warp
   const RowBlock block(channel, a.row, index);
   with_kind(a.kind, [&](auto kind) {
     constexpr ActivationKind Kind = decltype(kind)::value;
-    constexpr int together = kForwardTogether<V, Kind>;
+    constexpr int together = kForwardTogether<Kind>;
     warp.lanes([&](int lane) {
       FEDPAI_DEVICE_ROLLED
       for (int first = 0; first < kLaneVectors<V>; first += together) {

@@ -80,6 +80,18 @@ def _add_layers(kinds: argparse._SubParsersAction[Any]) -> None:
         help="also show which share of the machine's bound each layer reaches, and the median over the layers",
     )
     add("--cold", action="store_true", help="empty the caches before each sample")
+    add(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="cuda: the current GPU, timed by events, against dense torch (cpu)",
+    )
+    add(
+        "--precision",
+        choices=["f32", "tf32", "bf16"],
+        default="f32",
+        help="with --device cuda: all in float32; dense torch in TF32; images and dense weights in bfloat16 (f32)",
+    )
     parser.set_defaults(run=guarded(_layers))
 
 
@@ -238,6 +250,12 @@ def _prepare(arguments: argparse.Namespace) -> None:
         if arguments.rivals not in (None, ["dense"], ["none"]):
             raise BenchError("--rivals: --memory compares with dense torch alone (dense or none)")
         arguments.rivals = arguments.rivals or ["dense"]
+    if getattr(arguments, "device", "cpu") == "cuda":
+        if arguments.roofline:
+            raise BenchError("--roofline: the bounds are those of the CPU, not of --device cuda")
+        arguments.rivals = arguments.rivals or ["dense"]
+    elif getattr(arguments, "precision", "f32") != "f32":
+        raise BenchError(f"--precision {arguments.precision}: for --device cuda only")
     if arguments.rivals is None:
         arguments.rivals = arguments.usual_rivals
     elif arguments.rivals == ["none"]:
@@ -263,7 +281,7 @@ def _progress(text: str) -> None:
 
 
 def _layers(arguments: argparse.Namespace) -> None:
-    from fedpai.bench import layers
+    from fedpai.bench import device, layers
     from fedpai.bench import roofline_text as roofline
     from fedpai.bench.layers_text import detail_tables, remarks, summary_table
 
@@ -281,6 +299,7 @@ def _layers(arguments: argparse.Namespace) -> None:
         cold=arguments.cold,
         effort=effort(arguments),
         mask_data=arguments.mask_data,
+        device=device.cuda(arguments.precision) if arguments.device == "cuda" else device.cpu(),
     )
     work = layers.prepare(settings)
     rows = collect(arguments, partial(layers.measure, settings, work))
@@ -364,6 +383,7 @@ def collect(
         if arguments.json is not None:
             append(arguments.json, row)
     _progress("")
-    print(f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {rows[0]['isa']}")
-    print(f"{machine}\n")
+    where = rows[0]["device"]["name"] if "device" in rows[0] else f"{cpu_model()}, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}, {rows[0]['isa']}")
+    print(f"{machine}\n" if rows[0]["machine_model"] else "")
     return rows

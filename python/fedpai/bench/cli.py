@@ -81,12 +81,6 @@ def _add_layers(kinds: argparse._SubParsersAction[Any]) -> None:
     )
     add("--cold", action="store_true", help="empty the caches before each sample")
     add(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cpu",
-        help="cuda: the current GPU, timed by events, against dense torch (cpu)",
-    )
-    add(
         "--precision",
         choices=["f32", "tf32", "bf16"],
         default="f32",
@@ -143,6 +137,12 @@ def _add_common(parser: argparse.ArgumentParser, rivals: str) -> None:
     )
     add("--batch", type=positive, default=64, metavar="N", help="images (64)")
     parser.set_defaults(usual_rivals=rivals.split(","))
+    add(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="cuda: the current GPU, timed by events, against dense torch (cpu)",
+    )
     add(
         "--rivals",
         type=words,
@@ -251,8 +251,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
             raise BenchError("--rivals: --memory compares with dense torch alone (dense or none)")
         arguments.rivals = arguments.rivals or ["dense"]
     if getattr(arguments, "device", "cpu") == "cuda":
-        if arguments.roofline:
-            raise BenchError("--roofline: the bounds are those of the CPU, not of --device cuda")
+        for option in ("roofline", "profile", "memory", "activation_dtype"):
+            if getattr(arguments, option, None):
+                raise BenchError(f"--{option.replace('_', '-')}: of the CPU's kernels, not with --device cuda")
         arguments.rivals = arguments.rivals or ["dense"]
     elif getattr(arguments, "precision", "f32") != "f32":
         raise BenchError(f"--precision {arguments.precision}: for --device cuda only")
@@ -315,7 +316,7 @@ def _layers(arguments: argparse.Namespace) -> None:
 
 
 def _step(arguments: argparse.Namespace) -> None:
-    from fedpai.bench import step
+    from fedpai.bench import device, step
     from fedpai.bench.step_text import remarks, step_table
 
     settings = step.Settings(
@@ -329,6 +330,7 @@ def _step(arguments: argparse.Namespace) -> None:
         effort=effort(arguments),
         mask_data=arguments.mask_data,
         bf16=arguments.activation_dtype == "bf16",
+        device=device.cuda() if arguments.device == "cuda" else device.cpu(),
     )
     step.prepare(settings)
     if arguments.profile:

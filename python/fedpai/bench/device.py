@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What layers are measured on: where tensors lie, in which precision, how calls are timed and caches emptied there."""
+"""What layers and steps are measured on: where tensors lie, in which precision, how calls are timed and caches emptied
+there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,6 +41,19 @@ class Device:
         """A call that leaves nothing of a contender's data in the caches."""
         buffer = torch.zeros(self.bytes_to_flush // 4, device=self.place)
         return lambda: buffer.add_(1.0)
+
+    def start_of(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What all rows of a measurement start with, from what they start with on the CPU."""
+        if not self.facts:
+            return row
+        # The machine's bounds are those of its CPU.
+        return {**row, "machine_model": {}, "isa": self.facts["isa"], "device": self.facts}
+
+    def check_rivals(self, rivals: Sequence[str]) -> None:
+        """Raises a BenchError for a rival that computes elsewhere."""
+        elsewhere = [name for name in rivals if name != "dense"]
+        if self.facts and elsewhere:
+            raise BenchError(f"--rivals: {elsewhere[0]} computes on the CPU; --device cuda has dense, or none")
 
 
 def cpu() -> Device:

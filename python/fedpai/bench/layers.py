@@ -140,10 +140,7 @@ def measure(
         machine: for the bounds.
         progress: told what is being measured.
     """
-    start = common("layer", identity(), machine.to_json())
-    if facts := settings.device.facts:
-        # The machine's bounds are those of its CPU.
-        start = {**start, "machine_model": {}, "isa": facts["isa"], "device": facts}
+    start = settings.device.start_of(common("layer", identity(), machine.to_json()))
     for number, group in enumerate(work, 1):
         label = f"{group.model} {group.case.name} ({group.case.label})"
         bench = _Bench(group, settings)
@@ -305,5 +302,4 @@ def _check_names(settings: Settings) -> None:
         for name in names:
             if name not in known:
                 raise BenchError(f"{option}: unknown name {name!r}, expected one of {', '.join(known)}")
-    if settings.device.facts and (elsewhere := [name for name in settings.rivals if name != "dense"]):
-        raise BenchError(f"--rivals: {elsewhere[0]} computes on the CPU; with --device cuda there is dense, or none")
+    settings.device.check_rivals(settings.rivals)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fedpai bench layers --device cuda` without a GPU: timing by events, what rows say, and the errors. The device is the
+"""`fedpai bench layers` and `step` with `--device cuda`, without a GPU: timing by events, what rows say, and the errors. The device is the
 CPU, called by another name."""
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             call()
         return 1e-3 * times
 
-    def cuda(precision: str) -> device.Device:
+    def cuda(precision: str = "f32") -> device.Device:
         asked.append(precision)
         return device.described(precision, torch.device("cpu"), seconds, PROPERTIES)
 
@@ -118,6 +118,15 @@ def test_rows_say_what_was_compared(
     assert "GFLOP/s from registers" not in printed
 
 
+def test_steps_are_timed_there(bench: Bench, gpu: list[str]) -> None:
+    (row,) = bench("step", "--model", "lenet5", "--sparsity", "0.9", "--batch", "8", "--no-compile", "--device", "cuda")
+    assert rows.check(row) == ""
+    assert gpu == ["f32"]
+    assert (row["isa"], row["device"]["name"], row["machine_model"]) == ("sm_90", "A GPU", {})
+    assert set(row["results"]) == {"ours", "dense"}
+    assert rows.median_ms(row, "ours") == rows.median_ms(row, "dense") == pytest.approx(1.0)
+
+
 def test_bfloat16_is_images_and_dense_weights() -> None:
     made = device.described("bf16", torch.device("cpu"), lambda call, times: 0.0, PROPERTIES)
     assert made.dtype == torch.bfloat16
@@ -137,21 +146,25 @@ def test_dense_in_bfloat16_is_within_its_tolerance() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_torch_without_cuda_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "layers", "--device", "cuda"]) == 2
+@pytest.mark.parametrize("kind", ["layers", "step"])
+def test_a_torch_without_cuda_is_said(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", kind, "--device", "cuda"]) == 2
     assert "--device cuda: there is torch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--device", "cuda", "--rivals", "dense,sparseprop"], "--rivals: sparseprop computes on the CPU"),
-        (["--device", "cuda", "--roofline"], "--roofline: the bounds are those of the CPU"),
-        (["--precision", "bf16"], "--precision bf16: for --device cuda only"),
+        (["layers", "--device", "cuda", "--rivals", "dense,sparseprop"], "--rivals: sparseprop computes on the CPU"),
+        (["layers", "--device", "cuda", "--roofline"], "--roofline: of the CPU's kernels"),
+        (["layers", "--precision", "bf16"], "--precision bf16: for --device cuda only"),
+        (["step", "--device", "cuda", "--rivals", "sparseprop"], "--rivals: sparseprop computes on the CPU"),
+        (["step", "--device", "cuda", "--memory"], "--memory: of the CPU's kernels"),
+        (["step", "--device", "cuda", "--activation-dtype", "bf16"], "--activation-dtype: of the CPU's kernels"),
     ],
 )
 def test_what_does_not_go_together(
     gpu: list[str], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["bench", "layers", *options]) == 2
+    assert cli.main(["bench", *options]) == 2
     assert message in capsys.readouterr().err

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fedpai bench layers` and `step` with `--device cuda`, without a GPU: timing by events, what rows say, and the errors.
+"""`fedpai bench layers` and `step` with `--device cuda`, without a GPU: timing by events, what rows say, the errors.
 The device is the CPU, called by another name."""
 
 from __future__ import annotations

@@ -103,7 +103,9 @@ def newest(rows: Sequence[Row]) -> list[Row]:
             "threads",
             "isa",
         )
-        key = (row["machine"]["cpu"], row.get("caches"), *(row.get(name) for name in what))
+        device = row.get("device", {})
+        place = (row["machine"]["cpu"], device.get("name"), device.get("precision"), row.get("caches"))
+        key = (*place, *(row.get(name) for name in what))
         found.pop(key, None)
         found[key] = row
     return list(found.values())
@@ -133,6 +135,12 @@ def section(rows: Sequence[Row]) -> str:
 
 def _setting(row: Row) -> str:
     machine, software = row["machine"], row["software"]
+    if "device" in row:
+        device = row["device"]
+        return (
+            f"{device['name']}, {row['isa']}, {device['precision']}, {row['caches']} caches, "
+            f"torch {software['torch']}, batch {row['batch']}"
+        )
     return (
         f"{machine['cpu']}, {row['threads']} threads, {row['isa']}, torch {software['torch']}, "
         f"SparseProp {software['sparseprop'] or 'absent'}, "

@@ -53,4 +53,5 @@ set(FEDPAI_CUDA_SOURCES
   csrc/cuda/common/status.cu
   csrc/cuda/aggregate/aggregate.cu
   csrc/cuda/conv2d/conv2d.cu
+  csrc/cuda/norm/norm.cu
   csrc/cuda/optim/optim.cu)

@@ -14,9 +14,9 @@ Vectors are one-dimensional float32 arrays of numpy or CPU tensors of torch; res
 array that is not contiguous or not aligned is copied first. NaN and infinities go through the arithmetic as they are;
 compensated, an infinity becomes NaN.
 
-Means and votes of tensors on one CUDA device are computed there, with the same bits (:mod:`fedpai_kernels.cuda`, whose
-functions take matrices of clients without the copy into one that these make). A matrix (clients, n) may stand for a
-sequence of its rows, and is not copied. Without the CUDA kernels that is an error.
+Means, votes and steps of tensors on one CUDA device are computed there, with the same bits
+(:mod:`fedpai_kernels.cuda`, whose functions take matrices of clients without the copy into one that these make). A
+matrix (clients, n) may stand for a sequence of its rows, and is not copied. Without the CUDA kernels that is an error.
 """
 
 from __future__ import annotations
@@ -189,17 +189,9 @@ def server_step(
         ValueError: an unknown rule, a v where the rule has none or the reverse, unequal lengths, state that cannot be
             changed in place or shares memory with another argument, or a factor that cannot be.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule: got {rule!r}, expected one of {', '.join(RULES)}")
-    if (v is None) != (rule == "avgm"):
-        raise ValueError(f"v: got {'none' if v is None else 'one'}, the reverse of what rule {rule!r} has")
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr: got {lr}, expected a finite number above 0")
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 <= beta < 1:
-            raise ValueError(f"{name}: got {beta}, expected 0 <= {name} < 1")
-    if not (math.isfinite(tau) and tau > 0):
-        raise ValueError(f"tau: got {tau}, expected a finite number above 0")
+    check_step(rule, v, lr, beta1, beta2, tau)
+    if _are_on_cuda([old]):
+        return _cuda().server_step(rule, old, merged, m, v, lr=lr, beta1=beta1, beta2=beta2, tau=tau)
     arrays = {"old": _vector("old", old, np.float32), "merged": _vector("merged", merged, np.float32)}
     arrays["m"] = _state("m", m)
     if v is not None:
@@ -217,6 +209,25 @@ def server_step(
         out.size, lr, beta1, beta2, tau, _address(out), torch.get_num_threads(),
     )  # fmt: skip
     return _like(old, out)
+
+
+def check_step(rule: str, v: object, lr: float, beta1: float, beta2: float, tau: float) -> None:
+    """A rule of a server's step, whether it has a v, and its factors.
+
+    Raises:
+        ValueError: one of them cannot be.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule: got {rule!r}, expected one of {', '.join(RULES)}")
+    if (v is None) != (rule == "avgm"):
+        raise ValueError(f"v: got {'none' if v is None else 'one'}, the reverse of what rule {rule!r} has")
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr: got {lr}, expected a finite number above 0")
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name}: got {beta}, expected 0 <= {name} < 1")
+    if not (math.isfinite(tau) and tau > 0):
+        raise ValueError(f"tau: got {tau}, expected a finite number above 0")
 
 
 # ---- on a CUDA device -----------------------------------------------------------------------------------

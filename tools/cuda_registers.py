@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("conv2d/conv2d.cu", "aggregate/aggregate.cu", "optim/optim.cu")
+SOURCES = ("conv2d/conv2d.cu", "norm/norm.cu", "aggregate/aggregate.cu", "optim/optim.cu")
 ARCHITECTURES = ("80", "90")
 # As cmake/cuda.cmake has them.
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-fmad=false", "-Xcompiler=-fPIC", "-I", str(ROOT / "csrc"))
@@ -82,7 +82,7 @@ def readable(names: Iterable[str]) -> dict[str, str]:
     done = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True)
     found = {}
     for name, whole in zip(mangled, done.stdout.splitlines(), strict=True):
-        short = re.sub(r"\(anonymous namespace\)::|fedpai::cuda::|^void ", "", whole)
+        short = re.sub(r"\(anonymous namespace\)::|fedpai::cuda::|^void |\(fedpai::\w+\)(?=\d)", "", whole)
         found[name] = short[: short.index("(")] if "(" in short else short
     return found
 

@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define FEDPAI_CUDA_INTERFACE 1
+#define FEDPAI_CUDA_INTERFACE 2
 
 #if defined(_WIN32)
 #define FEDPAI_CUDA_API __declspec(dllexport)
@@ -77,6 +77,42 @@ FEDPAI_CUDA_API int fedpai_cuda_conv2d_weight_grad(const FedpaiConv2d* conv, con
 FEDPAI_CUDA_API int fedpai_cuda_conv2d_weight_grad_workspace(const FedpaiConv2d* conv, const FedpaiGroupStream* by_group,
                                                              int64_t* bytes);
 
+/* ---- batch norm: csrc/cuda/norm --------------------------------------------------------------------------------- */
+
+typedef struct {
+  int64_t channels, row; /* elements of a channel, H * W * N of them side by side; at least one */
+  int64_t dtype;         /* of activations; parameters, statistics and their gradients are float32 */
+  int64_t activation;    /* an ActivationKind of csrc/cpu/norm/activation.h */
+  double slope;          /* of a leaky ReLU below zero, not negative */
+} FedpaiNorm;
+
+/* Bytes of workspace, aligned to 16, that training and the backward pass need. */
+FEDPAI_CUDA_API int fedpai_cuda_norm_workspace(const FedpaiNorm* norm, int64_t* bytes);
+
+/* y = activation(norm(x) + r) with the statistics of x. r: null for none. weight, bias: null for 1 and 0. y: null for the
+ * statistics alone. stats: [3][channels], mean, 1 / sqrt(var + eps), unbiased variance. running_mean and running_var: null, or
+ * what takes `momentum` parts of mean and variance in. */
+FEDPAI_CUDA_API int fedpai_cuda_norm_train(const FedpaiNorm* norm, const void* x, const void* r, const float* weight,
+                                           const float* bias, double eps, float* running_mean, float* running_var,
+                                           double momentum, void* y, float* stats, void* workspace, int64_t workspace_bytes,
+                                           void* stream);
+
+/* The same with given mean and var. stats: [2][channels], without the last. */
+FEDPAI_CUDA_API int fedpai_cuda_norm_eval(const FedpaiNorm* norm, const void* x, const void* r, const float* weight,
+                                          const float* bias, const float* mean, const float* var, double eps, void* y,
+                                          float* stats, void* stream);
+
+/* y = activation(norm(x)) with stats as either of these left them. */
+FEDPAI_CUDA_API int fedpai_cuda_norm_apply(const FedpaiNorm* norm, const void* x, const float* weight, const float* bias,
+                                           const float* stats, void* y, void* stream);
+
+/* z: null; where there were a residual and an activation, y, or r where the activation is smooth. dx, dr (with z only), dweight
+ * and dbias (both or none): null where they are not wanted. dx may be dy. */
+FEDPAI_CUDA_API int fedpai_cuda_norm_backward(const FedpaiNorm* norm, const void* dy, const void* x, const void* z,
+                                              const float* weight, const float* bias, const float* stats,
+                                              int through_statistics, void* dx, void* dr, float* dweight, float* dbias,
+                                              void* workspace, int64_t workspace_bytes, void* stream);
+
 /* ---- merging: csrc/cuda/aggregate -------------------------------------------------------------------------------- */
 
 /* vectors: [clients][n], rows `stride` elements apart. weights: on the device. */
@@ -100,6 +136,16 @@ FEDPAI_CUDA_API int fedpai_cuda_masked_mean(const float* values, const int32_t* 
 /* bitmaps: [clients][bytes], rows `stride` bytes apart. */
 FEDPAI_CUDA_API int fedpai_cuda_majority(const uint8_t* bitmaps, int64_t stride, int64_t clients, int64_t threshold,
                                          int64_t bytes, uint8_t* out, void* stream);
+
+/* rule: a ServerStep of csrc/cpu/aggregate/kernels.h. */
+typedef struct {
+  double lr, beta1, beta2, tau;
+  int64_t rule;
+} FedpaiServerStep;
+
+/* n elements each; m and v are changed in place, v is null where the rule has none. out may be old or merged. */
+FEDPAI_CUDA_API int fedpai_cuda_server_step(const FedpaiServerStep* step, const float* old, const float* merged, float* m,
+                                            float* v, int64_t n, float* out, void* stream);
 
 /* ---- optimisers: csrc/cuda/optim --------------------------------------------------------------------------------- */
 

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The interface of libfedpai_cuda.so with the CPU as its device: tests/cuda compiles and loads it in the library's place,
-// so that everything between a tensor and a kernel's arguments is run. Convolution only.
+// so that everything between a tensor and a kernel's arguments is run. Convolution, batch norm and the server's steps.
 #include <vector>
 
 #include "cuda_host.h"
+#include "cuda_host_norm.h"
+#include "cuda_host_step.h"
 
 using namespace fedpai::cuda;
 
@@ -83,6 +85,41 @@ int fedpai_cuda_conv2d_weight_grad(const FedpaiConv2d* conv, const FedpaiGroupSt
     weight_grad<BFloat16>(*conv, *by_group, x, dy, dvalues, dbias, workspace);
   }
   return FEDPAI_CUDA_OK;
+}
+
+int fedpai_cuda_norm_workspace(const FedpaiNorm* norm, int64_t* bytes) {
+  if (const int error = check_norm(*norm)) return error;
+  *bytes = workspace_bytes_of(*norm);
+  return FEDPAI_CUDA_OK;
+}
+
+int fedpai_cuda_norm_train(const FedpaiNorm* norm, const void* x, const void* r, const float* weight, const float* bias, double eps,
+                           float* running_mean, float* running_var, double momentum, void* y, float* stats, void* workspace,
+                           int64_t workspace_bytes, void*) {
+  return norm_train(HostDevice{kSms}, *norm, x, r, weight, bias, eps, running_mean, running_var, momentum, y, stats, workspace,
+                    workspace_bytes);
+}
+
+int fedpai_cuda_norm_eval(const FedpaiNorm* norm, const void* x, const void* r, const float* weight, const float* bias,
+                          const float* mean, const float* var, double eps, void* y, float* stats, void*) {
+  return norm_eval(HostDevice{kSms}, *norm, x, r, weight, bias, mean, var, eps, y, stats);
+}
+
+int fedpai_cuda_norm_apply(const FedpaiNorm* norm, const void* x, const float* weight, const float* bias, const float* stats, void* y,
+                           void*) {
+  return norm_apply(HostDevice{kSms}, *norm, x, weight, bias, stats, y);
+}
+
+int fedpai_cuda_norm_backward(const FedpaiNorm* norm, const void* dy, const void* x, const void* z, const float* weight,
+                              const float* bias, const float* stats, int through_statistics, void* dx, void* dr, float* dweight,
+                              float* dbias, void* workspace, int64_t workspace_bytes, void*) {
+  return norm_backward(HostDevice{kSms}, *norm, dy, x, z, weight, bias, stats, through_statistics != 0, dx, dr, dweight, dbias,
+                       workspace, workspace_bytes);
+}
+
+int fedpai_cuda_server_step(const FedpaiServerStep* step, const float* old, const float* merged, float* m, float* v, int64_t n,
+                            float* out, void*) {
+  return run_server_step(*step, old, merged, m, v, n, out);
 }
 
 // Not here: that they are declared is enough for the library to load.

@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "conv2d_operands.h"
+#include "cuda_elements.h"
 #include "cuda_host.h"
 
 using namespace fedpai;
@@ -15,14 +16,6 @@ using namespace fedpai::tests;
 using namespace fedpai::cuda;
 
 namespace {
-
-// ---- elements ---------------------------------------------------------------------------------------------------
-
-float as_float(float x) { return x; }
-float as_float(BFloat16 x) { return float_of_bits(static_cast<std::uint32_t>(x.bits) << 16); }
-
-void assign(float& to, float x) { to = x; }
-void assign(BFloat16& to, float x) { to.bits = static_cast<std::uint16_t>(rounded_to_bf16(x)); }
 
 // Batch-last images: (C, H, W, N), ending where their heap block ends.
 template <class T>

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels: loaded lazily, launched on torch's current stream, never waited for.
 
-:mod:`fedpai_kernels.dispatch` brings layers here, where they are faster so; :mod:`fedpai_kernels.optim` and
-:mod:`fedpai_kernels.aggregate` come here by themselves for CUDA tensors. docs/gpu.md says how to get the library and
-what was checked of it.
+:mod:`fedpai_kernels.dispatch` brings layers here, where they are faster so; the batch norms of ``ops/norm.py``,
+:mod:`fedpai_kernels.optim` and :mod:`fedpai_kernels.aggregate` come here by themselves for CUDA tensors. docs/gpu.md
+says how to get the library and what was checked of it.
 """
 
-from .aggregate import Positions, majority, masked_mean, weighted_mean
+from . import norm  # noqa: F401  registers the ops
+from .aggregate import Positions, majority, masked_mean, server_step, weighted_mean
 from .library import CudaUnavailableError
 from .optim import adam_step, sgd_step
 
@@ -17,6 +18,7 @@ __all__ = [
     "is_available",
     "majority",
     "masked_mean",
+    "server_step",
     "sgd_step",
     "weighted_mean",
 ]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging on a CUDA device: :mod:`fedpai_kernels.aggregate` for a whole model's [clients, values], one launch each.
+"""Merging on a CUDA device: :mod:`fedpai_kernels.aggregate` for a whole model's [clients, values], one launch each, and
+the server's step after it.
 
 The same formulas, in the same order, with the same bits. A set of masks is looked at once, as :class:`Positions`, and
 then serves every round.
@@ -8,12 +9,14 @@ then serves every round.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import byref
 
 import torch
 from torch import Tensor
 
+from ..aggregate import RULES, check_step
 from . import library
-from .arguments import check_rows, check_tensor, check_weights
+from .arguments import check_apart, check_rows, check_state, check_tensor, check_weights
 
 _INT32_LIMIT = 2**31
 
@@ -148,4 +151,60 @@ def majority(bitmaps: Tensor, threshold: int) -> Tensor:
     with library.on(rows.device) as (cuda, stream):
         out = torch.empty(size, dtype=torch.uint8, device=rows.device)
         cuda.call("majority", rows.data_ptr(), rows.stride(0), clients, threshold, size, out.data_ptr(), stream)
+    return out
+
+
+def server_step(
+    rule: str,
+    old: Tensor,
+    merged: Tensor,
+    m: Tensor,
+    v: Tensor | None = None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float = 0.99,
+    tau: float = 1e-3,
+) -> Tensor:
+    """One step of a server optimiser from the old global model towards the merged one, as
+    :func:`fedpai_kernels.aggregate.server_step` takes it: FedAvgM, FedAdam or FedYogi.
+
+    Args:
+        rule: "avgm", "adam" or "yogi".
+        old, merged: (n,), float32, on one CUDA device.
+        m, v: the optimiser's state, likewise, contiguous; changed in place. "avgm" has no v.
+        lr, beta1, beta2, tau: the factors of that function.
+
+    Returns:
+        (n,), float32, the new global model.
+
+    Raises:
+        TypeError: what is not a tensor, or not float32.
+        ValueError: an unknown rule, a v where the rule has none or the reverse, unequal lengths or devices, state that
+            has gaps or shares memory with another argument, or a factor that cannot be.
+        CudaUnavailableError: no CUDA kernels, or no driver.
+    """
+    check_step(rule, v, lr, beta1, beta2, tau)
+    before = check_tensor("old", old, torch.float32, 1)
+    others = {"merged": check_tensor("merged", merged, torch.float32, 1, before.device)}
+    for name, state in (("m", m), ("v", v)):
+        if name == "m" or state is not None:
+            others[name] = check_state(name, check_tensor(name, state, torch.float32, 1, before.device))
+    for name, tensor in others.items():
+        if tensor.numel() != before.numel():
+            raise ValueError(f"{name}: got {tensor.numel()} values, expected the {before.numel()} of old")
+    check_apart({"old": before, **others}, changed=("m", "v"))
+    return _launched_step(rule, before, others["merged"], m, v, (lr, beta1, beta2, tau))
+
+
+def _launched_step(
+    rule: str, old: Tensor, merged: Tensor, m: Tensor, v: Tensor | None, factors: tuple[float, ...]
+) -> Tensor:
+    old, merged = old.contiguous(), merged.contiguous()
+    with library.on(old.device) as (cuda, stream):
+        out = torch.empty_like(old)
+        cuda.call(
+            "server_step", byref(library.ServerStep(*factors, RULES.index(rule))), old.data_ptr(), merged.data_ptr(),
+            m.data_ptr(), None if v is None else v.data_ptr(), old.numel(), out.data_ptr(), stream,
+        )  # fmt: skip
     return out

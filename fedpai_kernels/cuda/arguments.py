@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -60,3 +60,33 @@ def check_weights(weights: Sequence[float] | Tensor, clients: int, device: torch
             raise ValueError(f"weights: got shape {tuple(weights.shape)} for {clients} clients")
         return weights.contiguous()
     return torch.tensor(checked_weights(weights, clients), dtype=torch.float64).to(device)
+
+
+def check_state(name: str, tensor: Tensor) -> Tensor:
+    """A vector that is changed in place, so nothing may be copied.
+
+    Raises:
+        ValueError: it has gaps.
+    """
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: it is changed in place, so it must be contiguous, got strides {tensor.stride()}")
+    return tensor
+
+
+def check_apart(vectors: Mapping[str, Tensor], changed: Sequence[str]) -> None:
+    """That no vector that is `changed` in place shares memory with another one.
+
+    Raises:
+        ValueError: one does.
+    """
+
+    def span(t: Tensor) -> tuple[int, int]:
+        last = max(t.numel() - 1, 0) * (t.stride(0) if t.dim() else 0)
+        return t.data_ptr(), t.data_ptr() + (last + 1 if t.numel() else 0) * t.element_size()
+
+    for own in (name for name in changed if name in vectors):
+        begin, end = span(vectors[own])
+        for name, other in vectors.items():
+            first, last = span(other)
+            if name != own and first < end and begin < last:
+                raise ValueError(f"{own}: it is changed in place, so it must share no memory with {name}")

@@ -17,7 +17,7 @@ from typing import Final
 
 import torch
 
-INTERFACE: Final = 1
+INTERFACE: Final = 2
 """FEDPAI_CUDA_INTERFACE of the header that this file mirrors."""
 
 PATH: Final = Path(__file__).resolve().parents[1] / "libfedpai_cuda.so"
@@ -51,6 +51,18 @@ class GroupStream(Structure):
     """Addresses of a plan's entries by group, on a device, and how many of each there are."""
 
     _fields_ = (("entries", c_void_p), ("groups", c_void_p), ("entry_count", c_int64), ("group_count", c_int64))
+
+
+class Norm(Structure):
+    """Sizes of a batch norm, the code of its activations' dtype, and what follows it."""
+
+    _fields_ = (*((name, c_int64) for name in ("channels", "row", "dtype", "activation")), ("slope", c_double))
+
+
+class ServerStep(Structure):
+    """Factors of a step of the server, and the number of its rule."""
+
+    _fields_ = (*((name, c_double) for name in ("lr", "beta1", "beta2", "tau")), ("rule", c_int64))
 
 
 class SgdChunk(Structure):
@@ -92,12 +104,29 @@ _SIGNATURES: Final[dict[str, tuple[type, ...]]] = {
         POINTER(Conv2d), POINTER(GroupStream), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p,
     ),
     "conv2d_weight_grad_workspace": (POINTER(Conv2d), POINTER(GroupStream), POINTER(c_int64)),
+    "norm_workspace": (POINTER(Norm), POINTER(c_int64)),
+    "norm_train": (
+        POINTER(Norm), c_void_p, c_void_p, c_void_p, c_void_p, c_double, c_void_p, c_void_p, c_double, c_void_p,
+        c_void_p, c_void_p, c_int64, c_void_p,
+    ),
+    "norm_eval": (
+        POINTER(Norm), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_double, c_void_p, c_void_p,
+        c_void_p,
+    ),
+    "norm_apply": (POINTER(Norm), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    "norm_backward": (
+        POINTER(Norm), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p,
+        c_void_p, c_void_p, c_int64, c_void_p,
+    ),
     "weighted_mean": (c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p),
     "find_segments": (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
     "masked_mean": (
         c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p, c_void_p,
     ),
     "majority": (c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p),
+    "server_step": (
+        POINTER(ServerStep), c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p,
+    ),
     "sgd_step": (POINTER(SgdChunk), c_int64, POINTER(SgdOptions), c_void_p),
     "adam_step": (POINTER(AdamChunk), c_int64, POINTER(AdamOptions), c_void_p),
 }  # fmt: skip

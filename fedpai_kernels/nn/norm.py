@@ -6,8 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import cuda
 from ..layout import is_batch_last
 from ..ops.norm import batch_norm
+from ..ops.norm_kernels import DTYPES, parameter_dtype
 
 __all__ = ["AbsorbedReLU", "BatchLastBatchNorm2d", "BatchLastBatchNormReLU2d"]
 
@@ -16,10 +18,11 @@ Settings = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, boo
 
 
 class BatchLastBatchNorm2d(nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d`; a batch-last input on the CPU is normalised in place of layout.
+    """`torch.nn.BatchNorm2d`; a batch-last input is normalised in place of layout.
 
     Parameters, buffers, state dict and every setting (momentum None, no affine, no running statistics) are
-    the base class's. Any other input (layout, device, half precision) takes the base class's path.
+    the base class's. Any other input takes the base class's path: another layout or dtype, a device without kernels,
+    and a CUDA device where these cannot be loaded.
 
     Attributes:
         activation_dtype: `torch.bfloat16` keeps the input for the backward pass rounded
@@ -49,10 +52,13 @@ class BatchLastBatchNorm2d(nn.BatchNorm2d):
         return mean, var, self.weight, self.bias, from_batch, momentum, self.eps
 
     def _is_ours(self, x: Tensor) -> bool:
-        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.numel() == 0:
+        if x.dtype not in DTYPES.get(x.device.type, ()) or x.numel() == 0 or not is_batch_last(x):
+            return False
+        if x.is_cuda and (self.activation_dtype is not None or not cuda.is_available()):
             return False
         tensors = (self.weight, self.bias, self.running_mean, self.running_var)
-        return is_batch_last(x) and all(t is None or t.dtype == x.dtype for t in tensors)
+        wanted = (parameter_dtype(x), x.device)
+        return all(t is None or (t.dtype, t.device) == wanted for t in tensors)
 
 
 class BatchLastBatchNormReLU2d(BatchLastBatchNorm2d):

@@ -16,7 +16,14 @@ from torch import Tensor
 from .. import _C
 from ..layout import to_batch_last
 from .activation import Activation, chosen, in_torch, is_smooth, slope_at_result
-from .norm_kernels import DTYPES, batch_norm_backward, batch_norm_eval, batch_norm_train, row_of
+from .norm_kernels import (
+    DTYPES,
+    batch_norm_backward,
+    batch_norm_eval,
+    batch_norm_train,
+    parameter_dtype,
+    row_of,
+)
 from .registry import called_by_position, is_watched_by_torch
 from .stored import refuse_graph, stored, stores
 
@@ -35,9 +42,16 @@ class Running(NamedTuple):
     var: Tensor | None
     momentum: float
 
+    def kept(self) -> list[Tensor]:
+        return [t for t in (self.mean, self.var) if t is not None]
+
+    def is_plain(self) -> bool:
+        """Whether kernels may write the statistics as they lie, and nobody looks on."""
+        return not is_watched_by_torch() and all(type(t) is Tensor and t.is_contiguous() for t in self.kept())
+
     def update(self, stats: Tensor) -> None:
-        running = [t for t in (self.mean, self.var) if t is not None]
-        if not is_watched_by_torch() and all(type(t) is Tensor and t.is_contiguous() for t in (stats, *running)):
+        running = self.kept()
+        if stats.is_cpu and type(stats) is Tensor and stats.is_contiguous() and self.is_plain():
             # Four small operations of torch's otherwise, as expensive as a small layer.
             channels, row_bytes = stats.shape[1], stats.shape[1] * stats.element_size()
             for t, row in ((self.mean, 0), (self.var, 2)):
@@ -50,6 +64,21 @@ class Running(NamedTuple):
                 self.mean.lerp_(stats[0], self.momentum)
             if self.var is not None:
                 self.var.lerp_(stats[2], self.momentum)
+
+    def train(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *activation: Any
+    ) -> tuple[Tensor, Tensor]:
+        """`batch_norm_train`, whose statistics are taken in. `activation`: eps, code and slope."""
+        if not (x.is_cuda and self.is_plain()):
+            result = batch_norm_train(x, residual, weight, bias, *activation)
+            self.update(result[1])
+            return result
+        # In the same launch there.
+        y, stats = torch.ops.fedpai.batch_norm_train_running(
+            x, residual, weight, bias, self.mean, self.var, self.momentum, *activation
+        )
+        torch.autograd.graph.increment_version(self.kept())
+        return y, stats
 
 
 @called_by_position
@@ -74,13 +103,11 @@ class _BatchNorm(torch.autograd.Function):
         running: Running | None,
         stores: bool,
     ) -> tuple[Tensor, Tensor]:
-        if mean is None or var is None:
-            result = batch_norm_train(x, residual, weight, bias, eps, code, slope)
-        else:
-            result = batch_norm_eval(x, residual, weight, bias, mean, var, eps, code, slope)
+        if mean is not None and var is not None:
+            return batch_norm_eval(x, residual, weight, bias, mean, var, eps, code, slope)
         if running is not None:
-            running.update(result[1])
-        return result
+            return running.train(x, residual, weight, bias, eps, code, slope)
+        return batch_norm_train(x, residual, weight, bias, eps, code, slope)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -162,21 +189,24 @@ def twin(
             y = y * weight[:, None, None]
         if bias is not None:
             y = y + bias[:, None, None]
-    return in_torch(y, code, slope)
+    return in_torch(y.to(x.dtype), code, slope)
 
 
 # ---- checks
 # -----------------------------------------------------------------------------------------------------
 
 
-def check_operand(name: str, t: Tensor | None, x: Tensor, shape: tuple[int, ...], why: str) -> None:
-    """That an operand beside `x`, if there is one, has `shape`, and the dtype and device of `x`."""
+def check_operand(
+    name: str, t: Tensor | None, x: Tensor, shape: tuple[int, ...], why: str, dtype: torch.dtype | None = None
+) -> None:
+    """That an operand beside `x`, if there is one, has `shape`, the device of `x`, and its dtype or `dtype`."""
     if t is None:
         return
     if t.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, {why}, got {tuple(t.shape)}")
-    if t.dtype != x.dtype:
-        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {t.dtype}")
+    if t.dtype != (x.dtype if dtype is None else dtype):
+        expected = f"the dtype of x, {x.dtype}" if dtype in (None, x.dtype) else f"{dtype} with an x of {x.dtype}"
+        raise TypeError(f"{name}: expected {expected}, got {t.dtype}")
     if t.device != x.device:
         raise ValueError(f"{name}: expected a tensor on the device of x, {x.device}, got one on {t.device}")
 
@@ -184,15 +214,16 @@ def check_operand(name: str, t: Tensor | None, x: Tensor, shape: tuple[int, ...]
 def _check(x: Tensor, residual: Tensor | None, parameters: dict[str, Tensor | None]) -> None:
     if x.dim() != 4:
         raise ValueError(f"x: expected a shape (N, C, H, W), got {tuple(x.shape)}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x: expected dtype float32 or float64, got {x.dtype}")
-    if x.device.type != "cpu":
-        raise ValueError(f"x: expected a tensor on the CPU, got one on {x.device}")
+    dtypes = DTYPES.get(x.device.type, DTYPES["cpu"])
+    if x.dtype not in dtypes:
+        raise TypeError(f"x: expected dtype {' or '.join(str(d)[6:] for d in dtypes)}, got {x.dtype}")
+    if x.device.type not in DTYPES:
+        raise ValueError(f"x: expected a tensor on the CPU or a CUDA device, got one on {x.device}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     check_operand("residual", residual, x, x.shape, "that of x")
     for name, p in parameters.items():
-        check_operand(name, p, x, (x.shape[1],), "one value per channel of x")
+        check_operand(name, p, x, (x.shape[1],), "one value per channel of x", parameter_dtype(x))
 
 
 def check_norm(
@@ -235,8 +266,8 @@ def batch_norm(
     `relu` or another `activation`, followed by that: ``relu(batch_norm(x) + residual)``.
 
     Args:
-        x: (N, C, H, W), float32 or float64, on the CPU; batch-last is read as it is, other strides are
-        converted.
+        x: (N, C, H, W), float32 or float64 on the CPU, float32 or bfloat16 on a CUDA device; batch-last is read as
+        it is, other strides are converted. Parameters and statistics of a bfloat16 `x` are float32.
         running_mean, running_var: (C,). Normalised with when not `training`; updated in place when
         `training`.
         weight, bias: (C,).
@@ -258,9 +289,10 @@ def batch_norm(
     `x` changes no statistics.
 
     Raises:
-        TypeError: a dtype other than the above, or parameters or a residual of another dtype than `x`.
+        TypeError: a dtype other than the above, or parameters or a residual of one that does not go with it.
         ValueError: another device or shape; one value per channel in training; no statistics to evaluate
         with; `relu` and `activation`, or one that is unknown; what `activation_dtype` cannot be.
+        CudaUnavailableError: an `x` on a CUDA device without CUDA kernels or a driver (docs/gpu.md).
     """
     applied = chosen(relu, activation)
     code, slope = applied.code, applied.slope

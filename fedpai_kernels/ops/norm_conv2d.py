@@ -2,8 +2,8 @@
 """Batch norm, activation and sparse convolution as one operation: ``conv2d(relu(batch_norm(x)))``.
 
 The normalised activation is not stored. The convolution normalises what it reads: while it packs a patch, or, where it
-walks without packing, into memory that is free again when it returns. Only `x` is kept for the backward pass, which
-normalises again on the way to the weight's gradient. Both times the arithmetic is that of
+walks without packing and on CUDA devices, into memory that is free again when it returns. Only `x` is kept for the
+backward pass, which normalises again on the way to the weight's gradient. Both times the arithmetic is that of
 :func:`fedpai_kernels.ops.norm.batch_norm`, rounding included: results and gradients have the same bits as the two
 operations one after the other.
 
@@ -195,7 +195,7 @@ class _NormConv2d(torch.autograd.Function):
             found = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=True) if wanted else ()
             grads = dict(zip(wanted, found, strict=True))
             if need_bias:
-                grads[10] = dy.sum((0, 2, 3))
+                grads[10] = dy.sum((0, 2, 3), dtype=values.dtype)
             return tuple(grads.get(i) for i in range(14))
         dx = dvalues = dbias = None
         dnorm: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -204,7 +204,7 @@ class _NormConv2d(torch.autograd.Function):
                 x, *norm, dy, ctx.plan.handle, need_bias, ctx.geometry, ctx.slope
             )
         elif need_bias:
-            dbias = dy.sum((0, 2, 3))
+            dbias = dy.sum((0, 2, 3), dtype=values.dtype)
         if need_x or need_norm:
             image = (x.shape[2], x.shape[3])
             dx = conv2d_input_grad(dy, values, ctx.plan.handle, *image, ctx.geometry)

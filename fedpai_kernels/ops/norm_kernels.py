@@ -15,7 +15,13 @@ _TRAIN = {torch.float32: _C.batch_norm_train_f32, torch.float64: _C.batch_norm_t
 _EVAL = {torch.float32: _C.batch_norm_eval_f32, torch.float64: _C.batch_norm_eval_f64}
 _BACKWARD = {torch.float32: _C.batch_norm_backward_f32, torch.float64: _C.batch_norm_backward_f64}
 
-DTYPES = tuple(_TRAIN)
+DTYPES = {"cpu": tuple(_TRAIN), "cuda": (torch.float32, torch.bfloat16)}
+"""Of activations, by the type of their device. Parameters and statistics of bfloat16 ones are float32."""
+
+
+def parameter_dtype(x: Tensor) -> torch.dtype:
+    """Of the parameters and statistics of `x`, and of their gradients."""
+    return torch.float32 if x.dtype == torch.bfloat16 else x.dtype
 
 # ---- the ops: batch-last in and out
 # -----------------------------------------------------------------------------
@@ -25,8 +31,14 @@ LIBRARY.define(
     "batch_norm_train(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, int activation,"
     " float slope=0.0) -> (Tensor, Tensor)"
 )
-# The stats of x alone.
+# On CUDA devices: the same, and statistics that exist take the batch's in, in the same launch.
+LIBRARY.define(
+    "batch_norm_train_running(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
+    " Tensor(b!)? running_var, float momentum, float eps, int activation, float slope=0.0) -> (Tensor, Tensor)"
+)
+# The stats of x alone, and those of given statistics alone, rounded as in the kernels.
 LIBRARY.define("batch_norm_statistics(Tensor x, float eps) -> Tensor")
+LIBRARY.define("batch_norm_given_statistics(Tensor mean, Tensor var, float eps) -> Tensor")
 LIBRARY.define(
     "batch_norm_eval(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var,"
     " float eps, int activation, float slope=0.0) -> (Tensor, Tensor)"
@@ -196,7 +208,7 @@ def _backward(
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy = to_batch_last(dy)
-    dx, dresidual = _output(dy, need_x), _output(dy, need_residual)
+    dx, dresidual = gradient_like(dy, need_x), gradient_like(dy, need_residual)
     norm = (x, z, weight, bias, stats, through_statistics, activation, slope)
     affine = _run_backward(
         dy, *norm, dx if need_x else None, dresidual if need_residual else None, need_affine
@@ -204,7 +216,7 @@ def _backward(
     return dx, affine, dresidual
 
 
-def _output(dy: Tensor, need: bool) -> Tensor:
+def gradient_like(dy: Tensor, need: bool) -> Tensor:
     """An uninitialised gradient like dy, without elements where it is not needed."""
     return empty_batch_last(dy.shape if need else (0, 0, 0, 0), dtype=dy.dtype, device=dy.device)
 
@@ -223,8 +235,19 @@ def _round_for_backward(
     return y
 
 
+def _given_statistics(mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    stats, var = mean.new_empty(2, mean.shape[0]), var.contiguous()
+    stats[0] = mean
+    _EVAL[mean.dtype](
+        mean.shape[0], 0, 0, 0, 0, 0, 0, var.data_ptr(), eps, 0, 0.0, 0,
+        stats.data_ptr() + stats.shape[1] * stats.element_size(), 1,
+    )  # fmt: skip
+    return stats
+
+
 LIBRARY.impl("batch_norm_train", _train, "CPU")
 LIBRARY.impl("batch_norm_statistics", _statistics, "CPU")
+LIBRARY.impl("batch_norm_given_statistics", _given_statistics, "CPU")
 LIBRARY.impl("batch_norm_eval", _eval, "CPU")
 LIBRARY.impl("batch_norm_backward", _backward, "CPU")
 LIBRARY.impl("batch_norm_backward_", _backward_in_place, "CPU")
@@ -232,9 +255,18 @@ LIBRARY.impl("round_for_norm_backward", _round_for_backward, "CPU")
 
 batch_norm_train = Operation("batch_norm_train", _train)
 batch_norm_statistics = Operation("batch_norm_statistics", _statistics)
+given_statistics = Operation("batch_norm_given_statistics", _given_statistics)
 batch_norm_eval = Operation("batch_norm_eval", _eval)
 batch_norm_backward = Operation("batch_norm_backward", _backward)
 batch_norm_backward_ = Operation("batch_norm_backward_", _backward_in_place)
+
+
+def _stats_fake(x: Tensor, rows: int) -> Tensor:
+    return x.new_empty(rows, x.shape[1], dtype=parameter_dtype(x))
+
+
+def _forward_fake(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    return empty_batch_last(x.shape, dtype=x.dtype, device=x.device), _stats_fake(x, rows)
 
 
 @torch.library.register_fake("fedpai::batch_norm_train", lib=LIBRARY)
@@ -247,12 +279,33 @@ def _(
     activation: int,
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    return empty_batch_last(x.shape, dtype=x.dtype, device=x.device), x.new_empty(3, x.shape[1])
+    return _forward_fake(x, 3)
+
+
+@torch.library.register_fake("fedpai::batch_norm_train_running", lib=LIBRARY)
+def _(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    activation: int,
+    slope: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    return _forward_fake(x, 3)
 
 
 @torch.library.register_fake("fedpai::batch_norm_statistics", lib=LIBRARY)
 def _(x: Tensor, eps: float) -> Tensor:
-    return x.new_empty(3, x.shape[1])
+    return _stats_fake(x, 3)
+
+
+@torch.library.register_fake("fedpai::batch_norm_given_statistics", lib=LIBRARY)
+def _(mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    return mean.new_empty(2, mean.shape[0])
 
 
 @torch.library.register_fake("fedpai::batch_norm_eval", lib=LIBRARY)
@@ -267,7 +320,7 @@ def _(
     activation: int,
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    return empty_batch_last(x.shape, dtype=x.dtype, device=x.device), x.new_empty(2, x.shape[1])
+    return _forward_fake(x, 2)
 
 
 @torch.library.register_fake("fedpai::batch_norm_backward", lib=LIBRARY)
@@ -285,8 +338,7 @@ def _(
     need_residual: bool,
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    affine = dy.new_empty(2 if need_affine else 0, dy.shape[1])
-    return _output(dy, need_x), affine, _output(dy, need_residual)
+    return gradient_like(dy, need_x), _stats_fake(dy, 2 if need_affine else 0), gradient_like(dy, need_residual)
 
 
 @torch.library.register_fake("fedpai::batch_norm_backward_", lib=LIBRARY)
@@ -302,7 +354,7 @@ def _(
     need_affine: bool,
     slope: float = 0.0,
 ) -> Tensor:
-    return dy.new_empty(2 if need_affine else 0, x.shape[1])
+    return _stats_fake(dy, 2 if need_affine else 0)
 
 
 @torch.library.register_fake("fedpai::round_for_norm_backward", lib=LIBRARY)
@@ -310,14 +362,3 @@ def _(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor | None, activation: int, slope: float = 0.0
 ) -> Tensor:
     return empty_batch_last(x.shape, dtype=torch.bfloat16, device=x.device)
-
-
-def given_statistics(mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    """(2, C) stats of given statistics: the mean, and 1 / sqrt(var + eps) rounded as in the kernel."""
-    stats, var = mean.new_empty(2, mean.shape[0]), var.contiguous()
-    stats[0] = mean
-    _EVAL[mean.dtype](
-        mean.shape[0], 0, 0, 0, 0, 0, 0, var.data_ptr(), eps, 0, 0.0, 0,
-        stats.data_ptr() + stats.shape[1] * stats.element_size(), 1,
-    )  # fmt: skip
-    return stats

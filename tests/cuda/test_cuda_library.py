@@ -5,10 +5,6 @@ CPU tensors with a library of the same interface whose device is the CPU. What n
 from __future__ import annotations
 
 import gc
-import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from ctypes import byref
 from pathlib import Path
 
@@ -20,33 +16,6 @@ from torch.nn import functional
 import fedpai_kernels as fk
 from fedpai_kernels.cuda import conv2d, device_plan, library
 from fedpai_kernels.ops.geometry import flatten, resolve_geometry
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def host_library(tmp_path_factory: pytest.TempPathFactory) -> library.Library:
-    """csrc/tests/cuda_host_library.cpp, compiled."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler")
-    path = tmp_path_factory.mktemp("cuda") / "libfedpai_cuda_host.so"
-    source = ROOT / "csrc" / "tests" / "cuda_host_library.cpp"
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-I", str(ROOT / "csrc"), "-I", str(source.parent)]
-    done = subprocess.run([*command, str(source), "-o", str(path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return library.Library(path)
-
-
-@pytest.fixture
-def on_host(host_library: library.Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would be launched on a device is run on the CPU."""
-
-    @contextmanager
-    def on(device: torch.device) -> Iterator[tuple[library.Library, int]]:
-        yield host_library, 0
-
-    monkeypatch.setattr(library, "on", on)
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -150,7 +119,7 @@ def test_absent_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_library_of_another_build(host_library: library.Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "INTERFACE", 1000)
-    with pytest.raises(fk.cuda.CudaUnavailableError, match=r"has interface 1, this package needs 1000.*build"):
+    with pytest.raises(fk.cuda.CudaUnavailableError, match=r"has interface 2, this package needs 1000.*build"):
         library.Library(Path(host_library._dll._name))
 
 
@@ -175,6 +144,17 @@ def test_absent_driver_is_said() -> None:
         (lambda: fk.cuda.Positions([], 3), ValueError, r"^positions: got none"),
         (lambda: fk.cuda.Positions([torch.arange(1)], 3), TypeError, r"^positions\[0\]: got torch.int64"),
         (lambda: fk.cuda.Positions([torch.ones(1, dtype=torch.int32)], 2**31), ValueError, r"^n: got"),
+        (lambda: fk.cuda.server_step("sgd", *3 * [torch.ones(1)], lr=1, beta1=0), ValueError, r"^rule: got 'sgd'"),
+        (lambda: fk.cuda.server_step("adam", *3 * [torch.ones(1)], lr=1, beta1=0), ValueError, r"^v: got none"),
+        (lambda: fk.cuda.server_step("avgm", *3 * [torch.ones(1)], lr=0, beta1=0), ValueError, r"^lr: got 0"),
+        (lambda: fk.cuda.server_step("avgm", *3 * [torch.ones(1)], lr=1, beta1=1), ValueError, r"^beta1: got 1"),
+        (lambda: fk.cuda.server_step("avgm", *3 * [torch.ones(1)], lr=1, beta1=0), ValueError, r"^old: .*CUDA device"),
+        (
+            lambda: fk.cuda.arguments.check_apart({"old": torch.ones(3), **dict.fromkeys("mv", torch.ones(3))}, "mv"),
+            ValueError,
+            r"^m: .* no memory with v",
+        ),
+        (lambda: fk.cuda.arguments.check_state("m", torch.ones(6)[::2]), ValueError, r"^m: .*contiguous.*\(2,\)"),
         (lambda: fk.cuda.sgd_step([torch.ones(1)], [], [], [], lr=0.1), ValueError, r"^params\[0\]: .*CUDA"),
         (
             lambda: fk.cuda.adam_step(

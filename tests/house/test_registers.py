@@ -67,3 +67,11 @@ def test_spills_fail(
     assert registers.main([]) == 0
     monkeypatch.setattr(registers, "compile_all", lambda nvcc: [])
     assert registers.main([]) == 1
+
+
+def test_names_stand_as_in_the_sources(registers: ModuleType) -> None:
+    """Without namespaces, and without the types of what is counted."""
+    if registers.shutil.which("c++filt") is None:
+        pytest.skip("there is no c++filt")
+    step = "_ZN6fedpai4cuda12_GLOBAL__N_114aggregate_stepILNS_10ServerStepE2ELi4EEEvNS0_14ServerStepArgsE"
+    assert registers.readable([step]) == {step: "aggregate_step<2, 4>"}

@@ -135,3 +135,17 @@ def test_conversion_on_a_device_decides_as_on_the_cpu() -> None:
             got = _choice(nn.Conv2d(4, 6, 3), plan, there_, BUILT_IN)
             assert (got == expected) is same
     assert got.reason == "no sparse kernel for torch.float64 on a CUDA device"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_norms_are_ours_where_the_kernels_are(
+    kernels: bool, dtype: torch.dtype, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fk.cuda, "is_available", lambda: kernels)
+    norm = there(fk.nn.BatchLastBatchNorm2d(6).eval(), fake)
+    with torch.no_grad(), fake, Ops() as ops:
+        x = torch.empty(6, 4, 4, 3, dtype=dtype, device="cuda").permute(3, 0, 1, 2)
+        y = norm(x)
+    assert (y.device.type, y.dtype, y.shape) == ("cuda", dtype, x.shape)
+    assert any("batch_norm" in name for name in ops.seen) == kernels

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels and launchers of merging; see aggregate.cuh.
+// Kernels and launchers of merging and of the server's steps; see aggregate.cuh and server_step.cuh.
 #include "cuda/aggregate/aggregate.cuh"
 
+#include "cuda/aggregate/server_step.cuh"
 #include "cuda/common/launching.h"
 
 namespace fedpai::cuda {
@@ -34,6 +35,11 @@ __global__ void __launch_bounds__(kSegmentWarps * kWarp) aggregate_masked_mean(c
 
 __global__ void __launch_bounds__(kThreads) aggregate_majority(const MajorityArgs args) {
   vote(args, static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x);
+}
+
+template <ServerStep Rule, int V>
+__global__ void __launch_bounds__(kThreads) aggregate_step(const ServerStepArgs args) {
+  server_step<Rule, V>(args, static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x);
 }
 
 std::int64_t blocks_of(std::int64_t threads) { return (threads + kThreads - 1) / kThreads; }
@@ -103,4 +109,18 @@ int fedpai_cuda_majority(const uint8_t* bitmaps, int64_t stride, int64_t clients
   const MajorityArgs args{bitmaps, out, stride, bytes, static_cast<std::int32_t>(clients), static_cast<std::int32_t>(threshold)};
   aggregate_majority<<<static_cast<unsigned>(blocks), kThreads, 0, stream_of(stream)>>>(args);
   return launched();
+}
+
+int fedpai_cuda_server_step(const FedpaiServerStep* step, const float* old, const float* merged, float* m, float* v, int64_t n,
+                            float* out, void* stream) {
+  const ServerStepArgs args = server_step_args(*step, old, merged, m, v, n, out);
+  if (const int error = check_server_step(*step, args)) return error;
+  if (n == 0) return FEDPAI_CUDA_OK;
+  return with_rule(*step, args, [&](auto form) {
+    using Form = decltype(form);
+    const std::int64_t blocks = blocks_of((n + Form::elements - 1) / Form::elements);
+    if (blocks > kMostBlocks) return static_cast<int>(FEDPAI_CUDA_TOO_LARGE);
+    aggregate_step<Form::rule, Form::elements><<<static_cast<unsigned>(blocks), kThreads, 0, stream_of(stream)>>>(args);
+    return launched();
+  });
 }

@@ -6,6 +6,9 @@
 // thread runs its own lane and waits for the others between steps. HostWarp runs all lanes of a step in a plain loop:
 // the same code, lane by lane, for tests. A step must therefore not read what another lane writes in the same step,
 // and what is between steps must come out alike in all lanes.
+//
+// add_up(at) is a step of its own: the number at(lane) of every lane becomes the sum of them all, added by halves (each
+// lane's and that of lane ^ 16, then ^ 8, ^ 4, ^ 2, ^ 1), so that all lanes end with the same bits on every run.
 #pragma once
 
 #include "cuda/common/device.h"
@@ -30,6 +33,13 @@ struct DeviceWarp {
     step(static_cast<int>(threadIdx.x % kWarp));
     __syncwarp();
   }
+
+  template <class At>
+  FEDPAI_DEVICE void add_up(const At& at) const {
+    auto& own = at(static_cast<int>(threadIdx.x % kWarp));
+    FEDPAI_DEVICE_UNROLL
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) own += __shfl_xor_sync(0xffffffffu, own, distance);
+  }
 };
 #else
 struct HostWarp {
@@ -45,6 +55,15 @@ struct HostWarp {
   template <class Step>
   void lanes(const Step& step) const {
     for (int lane = 0; lane < kWarp; ++lane) step(lane);
+  }
+
+  template <class At>
+  void add_up(const At& at) const {
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      for (int lane = 0; lane < kWarp; ++lane) {
+        if ((lane & distance) == 0) at(lane) = at(lane ^ distance) = at(lane) + at(lane ^ distance);
+      }
+    }
   }
 };
 #endif

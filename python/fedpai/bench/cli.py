@@ -80,6 +80,12 @@ def _add_layers(kinds: argparse._SubParsersAction[Any]) -> None:
         help="also show which share of the machine's bound each layer reaches, and the median over the layers",
     )
     add("--cold", action="store_true", help="empty the caches before each sample")
+    add(
+        "--precision",
+        choices=["f32", "tf32", "bf16"],
+        default="f32",
+        help="with --device cuda: all in float32; dense torch in TF32; images and dense weights in bfloat16 (f32)",
+    )
     parser.set_defaults(run=guarded(_layers))
 
 
@@ -131,6 +137,12 @@ def _add_common(parser: argparse.ArgumentParser, rivals: str) -> None:
     )
     add("--batch", type=positive, default=64, metavar="N", help="images (64)")
     parser.set_defaults(usual_rivals=rivals.split(","))
+    add(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="cuda: the current GPU, timed by events, against dense torch (cpu)",
+    )
     add(
         "--rivals",
         type=words,
@@ -238,6 +250,13 @@ def _prepare(arguments: argparse.Namespace) -> None:
         if arguments.rivals not in (None, ["dense"], ["none"]):
             raise BenchError("--rivals: --memory compares with dense torch alone (dense or none)")
         arguments.rivals = arguments.rivals or ["dense"]
+    if getattr(arguments, "device", "cpu") == "cuda":
+        for option in ("roofline", "profile", "memory", "activation_dtype"):
+            if getattr(arguments, option, None):
+                raise BenchError(f"--{option.replace('_', '-')}: of the CPU's kernels, not with --device cuda")
+        arguments.rivals = arguments.rivals or ["dense"]
+    elif getattr(arguments, "precision", "f32") != "f32":
+        raise BenchError(f"--precision {arguments.precision}: for --device cuda only")
     if arguments.rivals is None:
         arguments.rivals = arguments.usual_rivals
     elif arguments.rivals == ["none"]:
@@ -263,7 +282,7 @@ def _progress(text: str) -> None:
 
 
 def _layers(arguments: argparse.Namespace) -> None:
-    from fedpai.bench import layers
+    from fedpai.bench import device, layers
     from fedpai.bench import roofline_text as roofline
     from fedpai.bench.layers_text import detail_tables, remarks, summary_table
 
@@ -281,6 +300,7 @@ def _layers(arguments: argparse.Namespace) -> None:
         cold=arguments.cold,
         effort=effort(arguments),
         mask_data=arguments.mask_data,
+        device=device.cuda(arguments.precision) if arguments.device == "cuda" else device.cpu(),
     )
     work = layers.prepare(settings)
     rows = collect(arguments, partial(layers.measure, settings, work))
@@ -296,7 +316,7 @@ def _layers(arguments: argparse.Namespace) -> None:
 
 
 def _step(arguments: argparse.Namespace) -> None:
-    from fedpai.bench import step
+    from fedpai.bench import device, step
     from fedpai.bench.step_text import remarks, step_table
 
     settings = step.Settings(
@@ -310,6 +330,7 @@ def _step(arguments: argparse.Namespace) -> None:
         effort=effort(arguments),
         mask_data=arguments.mask_data,
         bf16=arguments.activation_dtype == "bf16",
+        device=device.cuda() if arguments.device == "cuda" else device.cpu(),
     )
     step.prepare(settings)
     if arguments.profile:
@@ -364,6 +385,7 @@ def collect(
         if arguments.json is not None:
             append(arguments.json, row)
     _progress("")
-    print(f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {rows[0]['isa']}")
-    print(f"{machine}\n")
+    where = rows[0]["device"]["name"] if "device" in rows[0] else f"{cpu_model()}, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}, {rows[0]['isa']}")
+    print(f"{machine}\n" if rows[0]["machine_model"] else "")
     return rows

@@ -9,15 +9,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedpai.bench import masks as bench_masks
 from fedpai.bench.cases import TRANSFORMER, LayerCase, layers_named, merged, select
+from fedpai.bench.device import Device, cpu
 from fedpai.bench.errors import BenchError
-from fedpai.bench.machine import MachineModel, identity, last_cache_bytes
+from fedpai.bench.machine import MachineModel, identity
 from fedpai.bench.rivals import CONTENDERS, DEFAULT_RIVALS, RIVALS, Contender, Problem, Unavailable
-from fedpai.bench.rivals.base import TOLERANCE
 from fedpai.bench.rows import Result, Row, common, results_of
 from fedpai.bench.timing import Call, Effort, Timing, interleave
 from fedpai.bench.work import DIRECTIONS, passes_of, work_of
@@ -44,6 +43,7 @@ class Settings:
         cold: empty the caches before every sample.
         effort: how long to measure.
         mask_data: images for criteria that score with them.
+        device: what to measure on; rivals other than dense torch compute on the CPU alone.
     """
 
     models: Sequence[str]
@@ -59,6 +59,7 @@ class Settings:
     cold: bool = False
     effort: Effort = field(default_factory=Effort)
     mask_data: str = bench_masks.SCORING_DATA
+    device: Device = field(default_factory=cpu)
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def measure(
         machine: for the bounds.
         progress: told what is being measured.
     """
-    start = common("layer", identity(), machine.to_json())
+    start = settings.device.start_of(common("layer", identity(), machine.to_json()))
     for number, group in enumerate(work, 1):
         label = f"{group.model} {group.case.name} ({group.case.label})"
         bench = _Bench(group, settings)
@@ -163,11 +164,14 @@ class _Bench:
         first: Problem | None = None
         for density, mask in group.masks.items():
             if first is None:
-                problem = first = Problem.make(group.case, settings.batch, mask, compiled=settings.compiled)
+                problem = first = Problem.make(
+                    group.case, settings.batch, mask, compiled=settings.compiled, place=settings.device.place,
+                    dtype=settings.device.dtype,
+                )  # fmt: skip
             else:
                 problem = first.with_mask(mask)
             self.problems[density] = problem
-            self.setup[density] = _setup_times(problem)
+            self.setup[density] = _setup_times(problem, settings.device)
             for name in ("ours", *settings.rivals):
                 self._add(density, name, problem)
 
@@ -190,7 +194,7 @@ class _Bench:
             except RuntimeError as failure:
                 wrong.append(f"{contender.variant}: {str(failure).splitlines()[0]}")
                 continue
-            if error > TOLERANCE:
+            if error > self.settings.device.tolerance:
                 wrong.append(f"{contender.variant}: wrong by {error:.1e} of the largest entry")
             else:
                 self.contenders[density, name, contender.variant] = contender
@@ -200,9 +204,10 @@ class _Bench:
 
     def time(self, direction: str) -> dict[tuple[float, str, str], Timing]:
         """One direction of all contenders, interleaved."""
-        effort = self.settings.effort
+        device = self.settings.device
+        effort = replace(self.settings.effort, seconds=device.seconds)
         if self.settings.cold:
-            effort = replace(effort, before_each=_cache_filler())
+            effort = replace(effort, before_each=device.flusher())
         calls: dict[tuple[float, str, str], Call] = {
             key: contender.calls[direction]
             for key, contender in self.contenders.items()
@@ -221,7 +226,13 @@ class _Bench:
         """One line of the results."""
         case, settings, problem = self.group.case, self.settings, self.problems[density]
         work = work_of(case, problem.mask, settings.batch, direction)
-        bound = machine.bound(*passes_of(case, problem.mask, settings.batch, direction))
+        limits: Row = {"bound_ms": None}
+        if not settings.device.facts:
+            bound = machine.bound(*passes_of(case, problem.mask, settings.batch, direction))
+            limits = {
+                "bound_ms": round(1e3 * bound.seconds, 6),
+                "roofline": {**bound.to_json(), "traffic_bytes": work.traffic},
+            }
         return {
             **start,
             "model": self.group.model,
@@ -240,8 +251,7 @@ class _Bench:
             "caches": "cold" if settings.cold else "as the others leave them",
             "useful_flop": work.useful_flop,
             "dense_flop": work.dense_flop,
-            "bound_ms": round(1e3 * bound.seconds, 6),
-            "roofline": {**bound.to_json(), "traffic_bytes": work.traffic},
+            **limits,
             "choice": _choice(problem),
             "setup": self.setup[density],
             **results_of({name: self._result(density, name, timings) for name in ("ours", *settings.rivals)}),
@@ -259,7 +269,7 @@ class _Bench:
         return Result(found, details, status, reason)
 
 
-def _setup_times(problem: Problem) -> Row:
+def _setup_times(problem: Problem, device: Device) -> Row:
     """Milliseconds to compile the mask, and of the first forward and backward pass, which lays it out for
     the image size.
     """
@@ -267,10 +277,8 @@ def _setup_times(problem: Problem) -> Row:
     _ = problem.plan
     compiled = time.perf_counter()
     (contender,) = CONTENDERS["ours"](problem)
-    begin = time.perf_counter()
-    contender.calls["train"]()
-    end = time.perf_counter()
-    return {"plan_ms": round(1e3 * (compiled - start), 3), "first_ms": round(1e3 * (end - begin), 3)}
+    first = device.seconds(contender.calls["train"], 1)
+    return {"plan_ms": round(1e3 * (compiled - start), 3), "first_ms": round(1e3 * first, 3)}
 
 
 def _choice(problem: Problem) -> str:
@@ -284,12 +292,6 @@ def _choice(problem: Problem) -> str:
     return choose_kernel(info, break_evens()).kernel
 
 
-def _cache_filler() -> Call:
-    """A call that leaves nothing of a contender's data in the caches."""
-    buffer = torch.zeros(last_cache_bytes() // 2)  # four bytes each: twice the cache
-    return lambda: buffer.add_(1.0)
-
-
 def _check_names(settings: Settings) -> None:
     """Raises a BenchError for a direction, rival or kind that is unknown."""
     for option, names, known in (
@@ -300,3 +302,4 @@ def _check_names(settings: Settings) -> None:
         for name in names:
             if name not in known:
                 raise BenchError(f"{option}: unknown name {name!r}, expected one of {', '.join(known)}")
+    settings.device.check_rivals(settings.rivals)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpai.bench import masks as bench_masks
+from fedpai.bench.device import Device, cpu
 from fedpai.bench.errors import BenchError
 from fedpai.bench.machine import MachineModel, identity
 from fedpai.bench.rows import Result, Row, common, results_of
@@ -39,6 +40,7 @@ class Settings:
         effort: how long to measure.
         mask_data: images for criteria that score with them.
         bf16: whether ours is also tried with saved activations in bfloat16.
+        device: what to train on, in float32; rivals other than dense torch compute on the CPU alone.
     """
 
     models: Sequence[str]
@@ -51,6 +53,7 @@ class Settings:
     effort: Effort = field(default_factory=Effort)
     mask_data: str = bench_masks.SCORING_DATA
     bf16: bool = False
+    device: Device = field(default_factory=cpu)
 
 
 def prepare(settings: Settings) -> None:
@@ -59,6 +62,7 @@ def prepare(settings: Settings) -> None:
     for name in settings.rivals:
         if name not in RIVALS:
             raise BenchError(f"--rivals: unknown name {name!r}, expected one of {', '.join(RIVALS)}")
+    settings.device.check_rivals(settings.rivals)
     check_networks(settings.models, settings.sparsities)
 
 
@@ -81,7 +85,7 @@ def measure(
         machine: recorded in the rows.
         progress: told what is being measured.
     """
-    start = common("step", identity(), machine.to_json())
+    start = settings.device.start_of(common("step", identity(), machine.to_json()))
     for model in settings.models:
         for sparsity in settings.sparsities:
             yield {**start, **_measure(settings, model, sparsity, progress)}
@@ -156,7 +160,7 @@ def _measure(settings: Settings, model: str, sparsity: float, progress: Callable
         model, settings.mask, sparsity, settings.batch, settings.mask_data, settings.structure
     )
     setting = setting_of(settings, model, sparsity, task, data)
-    task = replace(task, bf16=settings.bf16)
+    task = replace(task.to(settings.device.place), bf16=settings.bf16)
     progress(f"{label}: reference losses")
     expected = masked_losses(task)
 
@@ -183,7 +187,7 @@ def _measure(settings: Settings, model: str, sparsity: float, progress: Callable
             layers = trainer.layers or layers
     progress(f"{label}: measuring")
     calls = {key: trainer.step for key, trainer in trainers.items()}
-    timings = interleave(calls, settings.effort, lambda key: key[0])
+    timings = interleave(calls, replace(settings.effort, seconds=settings.device.seconds), lambda key: key[0])
     results = {
         name: _result(
             {v: t for (n, v), t in timings.items() if n == name}, starts.get(name, {}), reasons.get(name, [])

@@ -8,7 +8,7 @@ import copy
 import io
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -44,6 +44,12 @@ class Task:
     images: Tensor
     labels: Tensor
     bf16: bool = False
+
+    def to(self, place: torch.device) -> Task:
+        """The same elsewhere; the network itself goes there."""
+        return replace(
+            self, network=self.network.to(place), images=self.images.to(place), labels=self.labels.to(place)
+        )
 
 
 _torch_sgd = partial(torch.optim.SGD, fused=True)  # its fastest form
@@ -220,7 +226,8 @@ def masked_losses(task: Task) -> Expected:
     for memory_format in FORMATS.values():
         network = _in_format(copy.deepcopy(task.network), memory_format)
         for name, mask in task.masks.items():
-            network.get_parameter(f"{name}.weight").register_hook(lambda gradient, mask=mask: gradient * mask)
+            own = mask.to(task.images.device)
+            network.get_parameter(f"{name}.weight").register_hook(lambda gradient, own=own: gradient * own)
         trainer = Trainer(
             network, network, task.images.contiguous(memory_format=memory_format), task.labels, masked=True
         )

@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 Call = Callable[[], object]
@@ -30,6 +30,7 @@ class Effort:
             contender gets no more than `least`: it cannot count.
         before_each: called before every sample, outside of its time (to empty caches); then a sample is one
             call.
+        seconds: times so many calls; by default as a clock on the wall does.
     """
 
     samples: int = 30
@@ -38,6 +39,7 @@ class Effort:
     least: int = 3
     hopeless: float = 2.5
     before_each: Call | None = None
+    seconds: Callable[[Call, int], float] = field(default_factory=lambda: wall_seconds)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def interleave(
             for name in order:
                 if effort.before_each is not None:
                     effort.before_each()
-                samples[name].append(_seconds(calls[name], inner[name]) / inner[name])
+                samples[name].append(effort.seconds(calls[name], inner[name]) / inner[name])
             gc.collect(0)
     finally:
         if collecting:
@@ -127,11 +129,12 @@ def _worth_it(
 def _inner(call: Call, effort: Effort) -> int:
     """Calls per sample; also the warm-up."""
     call()
-    once = _seconds(call, 1)
+    once = effort.seconds(call, 1)
     return 1 if effort.before_each is not None else max(1, math.ceil(effort.min_time / max(once, 1e-9)))
 
 
-def _seconds(call: Call, times: int) -> float:
+def wall_seconds(call: Call, times: int) -> float:
+    """Of so many calls, one after the other."""
     start = time.perf_counter()
     for _ in range(times):
         call()

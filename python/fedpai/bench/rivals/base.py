@@ -6,7 +6,7 @@ reference.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,7 +17,9 @@ from fedpai.bench.masks import uniform_mask
 from fedpai_kernels import Plan
 from fedpai_kernels.ops import reference
 
-# Largest error, as a share of the largest entry, that counts as rounding. A misplaced index gives one far larger.
+CPU = torch.device("cpu")
+# Largest error in float32, as a share of the largest entry, that counts as rounding. A misplaced index gives one far
+# larger.
 TOLERANCE = 1e-4
 
 
@@ -33,9 +35,10 @@ class Problem:
         case: sizes.
         batch: images.
         mask: bool, of the weight's shape.
-        weight: float32, zero outside of the mask.
-        x, dy: float32, contiguous.
+        weight: float32, zero outside of the mask, on the CPU.
+        x, dy: contiguous, on the CPU.
         compiled: whether dense torch is tried compiled as well.
+        place: where it is to be computed.
     """
 
     case: LayerCase
@@ -45,24 +48,33 @@ class Problem:
     x: Tensor
     dy: Tensor
     compiled: bool = False
+    place: torch.device = CPU
 
     @classmethod
     def make(
-        cls, case: LayerCase, batch: int, mask: Tensor | float, *, compiled: bool = False, seed: int = 0
+        cls,
+        case: LayerCase,
+        batch: int,
+        mask: Tensor | float,
+        *,
+        compiled: bool = False,
+        seed: int = 0,
+        place: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
     ) -> Problem:
-        """Draws weights and tensors from normal distributions; `mask` may be a density."""
+        """Draws weights and tensors from normal distributions; `mask` may be a density, `dtype` is that of x and dy."""
         if isinstance(mask, float):
             mask = uniform_mask(case.weight_shape, mask)
         generator = torch.Generator().manual_seed(seed)
         x, dy = (
-            torch.randn(shape, generator=generator)
+            torch.randn(shape, generator=generator).to(dtype)
             for shape in (case.input_shape(batch), case.output_shape(batch))
         )
-        return cls(case, batch, mask, _weight(mask, seed), x, dy, compiled)
+        return cls(case, batch, mask, _weight(mask, seed), x, dy, compiled, place)
 
     def with_mask(self, mask: Tensor) -> Problem:
         """The same problem under another mask, with the same x and dy."""
-        return Problem(self.case, self.batch, mask, _weight(mask, 0), self.x, self.dy, self.compiled)
+        return replace(self, mask=mask, weight=_weight(mask, 0))
 
     @cached_property
     def plan(self) -> Plan:
@@ -164,7 +176,7 @@ class Contender:
         }  # fmt: skip
         worst = 0.0
         for direction, expected in problem.expected.items():
-            got = found[direction].double()
+            got = found[direction].double().cpu()
             if got.shape != expected.shape or not bool(torch.isfinite(got).all()):
                 return float("inf")
             scale = max(float(expected.abs().max()), 1e-30)

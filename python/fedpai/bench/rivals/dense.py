@@ -22,6 +22,9 @@ def build(problem: Problem) -> list[Contender]:
     def linear(x: Tensor, weight: Tensor) -> Tensor:
         return functional.linear(x, weight)
 
+    def pack(gradient: Tensor) -> Tensor:
+        return plan.pack(gradient.float().cpu())
+
     apply = linear if case.kind == "linear" else conv2d
     formats = {"contiguous": torch.contiguous_format}
     # With few channels, torch 2.13.0 writes past its buffers in the backward pass of a strided 1x1 convolution in
@@ -32,11 +35,12 @@ def build(problem: Problem) -> list[Contender]:
     found = []
     for name, memory_format in formats.items():
         x, weight, dy = (
-            t.contiguous(memory_format=memory_format) for t in (problem.x, problem.weight, problem.dy)
+            t.to(problem.place, problem.x.dtype).contiguous(memory_format=memory_format)
+            for t in (problem.x, problem.weight, problem.dy)
         )
-        found.append(Contender(name, apply, x, weight, dy, packed=plan.pack))
+        found.append(Contender(name, apply, x, weight, dy, packed=pack))
         if problem.compiled:
-            found.append(Contender(f"{name}, compiled", _compiled(apply), x, weight, dy, packed=plan.pack))
+            found.append(Contender(f"{name}, compiled", _compiled(apply), x, weight, dy, packed=pack))
     return found
 
 

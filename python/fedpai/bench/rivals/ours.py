@@ -21,5 +21,5 @@ def build(problem: Problem) -> list[Contender]:
         return sparse_linear(x, values, plan)
 
     apply = linear if case.kind == "linear" else conv2d
-    x, dy = to_batch_last(problem.x), to_batch_last(problem.dy)
-    return [Contender("sparse", apply, x, problem.values, dy)]
+    x, dy = (to_batch_last(t.to(problem.place)) for t in (problem.x, problem.dy))
+    return [Contender("sparse", apply, x, problem.values.to(problem.place), dy)]

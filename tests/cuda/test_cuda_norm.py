@@ -46,7 +46,7 @@ def on_cuda(on_host: None, monkeypatch: pytest.MonkeyPatch) -> None:
             "batch_norm_backward_": cuda_norm._backward_in_place,
             "_norm_conv2d_forward": cuda_norm._norm_conv2d_forward,
             "_norm_conv2d_weight_grad": cuda_norm._norm_conv2d_weight_grad,
-            "conv2d_input_grad": cuda_conv2d._input_grad,
+            "conv2d_input_grad": cuda_conv2d.input_grad,
         },
     }
     for module, names in replaced.items():

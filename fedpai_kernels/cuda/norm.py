@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..layout import empty_batch_last, to_batch_last
-from ..ops.norm_kernels import gradient_like, row_of
+from ..ops.norm_kernels import backward_by, row_of
 from ..ops.registry import LIBRARY
 from . import library
 
@@ -47,8 +47,7 @@ def _workspace(cuda: library.Library, norm: library.Norm, device: torch.device) 
     return torch.empty(needed.value, dtype=torch.uint8, device=device), needed.value
 
 
-# ---- forward
-# ----------------------------------------------------------------------------------------------------------------
+# ---- forward ------------------------------------------------------------------------------------------
 
 
 def _run_train(
@@ -146,8 +145,7 @@ def _given_statistics(mean: Tensor, var: Tensor, eps: float) -> Tensor:
     return stats
 
 
-# ---- backward
-# ----------------------------------------------------------------------------------------------------------------
+# ---- backward -----------------------------------------------------------------------------------------
 
 
 def _run_backward(
@@ -179,45 +177,10 @@ def _run_backward(
     return affine
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    through_statistics: bool,
-    activation: int,
-    need_x: bool,
-    need_affine: bool,
-    need_residual: bool,
-    slope: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dy = to_batch_last(dy)
-    dx, dresidual = gradient_like(dy, need_x), gradient_like(dy, need_residual)
-    norm = (x, z, weight, bias, stats, through_statistics, activation, slope)
-    outputs = dx if need_x else None, dresidual if need_residual else None
-    return dx, _run_backward(dy, *norm, *outputs, need_affine), dresidual
+_backward, _backward_in_place = backward_by(_run_backward)
 
 
-def _backward_in_place(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    through_statistics: bool,
-    activation: int,
-    need_x: bool,
-    need_affine: bool,
-    slope: float = 0.0,
-) -> Tensor:
-    norm = (x, None, weight, bias, stats, through_statistics, activation, slope)
-    return _run_backward(dy, *norm, dy if need_x else None, None, need_affine)
-
-
-# ---- with the convolution after it
-# ----------------------------------------------------------------------------------------------------------------
+# ---- with the convolution after it --------------------------------------------------------------------
 
 
 def _applied(

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -177,43 +180,48 @@ def _run_backward(
     return affine
 
 
-def _backward_in_place(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    through_statistics: bool,
-    activation: int,
-    need_x: bool,
-    need_affine: bool,
-    slope: float = 0.0,
-) -> Tensor:
-    norm = (x, None, weight, bias, stats, through_statistics, activation, slope)
-    return _run_backward(dy, *norm, dy if need_x else None, None, need_affine)
+def backward_by(run: Callable[..., Tensor]) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
+    """The two backward ops, into new gradients and into dy, of a device whose kernels `run` as `_run_backward` does."""
+
+    def backward(
+        dy: Tensor,
+        x: Tensor,
+        z: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        stats: Tensor,
+        through_statistics: bool,
+        activation: int,
+        need_x: bool,
+        need_affine: bool,
+        need_residual: bool,
+        slope: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dy = to_batch_last(dy)
+        dx, dresidual = gradient_like(dy, need_x), gradient_like(dy, need_residual)
+        norm = (x, z, weight, bias, stats, through_statistics, activation, slope)
+        outputs = dx if need_x else None, dresidual if need_residual else None
+        return dx, run(dy, *norm, *outputs, need_affine), dresidual
+
+    def backward_in_place(
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        stats: Tensor,
+        through_statistics: bool,
+        activation: int,
+        need_x: bool,
+        need_affine: bool,
+        slope: float = 0.0,
+    ) -> Tensor:
+        norm = (x, None, weight, bias, stats, through_statistics, activation, slope)
+        return run(dy, *norm, dy if need_x else None, None, need_affine)
+
+    return backward, backward_in_place
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    through_statistics: bool,
-    activation: int,
-    need_x: bool,
-    need_affine: bool,
-    need_residual: bool,
-    slope: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dy = to_batch_last(dy)
-    dx, dresidual = gradient_like(dy, need_x), gradient_like(dy, need_residual)
-    norm = (x, z, weight, bias, stats, through_statistics, activation, slope)
-    affine = _run_backward(
-        dy, *norm, dx if need_x else None, dresidual if need_residual else None, need_affine
-    )
-    return dx, affine, dresidual
+_backward, _backward_in_place = backward_by(_run_backward)
 
 
 def gradient_like(dy: Tensor, need: bool) -> Tensor:

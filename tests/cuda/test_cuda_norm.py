@@ -170,13 +170,15 @@ def test_fused_chains(training: bool, request: pytest.FixtureRequest) -> None:
     expected = step(copy.deepcopy(block))
     request.getfixturevalue("on_cuda")
     calls = []
-    for name in ("_run_train", "_applied", "_run_backward"):
-        original = getattr(cuda_norm, name)
+    forward = ((cuda_norm, name) for name in ("_run_train", "_applied"))
+    for module, name in (*forward, (norm, "batch_norm_backward"), (norm_conv2d, "batch_norm_backward_")):
+        original = getattr(module, name)
         request.getfixturevalue("monkeypatch").setattr(
-            cuda_norm, name, lambda *a, _name=name, _run=original: (calls.append(_name), _run(*a))[1]
+            module, name, lambda *a, _name=name, _run=original: (calls.append(_name), _run(*a))[1]
         )
     got = step(block)
-    assert set(calls) == {"_applied", "_run_backward"} | ({"_run_train"} if training else set())
+    backward = {"batch_norm_backward", "batch_norm_backward_"}
+    assert set(calls) == {"_applied", *backward} | ({"_run_train"} if training else set())
     for value, truth in zip(got, expected, strict=True):
         torch.testing.assert_close(value, truth, rtol=1e-4, atol=1e-5)
 

@@ -17,11 +17,8 @@ from fedpai.compare.workers import Task, WorkerError, side_by_side
 from fedpai.federation.config import RunConfig
 from fedpai.federation.folder import FolderError
 from fedpai.federation.progress import Progress
+from tests.fedpai.cli.test_compare import TINY
 
-TINY = [
-    *("--model", "mlp", "--width", "0.125", "--data", "synthetic-gray", "--clients", "3", "--rounds", "2"),
-    *("--batch", "16", "--max-images", "32", "--eval-images", "40", "--threads", "1"),
-]
 CONFIG = RunConfig(
     method="random",
     model="mlp",

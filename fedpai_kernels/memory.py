@@ -24,7 +24,6 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils import deterministic
-from torch.utils.dlpack import from_dlpack
 
 from . import _C
 
@@ -35,6 +34,9 @@ SLACK_VARIABLE: Final = "FEDPAI_MEMORY_SLACK"
 
 # Below this malloc keeps what is freed by itself, and torch is faster.
 SMALLEST: Final = 256 * 1024
+
+# What torch.utils.dlpack.from_dlpack comes to for a capsule, after it has asked what it was given.
+from_capsule: Final = torch._C._from_dlpack
 
 # DLPack's code and bits. The integers are the positions that max pooling remembers.
 _TYPES: Final = {
@@ -153,5 +155,5 @@ def empty_strided(
         size = math.prod(shape) * (bits // 8)
         # Symbolic sizes are no int, and comparing one would fix it.
         if isinstance(size, int) and size >= SMALLEST and not _left_to_torch():
-            return from_dlpack(_C.empty_strided(shape, strides, code, bits))
+            return from_capsule(_C.empty_strided(shape, strides, code, bits))
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)

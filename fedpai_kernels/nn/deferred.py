@@ -37,7 +37,15 @@ from ..ops.norm import batch_norm
 from ..ops.norm_conv2d import norm_conv2d
 from ..plan import Plan
 from .norm import BatchLastBatchNorm2d, Settings
-from .sites import Site, Surroundings, back_in, is_watched_by_torch, reads_pending_norms, surroundings
+from .sites import (
+    Site,
+    Surroundings,
+    back_in,
+    is_watched_by_torch,
+    reads_pending_norms,
+    submodule,
+    surroundings,
+)
 
 __all__ = ["DeferrableBatchNorm2d", "PendingNorm", "Site", "attach", "detach", "has_foreign_hooks"]
 
@@ -75,11 +83,13 @@ class _Permit:
         if is_watched_by_torch() or torch_module._has_any_global_hook():
             return
         try:
-            norm = owner.get_submodule(self.site.norm)
-            if any(has_foreign_hooks(m) or "forward" in vars(m) for m in self.site.watched(owner)):
+            watched = self.site.watched(owner)
+            for module in watched:
+                if has_foreign_hooks(module) or "forward" in module.__dict__:
+                    return
+            if self.site.conv and not reads_pending_norms(submodule(owner, self.site.conv)):
                 return
-            if self.site.conv and not reads_pending_norms(owner.get_submodule(self.site.conv)):
-                return
+            norm = watched[0]
         except AttributeError:  # somebody took a module out
             return
         if type(norm) is DeferrableBatchNorm2d:
@@ -96,7 +106,7 @@ class _Withdraw:
         if torch.compiler.is_compiling():
             return None
         with contextlib.suppress(AttributeError):
-            norm = owner.get_submodule(self.site.norm)
+            norm = submodule(owner, self.site.norm)
             _PERMITS.given.pop(norm, None)
             uncounted = _PERMITS.uncounted.pop(id(norm), None)
             if uncounted is not None:
@@ -111,13 +121,15 @@ def has_foreign_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks other than those of :func:`attach`."""
     if module._backward_hooks or module._backward_pre_hooks:
         return True
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(not isinstance(hook, (_Permit, _Withdraw)) for hook in hooks)
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        if hooks and not all(isinstance(hook, (_Permit, _Withdraw)) for hook in hooks.values()):
+            return True
+    return False
 
 
 def attach(owner: nn.Module, site: Site) -> None:
     """Lets the norm of `site`, a batch-last one, wait in calls of `owner`."""
-    owner.get_submodule(site.norm).__class__ = DeferrableBatchNorm2d
+    submodule(owner, site.norm).__class__ = DeferrableBatchNorm2d
     owner.register_forward_pre_hook(_Permit(site))
     owner.register_forward_hook(_Withdraw(site), always_call=True)
 

@@ -46,19 +46,27 @@ class BatchLastBatchNorm2d(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # cumulative average
                 momentum = 1.0 / float(self.num_batches_tracked)
-        from_batch = self.training or (self.running_mean is None and self.running_var is None)
-        keep = not self.training or self.track_running_stats
-        mean, var = (self.running_mean, self.running_var) if keep else (None, None)
-        return mean, var, self.weight, self.bias, from_batch, momentum, self.eps
+        weight, bias, mean, var = self._tensors()
+        from_batch = self.training or (mean is None and var is None)
+        if self.training and not self.track_running_stats:
+            mean = var = None
+        return mean, var, weight, bias, from_batch, momentum, self.eps
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """Weight, bias, running mean and variance."""
+        parameters, buffers = self._parameters, self._buffers
+        try:  # where `self.weight` finds them last, after a search and a call, twice in each layer of each step
+            return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]
+        except KeyError:  # parametrised
+            return self.weight, self.bias, self.running_mean, self.running_var
 
     def _is_ours(self, x: Tensor) -> bool:
         if x.dtype not in DTYPES.get(x.device.type, ()) or x.numel() == 0 or not is_batch_last(x):
             return False
         if x.is_cuda and (self.activation_dtype is not None or not cuda.is_available()):
             return False
-        tensors = (self.weight, self.bias, self.running_mean, self.running_var)
-        wanted = (parameter_dtype(x), x.device)
-        return all(t is None or (t.dtype, t.device) == wanted for t in tensors)
+        dtype, device = parameter_dtype(x), x.device
+        return all(t is None or (t.dtype is dtype and t.device == device) for t in self._tensors())
 
 
 class BatchLastBatchNormReLU2d(BatchLastBatchNorm2d):

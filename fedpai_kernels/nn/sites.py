@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..ops.activation import NONE, RELU, Activation
 from ..ops.registry import is_watched_by_torch
 
-__all__ = ["Site", "Surroundings", "back_in", "is_watched_by_torch", "reads_pending_norms", "surroundings"]
+__all__ = ["Site", "Surroundings", "back_in", "is_watched_by_torch", "reads_pending_norms", "submodule", "surroundings"]
 
 Surroundings = tuple[bool, bool, "tuple[Any, Any] | None"]
 
@@ -81,11 +81,25 @@ class Site:
 
     def computed(self, owner: nn.Module) -> list[nn.Module]:
         """The modules that are computed in one: the norm first."""
-        return [owner.get_submodule(path) for path in (self.norm, self.activation_module, self.conv) if path]
+        return [submodule(owner, path) for path in (self.norm, self.activation_module, self.conv) if path]
 
     def watched(self, owner: nn.Module) -> list[nn.Module]:
-        """The modules whose hooks would see what is not computed."""
-        return [*self.computed(owner), *(owner.get_submodule(path) for path in self.between)]
+        """The modules whose hooks would see what is not computed: the norm first."""
+        return [*self.computed(owner), *[submodule(owner, path) for path in self.between]]
+
+
+def submodule(owner: nn.Module, path: str) -> nn.Module:
+    """`owner.get_submodule(path)` in a fifth of the time: every call of an owner asks for several.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    module: nn.Module | None = owner
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    if module is None:
+        raise AttributeError(f"{type(owner).__name__} has no submodule {path!r}")
+    return module
 
 
 def reads_pending_norms(module: nn.Module) -> bool:

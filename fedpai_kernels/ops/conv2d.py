@@ -76,30 +76,31 @@ def run_forward(
 ) -> Tensor:
     """`norm`: empty, or what the binding takes for the batch norm (and ReLU) that x goes through first; x is
     batch-last then."""
-    layer, g = plan_of(plan), unflatten(geometry)
+    layer = plan_of(plan)
     out_channels, _, kernel = layer_sizes(layer)
-    image = (x.shape[2], x.shape[3])
-    output = g.output_size(image, kernel)
+    batch, _, *image = x.shape
+    output = unflatten(geometry).output_size(image, kernel)
     x = _readable(x)
-    y = empty_batch_last((x.shape[0], out_channels, *output), dtype=x.dtype, device=x.device)
+    y = empty_batch_last((batch, out_channels, *output), dtype=x.dtype, device=x.device)
     values = values.contiguous()
     bias = None if bias is None else bias.contiguous()
     _FORWARD[x.dtype](
-        layer.compiled, compiled_geometry(x.shape[0], image, output, g), x.data_ptr(), _strides(x), norm,
+        layer.compiled, compiled_geometry(batch, image, output, geometry), x.data_ptr(), _strides(x), norm,
         values.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), _strides(y), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
 def _input_grad_cpu(dy: Tensor, values: Tensor, plan: int, height: int, width: int, geometry: list[int]) -> Tensor:
-    layer, g = plan_of(plan), unflatten(geometry)
+    layer = plan_of(plan)
     _, in_channels, _ = layer_sizes(layer)
+    batch, _, *output = dy.shape
     dy = _readable(dy)
-    dx = empty_batch_last((dy.shape[0], in_channels, height, width), dtype=dy.dtype, device=dy.device)
+    dx = empty_batch_last((batch, in_channels, height, width), dtype=dy.dtype, device=dy.device)
     values = values.contiguous()
     _INPUT_GRAD[dy.dtype](
-        layer.compiled, compiled_geometry(dy.shape[0], (height, width), (dy.shape[2], dy.shape[3]), g), dy.data_ptr(),
-        _strides(dy), values.data_ptr(), dx.data_ptr(), _strides(dx), torch.get_num_threads(),
+        layer.compiled, compiled_geometry(batch, (height, width), output, geometry), dy.data_ptr(), _strides(dy),
+        values.data_ptr(), dx.data_ptr(), _strides(dx), torch.get_num_threads(),
     )  # fmt: skip
     return dx
 
@@ -114,15 +115,15 @@ def run_weight_grad(
     x: Tensor, norm: Sequence[int], dy: Tensor, plan: int, with_bias: bool, geometry: list[int]
 ) -> tuple[Tensor, Tensor]:
     """`norm`: as in :func:`run_forward`. x may be float32 that was rounded to bfloat16."""
-    layer, g = plan_of(plan), unflatten(geometry)
+    layer = plan_of(plan)
     out_channels, _, _ = layer_sizes(layer)
+    batch, _, *image = x.shape
     x, dy = widened(_readable(x)), _readable(dy)
     dvalues = x.new_empty(layer.nnz)
     dbias = x.new_empty(out_channels if with_bias else 0)
     _WEIGHT_GRAD[x.dtype](
-        layer.compiled,
-        compiled_geometry(x.shape[0], (x.shape[2], x.shape[3]), (dy.shape[2], dy.shape[3]), g), x.data_ptr(),
-        _strides(x), norm, dy.data_ptr(), _strides(dy), dvalues.data_ptr(), dbias.data_ptr() if with_bias else 0,
+        layer.compiled, compiled_geometry(batch, image, dy.shape[2:], geometry), x.data_ptr(), _strides(x), norm,
+        dy.data_ptr(), _strides(dy), dvalues.data_ptr(), dbias.data_ptr() if with_bias else 0,
         torch.get_num_threads(),
     )  # fmt: skip
     return dvalues, dbias

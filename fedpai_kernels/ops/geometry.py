@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 Pair = tuple[int, int]
@@ -16,14 +17,14 @@ class Geometry(NamedTuple):
     pad_back: Pair
     dilation: Pair
 
-    def output_size(self, image: Pair, kernel: Pair) -> Pair:
+    def output_size(self, image: Sequence[int], kernel: Pair) -> Pair:
         """Height and width of the output. May be non-positive when the image is too small."""
-        h, w = (
-            (image[i] + self.pad_front[i] + self.pad_back[i] - self.dilation[i] * (kernel[i] - 1) - 1)
-            // self.stride[i] + 1
-            for i in (0, 1)
+        (h, w), (kernel_h, kernel_w), (stride_h, stride_w) = image, kernel, self.stride
+        (top, left), (bottom, right), (step_h, step_w) = self.pad_front, self.pad_back, self.dilation
+        return (
+            (h + top + bottom - step_h * (kernel_h - 1) - 1) // stride_h + 1,
+            (w + left + right - step_w * (kernel_w - 1) - 1) // stride_w + 1,
         )
-        return h, w
 
 
 # Products of such numbers fit the kernels' 64 bits.
@@ -31,6 +32,10 @@ _LARGEST = 2**31 - 1
 
 
 def _pair(name: str, value: int | tuple[int, int], least: int) -> Pair:
+    if type(value) is tuple and len(value) == 2:  # as modules have it; this is called for every layer of every step
+        first, second = value
+        if type(first) is int and type(second) is int and least <= first <= _LARGEST and least <= second <= _LARGEST:
+            return value
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, int) and least <= v <= _LARGEST for v in pair):
         raise ValueError(f"{name}: expected an int or two ints, each from {least} to {_LARGEST}, got {value!r}")
@@ -67,9 +72,10 @@ def unflatten(geometry: list[int]) -> Geometry:
 
 
 def flatten(geometry: Geometry) -> list[int]:
-    return [v for pair in geometry for v in pair]
+    stride, front, back, dilation = geometry
+    return [*stride, *front, *back, *dilation]
 
 
-def compiled_geometry(batch: int, image: Pair, output: Pair, g: Geometry) -> list[int]:
-    """As the binding takes it."""
-    return [batch, *image, *output, *g.stride, *g.pad_front, *g.dilation]
+def compiled_geometry(batch: int, image: Sequence[int], output: Sequence[int], geometry: list[int]) -> list[int]:
+    """A flattened geometry as the binding takes it: without the padding behind, which the output's size says."""
+    return [batch, *image, *output, *geometry[:4], *geometry[6:]]

@@ -28,11 +28,16 @@ def is_watched_by_torch() -> bool:
     )
 
 
-def _is_plain(argument: object) -> bool:
-    """Whether torch's dispatcher would hand an argument on as it is, to the implementation for the CPU."""
-    if not isinstance(argument, Tensor):
-        return True
-    return type(argument) in (Tensor, nn.Parameter) and argument.is_cpu and not argument.is_neg()
+def _are_plain(arguments: tuple[object, ...]) -> bool:
+    """Whether torch's dispatcher would hand arguments on as they are, to the implementation for the CPU."""
+    for argument in arguments:
+        kind = type(argument)
+        if kind is Tensor or kind is nn.Parameter:
+            if not argument.is_cpu or argument.is_neg():  # type: ignore[attr-defined]
+                return False
+        elif isinstance(argument, Tensor):
+            return False
+    return True
 
 
 class Operation(Generic[_Arguments, _Result]):
@@ -54,7 +59,7 @@ class Operation(Generic[_Arguments, _Result]):
             or torch._C._len_torch_function_stack() > 0
             or torch._C._autograd._profiler_enabled()
         )
-        if watched or kwargs or not all(map(_is_plain, args)):
+        if watched or kwargs or not _are_plain(args):
             result: _Result = self._registered(*args, **kwargs)
             return result
         return self._implementation(*args, **kwargs)

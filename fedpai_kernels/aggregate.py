@@ -285,20 +285,24 @@ def _plain(name: str, given: object, dtypes: tuple[type[np.generic], ...]) -> np
         if given.device.type != "cpu":
             raise ValueError(f"{name}: got a tensor on {given.device}, expected one on the CPU")
         given = given.detach().numpy()
-    expected = " or ".join(np.dtype(dtype).name for dtype in dtypes)
     if not isinstance(given, np.ndarray):
-        raise TypeError(f"{name}: got {type(given).__name__}, expected an array or a tensor of {expected}")
-    if given.dtype not in dtypes:
-        raise TypeError(f"{name}: got {given.dtype}, expected {expected}")
+        raise TypeError(f"{name}: got {type(given).__name__}, expected an array or a tensor of {_either(dtypes)}")
+    if given.dtype.type not in dtypes or not given.dtype.isnative:
+        raise TypeError(f"{name}: got {given.dtype}, expected {_either(dtypes)}")
     if given.ndim != 1:
         raise ValueError(f"{name}: got {given.ndim} dimensions, expected one")
     return given
 
 
+def _either(dtypes: tuple[type[np.generic], ...]) -> str:
+    return " or ".join(np.dtype(dtype).name for dtype in dtypes)
+
+
 def _vector(name: str, given: object, *dtypes: type[np.generic]) -> npt.NDArray[Any]:
     """A vector that the kernels can read: a copy where it is not contiguous or not aligned."""
     found = _plain(name, given, dtypes)
-    return found if found.flags.c_contiguous and found.flags.aligned else found.copy()
+    flags = found.flags
+    return found if flags.c_contiguous and flags.aligned else found.copy()
 
 
 def _state(name: str, given: object) -> npt.NDArray[np.float32]:

@@ -198,7 +198,7 @@ FEDPAI_SUITE(aggregate) {
   for (const bool compensated : {false, true}) {
     for (const std::int64_t clients : {1, 2, 3, 4, 5, 8, 11}) {
       for (std::int64_t n = 0; n <= 35; ++n) check_mean(clients, n, compensated, 1);
-      for (const std::int64_t n : {1023, 1024, 1025, 3000}) check_mean(clients, n, compensated, 1);
+      for (const std::int64_t n : {1023, 1024, 1025, 2047, 2048, 2049, 5000}) check_mean(clients, n, compensated, 1);
     }
     check_mean(7, 50001, compensated, 3);
     for (const double share : {0.0, 0.1, 0.6, 1.0}) {

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedpai_kernels import aggregate
 
 anything = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-LENGTHS = [0, 1, 7, 8, 9, 15, 16, 17, 63, 1023, 1024, 1025, 4095, 4096, 4097, 20_001]
+LENGTHS = [0, 1, 7, 8, 9, 15, 16, 17, 63, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 20_001]
 
 
 def mean_by_hand(vectors: list[np.ndarray], weights: list[float]) -> np.ndarray:
@@ -49,7 +49,7 @@ def draw_clients(
     return old, vectors, at, [float(n) for n in rng.integers(1, 1000, clients)]
 
 
-@pytest.mark.parametrize("clients", [1, 3, 4, 9])
+@pytest.mark.parametrize("clients", [1, 3, 4, 8, 19])
 @pytest.mark.parametrize("size", LENGTHS)
 def test_weighted_mean(isa: str, size: int, clients: int) -> None:
     _, vectors, _, weights = draw_clients(size, size, clients, 1.0)

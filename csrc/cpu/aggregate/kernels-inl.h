@@ -13,8 +13,8 @@
 //
 // Layout: clients' vectors lie anywhere; a masked one holds its values in the order of their positions. Elements are cut
 // into blocks whose sums stay in a cache near the core while one client after the other is added to them, several in a
-// sweep where vectors are dense. So each value is read once and each result written once; what the next sweep reads
-// is asked for early, because the runs are too short for the hardware to see them coming.
+// sweep where vectors are dense. So each value is read once and each result written once. What comes next of masked
+// vectors is asked for early, because their runs are too short for the hardware to see them coming.
 // Bound: memory. Bytes moved: mean 4 per value; masked mean 8 per value (with its position) and 8 per element; majority
 // one bit per client and element.
 #pragma once
@@ -25,11 +25,11 @@
 namespace fedpai::FEDPAI_TARGET {
 namespace {
 
-constexpr std::int64_t kMeanBlock = 1024;    // elements
+constexpr std::int64_t kMeanBlock = 2048;    // elements: runs of two pages, which the hardware fetches ahead by itself
 constexpr std::int64_t kMaskedBlock = 4096;  // elements
 constexpr std::int64_t kFinished = 64;       // elements whose sums and weights are parted at a time
 constexpr std::int64_t kVoteBlock = 64;      // words of 64 bits
-constexpr int kVectorsPerSweep = 4;
+constexpr int kVectorsPerSweep = 8;
 constexpr std::int64_t kClientsAhead = 3;    // whose values are asked for
 constexpr int kLineFloats = 16;  // of a cache line
 
@@ -107,24 +107,26 @@ FEDPAI_UNROLL
   if constexpr (Compensated) V::storeu(s.lost + i, lost);
 }
 
-// Adds the first n elements of each vector; next: what the next sweep will begin to read.
+// Adds elements begin to begin + n of each vector.
 template <bool Compensated, int Vectors>
-FEDPAI_INLINE void mean_sweep(const float* const* vectors, const double* weights, const float* const* next,
-                              std::int64_t n, MeanSums& s) {
+FEDPAI_INLINE void mean_sweep(const float* const* vectors, const double* weights, std::int64_t begin, std::int64_t n,
+                              MeanSums& s) {
   using V = Vec<double>;
+  const float* from[Vectors];
   typename V::reg weight[Vectors];
 FEDPAI_UNROLL
-  for (int k = 0; k < Vectors; ++k) weight[k] = V::set1(weights[k]);
+  for (int k = 0; k < Vectors; ++k) {
+    from[k] = vectors[k] + begin;
+    weight[k] = V::set1(weights[k]);
+  }
   std::int64_t i = 0;
   for (; i + kLineFloats <= n; i += kLineFloats) {
 FEDPAI_UNROLL
-    for (int k = 0; k < Vectors; ++k) __builtin_prefetch(next[k] + i);
-FEDPAI_UNROLL
     for (int lane = 0; lane < kLineFloats; lane += V::lanes) {
-      mean_add<V, Compensated, Vectors>(vectors, weight, i + lane, s);
+      mean_add<V, Compensated, Vectors>(from, weight, i + lane, s);
     }
   }
-  for (; i < n; ++i) mean_add<OneDouble, Compensated, Vectors>(vectors, weights, i, s);
+  for (; i < n; ++i) mean_add<OneDouble, Compensated, Vectors>(from, weights, i, s);
 }
 
 // A block of the mean: elements begin to begin + n of all vectors.
@@ -132,23 +134,12 @@ template <bool Compensated>
 void mean_block(const float* const* vectors, const double* weights, std::int64_t clients, std::int64_t begin,
                 std::int64_t n, MeanSums& s) {
   for (std::int64_t i = 0; i < n; ++i) s.sum[i] = s.lost[i] = 0;
-  const float* now[kVectorsPerSweep];
-  const float* next[kVectorsPerSweep];
-  for (std::int64_t k = 0; k < clients;) {
-    const bool several = k + kVectorsPerSweep <= clients;
-    const int count = several ? kVectorsPerSweep : 1;
-    for (int v = 0; v < count; ++v) {
-      const std::int64_t following = k + count + v;  // behind the last client, the first ones' next block
-      now[v] = vectors[k + v] + begin;
-      next[v] = following < clients ? vectors[following] + begin : vectors[v] + begin + n;
-    }
-    if (several) {
-      mean_sweep<Compensated, kVectorsPerSweep>(now, weights + k, next, n, s);
-    } else {
-      mean_sweep<Compensated, 1>(now, weights + k, next, n, s);
-    }
-    k += count;
+  std::int64_t k = 0;
+  for (; k + kVectorsPerSweep <= clients; k += kVectorsPerSweep) {
+    mean_sweep<Compensated, kVectorsPerSweep>(vectors + k, weights + k, begin, n, s);
   }
+  for (; k + 2 <= clients; k += 2) mean_sweep<Compensated, 2>(vectors + k, weights + k, begin, n, s);
+  if (k < clients) mean_sweep<Compensated, 1>(vectors + k, weights + k, begin, n, s);
 }
 
 template <bool Compensated>

@@ -121,9 +121,15 @@ TRITON_IN_CI := $(STAMPS)/triton
 endif
 endif
 
+# First what must run by itself, then the rest in two processes: the summary of these closes the output. Each has two
+# threads, so that what is computed by several still is; one that waits sleeps, or it would hold the other's core.
+PYTEST_PROCESSES ?= 2
+PYTEST_THREADS := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE
+
 .PHONY: pytest
 pytest: develop data $(TRITON_IN_CI) ## the Python tests
-	@$(PY) -m pytest -q -m "not bench"
+	@$(PY) -m pytest -q -m "alone and not bench"
+	@$(PYTEST_THREADS) $(PY) -m pytest -q -m "not alone and not bench" -n $(PYTEST_PROCESSES) --dist worksteal
 
 .PHONY: triton
 triton: build $(STAMPS)/triton ## the Triton kernels in the interpreter, and compiled for sm_80 and sm_90 (installs Triton, 1.0 GB)

@@ -56,7 +56,7 @@ $(STAMPS)/rivals: $(STAMPS)/package
 	@touch $@
 
 # Triton for the CPU: its interpreter and its compiler, for the tests of the kernels for GPUs. 286 MB to fetch, 1.0 GB
-# installed, so it is no part of `develop`; without it those tests are skipped and say so.
+# installed, so it is no part of `develop`; without it those tests are skipped and say so. CI has it: see `pytest`.
 $(STAMPS)/triton: $(STAMPS)/package
 	$(PY) -m pip install --quiet --no-deps "triton>=3.8"
 	@touch $@
@@ -114,9 +114,22 @@ aarch64: $(STAMPS)/tools ## the C++ kernel tests with NEON, cross-compiled and e
 	@$(TOOLS) cmake --build --preset aarch64
 	@$(TOOLS) ctest --preset aarch64
 
+# Continuous integration runs the tests of the Triton kernels as well, wherever Triton has a wheel.
+ifdef CI
+ifneq ($(filter $(shell uname -sm | tr ' ' '-'),Linux-x86_64 Linux-aarch64),)
+TRITON_IN_CI := $(STAMPS)/triton
+endif
+endif
+
+# First what must run by itself, then the rest in two processes: the summary of these closes the output. Each has two
+# threads, so that what is computed by several still is; one that waits sleeps, or it would hold the other's core.
+PYTEST_PROCESSES ?= 2
+PYTEST_THREADS := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE
+
 .PHONY: pytest
-pytest: develop data
-	@$(PY) -m pytest -q -m "not bench"
+pytest: develop data $(TRITON_IN_CI) ## the Python tests
+	@$(PY) -m pytest -q -m "alone and not bench"
+	@$(PYTEST_THREADS) $(PY) -m pytest -q -m "not alone and not bench" -n $(PYTEST_PROCESSES) --dist worksteal
 
 .PHONY: triton
 triton: build $(STAMPS)/triton ## the Triton kernels in the interpreter, and compiled for sm_80 and sm_90 (installs Triton, 1.0 GB)
@@ -124,7 +137,7 @@ triton: build $(STAMPS)/triton ## the Triton kernels in the interpreter, and com
 
 # pytest comes last: its summary line closes the output.
 .PHONY: test
-test: develop lint ctest sanitize pytest ## everything that CI checks
+test: develop lint ctest sanitize pytest ## every check; with CI=1, as in CI, the Triton kernels too (installs Triton)
 
 .PHONY: bench
 bench: develop $(STAMPS)/rivals ## kernel and training-step benchmarks

@@ -61,6 +61,7 @@ def built_by_backend(hook: str, folder: Path, **environment: str) -> Path:
     return folder / done.stdout.split()[-1]
 
 
+@pytest.mark.alone
 def test_source_archive_is_complete(tmp_path: Path) -> None:
     """It holds every file that is needed to build, test and document the package."""
     archive = built_by_backend("build_sdist", tmp_path)
@@ -76,6 +77,7 @@ def test_source_archive_is_complete(tmp_path: Path) -> None:
     assert [name for name in inside if name.endswith(".so")] == []
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_wheel_is_complete_and_works_elsewhere(tmp_path: Path) -> None:
     """It holds the module, all packages and their types, nothing else, and runs away from the checkout."""

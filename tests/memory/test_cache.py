@@ -260,6 +260,7 @@ def test_memory_of_one_size_serves_others() -> None:
     assert memory_stats().misses == misses
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_memory_goes_back_to_the_system() -> None:
     program = """

@@ -100,6 +100,7 @@ def test_layers_of_equal_masks_compute_apart() -> None:
         torch.testing.assert_close(other.get_submodule(name).values.grad, gradient, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_ten_clients_take_little_more_memory_than_one() -> None:
     """Nine more models add their own parameters and buffers: about 12 MiB. With plans of their own it was 110."""

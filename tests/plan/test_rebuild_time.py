@@ -19,6 +19,8 @@ from fedpai import models, pruning
 from fedpai_kernels import Plan, sparsify_, to_batch_last
 from fedpai_kernels.ops import sparse_conv2d
 
+pytestmark = pytest.mark.alone
+
 ROUNDS = 15
 SECONDS = 1.0
 """So many rounds at least, and as many more as this time holds: the shortest steps vary most."""

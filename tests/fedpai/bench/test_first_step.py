@@ -31,6 +31,7 @@ print(json.dumps({"convert": trainer.convert_ms / 1e3, "steps": seconds}))
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("threads", "mask"), [(1, "uniform"), (2, "erk")])
 def test_no_stall(threads: int, mask: str) -> None:
     done = subprocess.run(

@@ -22,6 +22,7 @@ Bench = Callable[..., list[dict[str, Any]]]
 MEGABYTE = 1_000_000
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_rows_and_table(
     bench: Bench, few: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -124,6 +125,7 @@ def test_the_child_imports_from_where_its_parent_does(
     assert memory.run_child({"contender": "ours", "variant": "v"}, "m") == {"peak_bytes": 7}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("missing", ["nothing", "_CLEAR", "both"])
 def test_growth_is_seen(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By each of the ways to read it that this system has."""

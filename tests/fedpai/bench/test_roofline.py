@@ -71,6 +71,7 @@ def test_output_is_read_before_it_is_written() -> None:
 # ---- the rates ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("isa", fedpai_kernels.available_isas())
 def test_rates_are_measured_for_every_instruction_set(isa: str) -> None:
     before = fedpai_kernels.isa()
@@ -99,6 +100,7 @@ def test_rates_of_nothing_are_refused(wrong: tuple[int, int, float]) -> None:
             rate(*wrong)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("direction", ["forward", "input-grad", "weight-grad"])
 def test_the_bound_is_not_beaten(direction: str) -> None:
     """By more than what measuring is uncertain by; a machine whose speed changes gets several chances."""

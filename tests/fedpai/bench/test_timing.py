@@ -24,12 +24,14 @@ def test_everybody_has_a_turn_in_each_round() -> None:
     assert gc.isenabled()
 
 
+@pytest.mark.alone
 def test_short_calls_are_repeated_within_a_sample() -> None:
     timing = interleave({"sleep": lambda: time.sleep(0.001)}, Effort(3, min_time=0.01))["sleep"]
     assert 3 <= timing.inner <= 10
     assert 0.001 <= timing.best <= timing.q20 <= timing.median <= timing.q80
 
 
+@pytest.mark.alone
 def test_slow_calls_stop_at_their_budget() -> None:
     calls = {"slow": lambda: time.sleep(0.02), "fast": lambda: None}
     timings = interleave(calls, Effort(10, min_time=0.0, budget=0.01, least=3))
@@ -37,6 +39,7 @@ def test_slow_calls_stop_at_their_budget() -> None:
     assert timings["fast"].samples == 10
 
 
+@pytest.mark.alone
 def test_hopeless_variants_stop_and_slow_contenders_do_not() -> None:
     calls = {("a", "good"): 0.001, ("a", "bad"): 0.01, ("b", "only"): 0.01}
     timings = interleave(

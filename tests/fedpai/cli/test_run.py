@@ -240,6 +240,7 @@ def interrupted(settings: list[str], out: Path, number: signal.Signals) -> None:
     assert f"go on with: fedpai run --resume --out {out}" in errors
 
 
+@pytest.mark.alone
 def test_ctrl_c_in_the_middle_of_a_round(tmp_path: Path, untimed: Read) -> None:
     """Stops cleanly, says how to go on, and then ends bit for bit as an uninterrupted run."""
     settings = ["--method", "fedpai-u", "--sparsity", "0.9", *TINY, "--max-images", "128", "--rounds", "4"]

@@ -105,7 +105,7 @@ def test_elementwise_operations_of_torch_keep_the_layout() -> None:
 @pytest.mark.parametrize("convert", [fk.to_batch_last, fk.to_contiguous])
 def test_errors(convert: object) -> None:
     assert callable(convert)
-    with pytest.raises(ValueError, match=r"expected a shape \(N, C, H, W\) or \(N, F\), got \(2, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"expected a shape \(N, C, H, W\), .* or \(N, F\), got \(2, 3, 4\)"):
         convert(torch.zeros(2, 3, 4))
     with pytest.raises(TypeError, match="expected a tensor, got list"):
         convert([1, 2])

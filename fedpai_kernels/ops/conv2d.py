@@ -225,6 +225,13 @@ class _Forward(torch.autograd.Function):
             dbias = dy.sum((-4, -2, -1), dtype=values.dtype)
         return dx, dvalues, dbias if want_bias else None, None, None, None
 
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise RuntimeError(
+            "sparse_conv2d, sparse_linear: torch.func.vmap is not there for these; call them once with x of "
+            "(K, N, C, H, W) or (K, ..., in) and values of (K, nnz), which are those of K clients"
+        )
+
 
 class _InputGrad(torch.autograd.Function):
     """dx(dy, values): linear in each, and its gradients are the other two ops."""

@@ -51,27 +51,20 @@ def test_exact(case: Case, dtype: str) -> None:
         assert torch.equal(value.cpu(), truth.to(value.dtype)), name
 
 
-@pytest.mark.parametrize("backend", fk.dispatch.BACKENDS[::2])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.name}")
-def test_clients_are_exact(case: Case, dtype: str, backend: str) -> None:
-    """Each client's part of one call, whose operands differ in all but the mask, on every backend that takes any mask."""
+def test_clients_are_exact(case: Case, dtype: str) -> None:
+    """Each client's part of one launch; their operands differ in all but the mask."""
     clients = [operands(case, "f32", "exact", client) for client in range(5)]
     if case.longest_sum * 16 >= 2**24:
         pytest.skip("its sums are not exact in float32")
-    with fk.dispatch.backend(backend):
-        got = differentiate(case.sparse, on_gpu(stacked(clients), DTYPES[dtype]))
+    got = differentiate(case.sparse, on_gpu(stacked(clients), DTYPES[dtype]))
     for client, own in enumerate(clients):
         expected = differentiate(case.dense, own.to(torch.float64))
         for name, value, truth in zip(got._fields, got, expected, strict=True):
             assert (value is None) == (truth is None)
-            if value is None or truth is None:
-                continue
-            if backend == "sparse":
+            if value is not None and truth is not None:
                 assert torch.equal(value[client].cpu(), truth.to(value.dtype)), f"{name} of client {client}"
-            else:  # rounded in between, in bfloat16
-                close = {"rtol": 1e-6 if dtype == "f32" else 2**-7, "atol": 0 if dtype == "f32" else 2.0**-2}
-                torch.testing.assert_close(value[client].double().cpu(), truth, **close, msg=f"{name} of client {client}")
 
 
 @pytest.mark.parametrize("case", CONV2D[:20], ids=lambda case: case.name)

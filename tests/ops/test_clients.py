@@ -52,8 +52,7 @@ def check_equal(got: Results, each: Sequence[Results]) -> None:
 def test_exact(case: Case, dtype: str, isa: str) -> None:
     clients = of_clients(case, dtype, "exact")
     got = differentiate(case.sparse, stacked(clients))
-    if got.fwd.dim() == 5:
-        assert fk.is_batch_last(got.fwd)
+    assert case.op == "linear" or fk.is_batch_last(got.fwd)
     expected = [differentiate(case.dense, own.to(torch.float64)) for own in clients]
     check_equal(got, [Results(*(None if t is None else t.to(got.fwd.dtype) for t in own)) for own in expected])  # type: ignore[arg-type]
 
@@ -179,6 +178,12 @@ def test_compiled(case: Case) -> None:
     for got, wanted in zip(differentiate(compiled, given), differentiate(case.sparse, given), strict=True):
         assert (got is None) == (wanted is None)
         assert got is None or torch.equal(got, wanted)
+
+
+def test_vmap_is_refused_in_words() -> None:
+    x, values, bias, _ = stacked(of_clients(PLAIN, "f32", "exact"))
+    with pytest.raises(RuntimeError, match=r"^sparse_conv2d, sparse_linear: torch.func.vmap .*\(K, N, C, H, W\)"):
+        torch.func.vmap(PLAIN.sparse)(x, values, bias)
 
 
 def test_registered_ops() -> None:

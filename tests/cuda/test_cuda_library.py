@@ -97,7 +97,7 @@ def test_ops_on_tensors_of_clients(dtype: torch.dtype, clients: int, batch: int,
 
 @pytest.mark.usefixtures("on_host")
 def test_bits_of_clients() -> None:
-    """Output and input gradient are those of calls of their own, to the bit; sums are split by what all clients need."""
+    """Output and input gradient are those of calls of their own; sums are split by what all clients need."""
     plan = fk.Plan.from_mask(torch.rand(16, 8, 3, 3) < 0.3)
     geometry = flatten(resolve_geometry((3, 3), 1, 1, 1))
     x, dy, values = torch.randn(3, 32, 8, 9, 9), torch.randn(3, 32, 16, 9, 9), torch.randn(3, plan.nnz)

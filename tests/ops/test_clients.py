@@ -97,8 +97,7 @@ def test_expanded_gradients(case: Case) -> None:
         check_equal(got, [differentiate(case.dense, own, dy[k]) for k, own in enumerate(clients)])
 
 
-def test_one_client_in_values_and_images_of_another_storage() -> None:
-    """K = 1 is a call for several clients, too."""
+def test_one_client_is_several_too() -> None:
     [own] = clients = of_clients(PLAIN, "f32", "rounded", 1)
     check_equal(differentiate(PLAIN.sparse, stacked(clients)), [differentiate(PLAIN.sparse, own)])
 
@@ -236,9 +235,9 @@ ROWS, FC_VALUES = torch.zeros(2, 5, 3), torch.zeros(2, FC.nnz)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sparse_conv2d(X, VALUES[:, 1:], CONV), r"^values: expected shape \(108,\).*\(K, 108\).*got \(2, 107\)"),
+        (lambda: sparse_conv2d(X, VALUES[:, 1:], CONV), r"^values: expected shape \(108,\).*\(K, 108\).*\(2, 107\)"),
         (lambda: sparse_conv2d(X, VALUES[None], CONV), r"^values: expected shape \(108,\).*got \(1, 2, 108\)"),
-        (lambda: sparse_conv2d(X, VALUES[:1], CONV), r"^x: expected a first dimension of 1.* 1 clients.*\(2, 5, 3, 6, 6\)"),
+        (lambda: sparse_conv2d(X, VALUES[:1], CONV), r"^x: expected a first dimension of 1.*\(2, 5, 3, 6, 6\)"),
         (lambda: sparse_conv2d(X[:, 0], VALUES, CONV), r"^x: expected \(K, N, C, H, W\).*got shape \(2, 3, 6, 6\)"),
         (lambda: sparse_conv2d(X, VALUES[0], CONV), r"^x: expected \(N, C, H, W\).*got shape \(2, 5, 3, 6, 6\)"),
         (lambda: sparse_conv2d(X[:, :, :2], VALUES, CONV), r"^x: expected 3 channels, got shape \(2, 5, 2, 6, 6\)"),
@@ -253,7 +252,7 @@ ROWS, FC_VALUES = torch.zeros(2, 5, 3), torch.zeros(2, FC.nnz)
         (lambda: sparse_linear(ROWS[..., :2], FC_VALUES, FC), r"^x: expected \(K, \.\.\., 3\), got shape \(2, 5, 2\)"),
         (
             lambda: norm_conv2d(X, None, None, None, None, True, 0.1, 1e-5, VALUES, CONV),
-            r"^x: expected a shape \(N, C, H, W\)|^values: expected shape \(108,\), one per surviving weight of the plan, got",
+            r"^x: expected a shape \(N, C, H, W\)",
         ),
     ],
 )  # fmt: skip

@@ -147,8 +147,8 @@ FEDPAI_DEVICE void gather_row(const GatherArgs<T>& a, const Warp& warp, Record* 
       Record record{0.0f, 0, kNowhere, 0};
       if (begin + lane < end) {
         const Entry entry = a.entries[begin + lane];
-        record = {a.values[client * a.entry_count + entry.value], element_at(entry.column, entry.dy, entry.dx, a.source_h, a.source_w, a.batch),
-                  entry.dy, entry.dx};
+        record = {a.values[client * a.entry_count + entry.value],
+                  element_at(entry.column, entry.dy, entry.dx, a.source_h, a.source_w, a.batch), entry.dy, entry.dx};
       }
       records[lane] = record;
     });

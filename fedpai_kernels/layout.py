@@ -6,6 +6,9 @@ arithmetic, kept by torch's elementwise operations. One channel is one contiguou
 contiguous run of the batch, so that a kernel moves by whole batches at any stride, padding or dilation. A 2-D
 tensor (N, F) is stored F, N: the flattening of a batch-last (N, C, H, W) is such a tensor, and costs nothing.
 
+Images of K clients, (K, N, C, H, W), are stored K, C, H, W, N: each client's are batch-last. All of them together are
+batch-last images of K * C channels too, ``x.transpose(0, 1).flatten(1, 2)``, which costs nothing either.
+
 A dimension of size 1 leaves its stride without meaning, so a tensor can be in both layouts: at N = 1 every
 contiguous tensor is batch-last too.
 """
@@ -23,23 +26,36 @@ from . import _C, memory
 __all__ = ["empty_batch_last", "is_batch_last", "to_batch_last", "to_contiguous"]
 
 
+_RANKS = (2, 4, 5)
+_SHAPES = "(N, C, H, W), (K, N, C, H, W) or (N, F)"
+
+
+def _batch_dimension(rank: int) -> int:
+    return max(rank - 4, 0)
+
+
 def _storage_order(rank: int) -> tuple[int, ...]:
     """Dimensions from the outermost in storage to the innermost."""
-    return (1, 2, 3, 0) if rank == 4 else (1, 0)
+    batch = _batch_dimension(rank)
+    return (*range(batch), *range(batch + 1, rank), batch)
+
+
+def _of_each_client(x: Tensor) -> tuple[Tensor, ...]:
+    return x.unbind(0) if x.dim() == 5 else (x,)
 
 
 def _check_rank(x: Tensor, function: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{function}: x: expected a tensor, got {type(x).__name__}")
-    if x.dim() not in (2, 4):
-        raise ValueError(f"{function}: x: expected a shape (N, C, H, W) or (N, F), got {tuple(x.shape)}")
+    if x.dim() not in _RANKS:
+        raise ValueError(f"{function}: x: expected a shape {_SHAPES}, got {tuple(x.shape)}")
 
 
 def is_batch_last(x: Tensor) -> bool:
-    """Whether `x`, (N, C, H, W) or (N, F), is stored C, H, W, N or F, N without gaps. False for other
-    ranks.
+    """Whether `x`, (N, C, H, W), (K, N, C, H, W) or (N, F), is stored C, H, W, N, or K, C, H, W, N, or F, N without
+    gaps. False for other ranks.
     """
-    if x.dim() not in (2, 4) or x.layout is not torch.strided:
+    if x.dim() not in _RANKS or x.layout is not torch.strided:
         return False
     shape, strides = x.shape, x.stride()
     if len(shape) == 4 and strides == (1, shape[2] * shape[3] * shape[0], shape[3] * shape[0], shape[0]):
@@ -62,18 +78,20 @@ def empty_batch_last(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Uninitialised tensor of `shape`, (N, C, H, W) or (N, F), in batch-last storage.
+    """Uninitialised tensor of `shape`, (N, C, H, W), (K, N, C, H, W) or (N, F), in batch-last storage.
 
     A large one on the CPU takes its memory from :mod:`fedpai_kernels.memory` where `dtype` and `device` are
     given.
     """
-    if len(shape) == 4:
-        n, _, h, w = shape
-        strides: tuple[int, ...] = (1, h * w * n, w * n, n)
-    elif len(shape) == 2:
-        strides = (1, shape[0])
+    if len(shape) == 2:
+        strides: tuple[int, ...] = (1, shape[0])
+    elif len(shape) in _RANKS:
+        n, c, h, w = shape[-4:]
+        strides = (1, h * w * n, w * n, n)
+        if len(shape) == 5:
+            strides = (c * h * w * n, *strides)
     else:
-        raise ValueError(f"empty_batch_last: shape: expected (N, C, H, W) or (N, F), got {tuple(shape)}")
+        raise ValueError(f"empty_batch_last: shape: expected {_SHAPES}, got {tuple(shape)}")
     shape = tuple(shape)
     if dtype is None or device is None:
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
@@ -98,18 +116,22 @@ def _ours(x: Tensor) -> bool:
 
 
 def _transpose(x: Tensor, y: Tensor, rows: int) -> Tensor:
-    """Copies `x`, a matrix of so many rows without gaps, into `y`, its transpose."""
+    """Copies `x`, a matrix of so many rows without gaps (of each client), into `y`, its transpose."""
     with torch.profiler.record_function("fedpai::transpose"):  # no operation of torch's, so no profile would show it
-        _TRANSPOSE[x.dtype](x.data_ptr(), rows, x.numel() // rows, y.data_ptr(), torch.get_num_threads())
+        for source, dest in zip(_of_each_client(x), _of_each_client(y), strict=True):
+            columns = source.numel() // rows
+            _TRANSPOSE[x.dtype](source.data_ptr(), rows, columns, dest.data_ptr(), torch.get_num_threads())
     return y
 
 
 def _transposed(x: Tensor) -> Tensor:
     """Batch-last copy of `x`."""
+    if x.is_contiguous() and _ours(x):
+        y = empty_batch_last(x.shape, dtype=x.dtype, device=x.device)
+        return _transpose(x, y, x.shape[_batch_dimension(x.dim())])
+    if x.dim() == 5:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
     if x.is_contiguous():
-        if _ours(x):
-            y = empty_batch_last(x.shape, dtype=x.dtype, device=x.device)
-            return _transpose(x, y, x.shape[0])
         # As a matrix: torch's transposing copy goes in blocks for two dimensions only, several times faster.
         flat = x.view(x.shape[0], -1).t().contiguous()
     else:
@@ -126,8 +148,9 @@ def _untransposed(x: Tensor) -> Tensor:
         if _ours(x):
             strides = tuple(math.prod(x.shape[d + 1 :]) for d in range(x.dim()))
             y = memory.empty_strided(tuple(x.shape), strides, dtype=x.dtype, device=x.device)
-            return _transpose(x, y, x.numel() // x.shape[0])
-        return x.reshape(x.shape[0], -1).contiguous().view(x.shape)
+            return _transpose(x, y, strides[_batch_dimension(x.dim())])
+        if x.dim() < 5:
+            return x.reshape(x.shape[0], -1).contiguous().view(x.shape)
     return x.contiguous()
 
 
@@ -179,14 +202,14 @@ def with_contiguous_gradient(x: Tensor) -> Tensor:
 
 
 def to_batch_last(x: Tensor) -> Tensor:
-    """`x`, (N, C, H, W) or (N, F) of any dtype and strides, in batch-last storage: `x` itself where it is so
-    already.
+    """`x`, (N, C, H, W), (K, N, C, H, W) or (N, F) of any dtype and strides, in batch-last storage: `x` itself where
+    it is so already.
 
     Differentiable, any number of times.
 
     Raises:
         TypeError: `x` is no tensor.
-        ValueError: `x` has neither 2 nor 4 dimensions.
+        ValueError: `x` has neither 2 nor 4 nor 5 dimensions.
     """
     _check_rank(x, "to_batch_last")
     if is_batch_last(x):
@@ -196,14 +219,14 @@ def to_batch_last(x: Tensor) -> Tensor:
 
 
 def to_contiguous(x: Tensor) -> Tensor:
-    """`x`, (N, C, H, W) or (N, F), in torch's default storage; faster than ``x.contiguous()`` from
+    """`x`, (N, C, H, W), (K, N, C, H, W) or (N, F), in torch's default storage; faster than ``x.contiguous()`` from
     batch-last.
 
     Differentiable, any number of times; the gradient of a batch-last `x` comes back batch-last.
 
     Raises:
         TypeError: `x` is no tensor.
-        ValueError: `x` has neither 2 nor 4 dimensions.
+        ValueError: `x` has neither 2 nor 4 nor 5 dimensions.
     """
     _check_rank(x, "to_contiguous")
     if x.is_contiguous():

@@ -115,9 +115,10 @@ class Results(NamedTuple):
     db: Tensor | None
 
 
-def operands(case: Case, dtype: str, regime: str) -> Operands:
-    """Integers of at most 4, or normal numbers of the dtype."""
+def operands(case: Case, dtype: str, regime: str, client: int = 0) -> Operands:
+    """Integers of at most 4, or normal numbers of the dtype. Clients have the mask in common, and no numbers."""
     generator = case.generator()
+    generator.manual_seed(generator.initial_seed() + client)
 
     def draw(*shape: int) -> Tensor:
         if regime == "exact":
@@ -127,6 +128,11 @@ def operands(case: Case, dtype: str, regime: str) -> Operands:
 
     bias = draw(case.mask_shape[0]) if case.bias else None
     return Operands(draw(*case.input_shape), draw(case.plan.nnz), bias, draw(*case.output_shape))
+
+
+def stacked(clients: Sequence[Operands]) -> Operands:
+    """Those of all clients, with a first dimension for the client."""
+    return Operands(*(None if ts[0] is None else torch.stack(ts) for ts in zip(*clients, strict=True)))  # type: ignore[arg-type, type-var]
 
 
 def differentiate(

@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define FEDPAI_CUDA_INTERFACE 2
+#define FEDPAI_CUDA_INTERFACE 3
 
 #if defined(_WIN32)
 #define FEDPAI_CUDA_API __declspec(dllexport)
@@ -47,6 +47,7 @@ FEDPAI_CUDA_API const char* fedpai_cuda_message(int code);
 /* ---- convolution: csrc/cuda/conv2d ------------------------------------------------------------------------------ */
 
 typedef struct {
+  int64_t clients; /* that share the plan, and one launch; below 65536 */
   int64_t batch, in_channels, in_h, in_w, out_channels, out_h, out_w, stride_h, stride_w;
   int64_t dtype; /* of images; values, bias and their gradients are float32 */
 } FedpaiConv2d;
@@ -56,6 +57,7 @@ typedef struct {
   const void* entries;
   const int32_t* row_begin;
   const int32_t* row_order;
+  int64_t entry_count;
 } FedpaiRowStream;
 
 typedef struct {
@@ -64,7 +66,8 @@ typedef struct {
   int64_t entry_count, group_count;
 } FedpaiGroupStream;
 
-/* Images are (C, H, W, N) without gaps. bias may be null. */
+/* Images are (clients, C, H, W, N) without gaps, values and their gradients (clients, entry_count), bias and its gradient
+ * (clients, out_channels). bias may be null. */
 FEDPAI_CUDA_API int fedpai_cuda_conv2d_forward(const FedpaiConv2d* conv, const FedpaiRowStream* by_output, const void* x,
                                                const float* values, const float* bias, void* y, void* stream);
 FEDPAI_CUDA_API int fedpai_cuda_conv2d_input_grad(const FedpaiConv2d* conv, const FedpaiRowStream* by_input, const void* dy,

@@ -13,9 +13,9 @@ namespace {
 
 constexpr int kSms = 4;
 
-int check(const FedpaiConv2d& c) {
+int check(const FedpaiConv2d& c, std::int64_t entry_count) {
   if (c.dtype != FEDPAI_CUDA_F32 && c.dtype != FEDPAI_CUDA_BF16) return FEDPAI_CUDA_BAD_ARGUMENT;
-  return check_size(c);
+  return check_size(c, entry_count);
 }
 
 template <class T>
@@ -27,7 +27,7 @@ void weight_grad(const FedpaiConv2d& c, const FedpaiGroupStream& s, const void* 
       s.group_count);
   const FinishArgs finish{partial, static_cast<const Entry*>(s.entries), dvalues, dbias, static_cast<std::int32_t>(s.entry_count),
                           static_cast<std::int32_t>(c.out_channels), launch.splits};
-  for (std::int64_t slot = 0; slot < s.entry_count + c.out_channels; ++slot) add_splits(finish, slot);
+  run(finish, launch);
 }
 
 }  // namespace
@@ -45,7 +45,7 @@ const char* fedpai_cuda_message(int code) { return code == FEDPAI_CUDA_TOO_LARGE
 
 int fedpai_cuda_conv2d_forward(const FedpaiConv2d* conv, const FedpaiRowStream* by_output, const void* x, const float* values,
                                const float* bias, void* y, void*) {
-  if (const int error = check(*conv)) return error;
+  if (const int error = check(*conv, by_output->entry_count)) return error;
   const GatherLaunch launch = forward_launch(*conv, kSms);
   if (conv->dtype == FEDPAI_CUDA_F32) {
     run(forward_args(*conv, *by_output, launch, static_cast<const float*>(x), values, bias, static_cast<float*>(y)), launch);
@@ -57,7 +57,7 @@ int fedpai_cuda_conv2d_forward(const FedpaiConv2d* conv, const FedpaiRowStream* 
 
 int fedpai_cuda_conv2d_input_grad(const FedpaiConv2d* conv, const FedpaiRowStream* by_input, const void* dy,
                                   const float* values, void* dx, void*) {
-  if (const int error = check(*conv)) return error;
+  if (const int error = check(*conv, by_input->entry_count)) return error;
   const GatherLaunch launch = input_grad_launch(*conv, kSms);
   if (conv->dtype == FEDPAI_CUDA_F32) {
     run(input_grad_args(*conv, *by_input, launch, static_cast<const float*>(dy), values, static_cast<float*>(dx)), launch);
@@ -68,9 +68,9 @@ int fedpai_cuda_conv2d_input_grad(const FedpaiConv2d* conv, const FedpaiRowStrea
 }
 
 int fedpai_cuda_conv2d_weight_grad_workspace(const FedpaiConv2d* conv, const FedpaiGroupStream* by_group, int64_t* bytes) {
-  if (const int error = check(*conv)) return error;
+  if (const int error = check(*conv, by_group->entry_count)) return error;
   const WeightGradLaunch launch = weight_grad_launch(*conv, by_group->group_count, kSms);
-  *bytes = launch.splits * (by_group->entry_count + conv->out_channels) * static_cast<std::int64_t>(sizeof(float));
+  *bytes = conv->clients * launch.splits * (by_group->entry_count + conv->out_channels) * static_cast<std::int64_t>(sizeof(float));
   return FEDPAI_CUDA_OK;
 }
 

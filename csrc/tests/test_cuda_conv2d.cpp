@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA convolution on the CPU: the functions that a GPU's threads run, lane by lane in plain loops over the blocks of
 // a launch, against the same reference and cases as the CPU's kernels. Integers of a few bits: compared for equality.
+// Clients that share a launch have one mask, and nothing else in common.
 #include <algorithm>
 #include <cstddef>
 #include <string>
@@ -17,24 +18,25 @@ using namespace fedpai::cuda;
 
 namespace {
 
-// Batch-last images: (C, H, W, N), ending where their heap block ends.
+// Batch-last images of K clients: (K, C, H, W, N), ending where their heap block ends.
 template <class T>
 struct HostImages {
-  HostImages(std::int64_t n, std::int64_t c, std::int64_t h, std::int64_t w) : n_(n), c_(c), pixels_(h * w), memory(n * c * h * w) {
+  HostImages(std::int64_t k, std::int64_t n, std::int64_t c, std::int64_t h, std::int64_t w)
+      : n_(n), c_(c), pixels_(h * w), memory(k * n * c * h * w) {
     for (T& element : memory) assign(element, 1e30F);
   }
 
-  void set(const std::vector<double>& values) {
-    each([&](T& element, std::size_t i) { assign(element, static_cast<float>(values[i])); });
+  void set(std::int64_t client, const std::vector<double>& values) {
+    each(client, [&](T& element, std::size_t i) { assign(element, static_cast<float>(values[i])); });
   }
-  void expect(const char* what, const std::vector<double>& expected) {
+  void expect(const char* what, std::int64_t client, const std::vector<double>& expected) {
     std::string message;
-    each([&](T& element, std::size_t i) {
+    each(client, [&](T& element, std::size_t i) {
       T rounded;
       assign(rounded, static_cast<float>(expected[i]));
       if (as_float(element) == as_float(rounded) || !message.empty()) return;
-      message = std::string(what) + "[" + std::to_string(i) + " in NCHW order] is " + std::to_string(as_float(element)) +
-                ", expected " + std::to_string(as_float(rounded));
+      message = std::string(what) + "[" + std::to_string(i) + " in NCHW order] of client " + std::to_string(client) + " is " +
+                std::to_string(as_float(element)) + ", expected " + std::to_string(as_float(rounded));
     });
     CHECK(message.empty(), message);
   }
@@ -42,11 +44,11 @@ struct HostImages {
  private:
   // visit(element, index in NCHW order)
   template <class F>
-  void each(const F& visit) {
+  void each(std::int64_t client, const F& visit) {
     std::size_t i = 0;
     for (std::int64_t n = 0; n < n_; ++n)
       for (std::int64_t c = 0; c < c_; ++c)
-        for (std::int64_t p = 0; p < pixels_; ++p) visit(memory[(c * pixels_ + p) * n_ + n], i++);
+        for (std::int64_t p = 0; p < pixels_; ++p) visit(memory[((client * c_ + c) * pixels_ + p) * n_ + n], i++);
   }
 
   std::int64_t n_, c_, pixels_;
@@ -55,13 +57,43 @@ struct HostImages {
   Buffer<T> memory;
 };
 
+// ---- operands of several clients --------------------------------------------------------------------------------
+
+// One of each for every client; all with the mask of the first.
+struct Clients {
+  Clients(const ConvCase& c, std::int64_t count, std::uint64_t seed) : mask(make_data(c, seed).mask) {
+    for (std::int64_t k = 0; k < count; ++k) {
+      data.push_back(make_data(c, seed + 1000 * static_cast<std::uint64_t>(k)));
+      data.back().mask = mask;
+      expected.push_back(reference(c, data.back()));
+    }
+  }
+  std::int64_t count() const { return static_cast<std::int64_t>(data.size()); }
+
+  std::vector<std::uint8_t> mask;
+  std::vector<ConvData> data;
+  std::vector<ConvResult> expected;
+};
+
+// What of(client) gives for each of them, one behind the other.
+template <class Of>
+Buffer<float> stacked(std::int64_t clients, const Of& of) {
+  std::vector<double> all;
+  for (std::int64_t k = 0; k < clients; ++k) {
+    for (const float element : of(static_cast<std::size_t>(k))) all.push_back(element);
+  }
+  return vector_of<float>(all);
+}
+
 // ---- one case ---------------------------------------------------------------------------------------------------
 
 struct Streams {
   Streams(const Plan& plan, const Spread& spread)
       : by_output(forward_stream(plan, spread)), by_input(input_grad_stream(plan, spread)), by_group(weight_grad_stream(plan, spread)) {}
 
-  static FedpaiRowStream view(const RowStream& s) { return {s.entries.data(), s.row_begin.data(), s.row_order.data()}; }
+  static FedpaiRowStream view(const RowStream& s) {
+    return {s.entries.data(), s.row_begin.data(), s.row_order.data(), static_cast<std::int64_t>(s.entries.size())};
+  }
   FedpaiGroupStream groups() const {
     return {by_group.entries.data(), by_group.groups.data(), static_cast<std::int64_t>(by_group.entries.size()),
             static_cast<std::int64_t>(by_group.groups.size())};
@@ -77,8 +109,8 @@ Spread spread_of(const ConvCase& c) {
 }
 
 template <class T>
-FedpaiConv2d conv_of(const ConvCase& c) {
-  return {c.batch, c.in_channels, c.height, c.width, c.out_channels, c.out_height(), c.out_width(), c.stride_h, c.stride_w,
+FedpaiConv2d conv_of(const ConvCase& c, std::int64_t clients) {
+  return {clients, c.batch, c.in_channels, c.height, c.width, c.out_channels, c.out_height(), c.out_width(), c.stride_h, c.stride_w,
           sizeof(T) == 2 ? FEDPAI_CUDA_BF16 : FEDPAI_CUDA_F32};
 }
 
@@ -92,12 +124,16 @@ void set_strip(Launch& launch, const GridShape& grid, const Strip& strip, std::i
 template <class T>
 class Case {
  public:
-  Case(const ConvCase& c, const ConvData& data, const ConvResult& expected, const Streams& streams)
-      : conv_(conv_of<T>(c)), data_(data), expected_(expected), streams_(streams),
-        x_(c.batch, c.in_channels, c.height, c.width), dy_(c.batch, c.out_channels, c.out_height(), c.out_width()),
-        values_(packed<float>(data.w, data.mask)), bias_(vector_of<float>(data.bias)) {
-    x_.set(data.x);
-    dy_.set(data.grad_y);
+  Case(const ConvCase& c, const Clients& clients, const Streams& streams)
+      : conv_(conv_of<T>(c, clients.count())), clients_(clients), streams_(streams),
+        x_(clients.count(), c.batch, c.in_channels, c.height, c.width),
+        dy_(clients.count(), c.batch, c.out_channels, c.out_height(), c.out_width()),
+        values_(stacked(clients.count(), [&](std::size_t k) { return packed<float>(clients.data[k].w, clients.mask); })),
+        bias_(stacked(clients.count(), [&](std::size_t k) { return vector_of<float>(clients.data[k].bias); })) {
+    for (std::int64_t k = 0; k < clients.count(); ++k) {
+      x_.set(k, clients.data[static_cast<std::size_t>(k)].x);
+      dy_.set(k, clients.data[static_cast<std::size_t>(k)].grad_y);
+    }
   }
 
   // As launched on a GPU of so many SMs.
@@ -129,58 +165,62 @@ class Case {
 
  private:
   void check_forward(const GatherLaunch& launch) const {
-    HostImages<T> y(conv_.batch, conv_.out_channels, conv_.out_h, conv_.out_w);
+    HostImages<T> y(conv_.clients, conv_.batch, conv_.out_channels, conv_.out_h, conv_.out_w);
     run(forward_args<T>(conv_, Streams::view(streams_.by_output), launch, x_.memory.data(), values_.data(), bias_.data(), y.memory.data()), launch);
-    y.expect("y", expected_.y);
+    for (std::int64_t k = 0; k < conv_.clients; ++k) y.expect("y", k, clients_.expected[static_cast<std::size_t>(k)].y);
   }
   void check_input_grad(const GatherLaunch& launch) const {
-    HostImages<T> dx(conv_.batch, conv_.in_channels, conv_.in_h, conv_.in_w);
+    HostImages<T> dx(conv_.clients, conv_.batch, conv_.in_channels, conv_.in_h, conv_.in_w);
     run(input_grad_args<T>(conv_, Streams::view(streams_.by_input), launch, dy_.memory.data(), values_.data(), dx.memory.data()), launch);
-    dx.expect("grad_x", expected_.grad_x);
+    for (std::int64_t k = 0; k < conv_.clients; ++k) dx.expect("grad_x", k, clients_.expected[static_cast<std::size_t>(k)].grad_x);
   }
   void check_weight_grad(const WeightGradLaunch& launch, bool with_bias) const {
     const FedpaiGroupStream stream = streams_.groups();
-    Buffer<float> partial(launch.splits * (stream.entry_count + conv_.out_channels)), dvalues(stream.entry_count), dbias(conv_.out_channels);
+    Buffer<float> partial(conv_.clients * launch.splits * (stream.entry_count + conv_.out_channels)),
+        dvalues(conv_.clients * stream.entry_count), dbias(conv_.clients * conv_.out_channels);
     run(weight_grad_args<T>(conv_, stream, launch, x_.memory.data(), dy_.memory.data(), partial.data(), with_bias), launch, stream.group_count);
     const FinishArgs finish{partial.data(), streams_.by_group.entries.data(), dvalues.data(), with_bias ? dbias.data() : nullptr,
                             static_cast<std::int32_t>(stream.entry_count), static_cast<std::int32_t>(conv_.out_channels), launch.splits};
-    for (std::int64_t slot = 0; slot < stream.entry_count + conv_.out_channels + 3; ++slot) add_splits(finish, slot);
-    expect_equal("grad_values", dvalues, packed<float>(expected_.grad_w, data_.mask));
-    if (with_bias) expect_equal("grad_bias", dbias, vector_of<float>(expected_.grad_bias));
+    run(finish, launch);
+    const auto& expected = clients_.expected;
+    expect_equal("grad_values", dvalues,
+                 stacked(conv_.clients, [&](std::size_t k) { return packed<float>(expected[k].grad_w, clients_.mask); }));
+    if (!with_bias) return;
+    expect_equal("grad_bias", dbias, stacked(conv_.clients, [&](std::size_t k) { return vector_of<float>(expected[k].grad_bias); }));
   }
 
   FedpaiConv2d conv_;
-  const ConvData& data_;
-  const ConvResult& expected_;
+  const Clients& clients_;
   const Streams& streams_;
   HostImages<T> x_, dy_;
   Buffer<float> values_, bias_;
 };
 
 template <class T>
-void check_case(const ConvCase& c, const ConvData& data, const ConvResult& expected, const Streams& streams) {
+void check_case(const ConvCase& c, const Clients& clients, const Streams& streams) {
   const bool narrow = sizeof(T) == 2;
-  const std::string name = c.name + " n=" + std::to_string(c.batch) + (narrow ? " bf16" : " f32");
-  const Case<T> on_host(c, data, expected, streams);
+  const std::string name = c.name + " clients=" + std::to_string(clients.count()) + " n=" + std::to_string(c.batch) +
+                           (narrow ? " bf16" : " f32");
+  const Case<T> on_host(c, clients, streams);
   for (const int sms : {1, 132}) {
     begin_case(name + " as on " + std::to_string(sms) + " SMs");
     on_host.check_chosen(sms);
   }
-  if (narrow) return;  // the types differ in how elements are moved, not in which
+  // Types differ in how elements are moved, and clients in where they begin: neither in which a strip takes.
+  if (narrow || clients.count() > 1) return;
   for (const Strip& strip : {Strip{4, 4}, Strip{4, 2}, Strip{4, 1}, Strip{1, 2}}) {
     begin_case(name + " strips of " + std::to_string(strip.images) + " x " + std::to_string(strip.pixels));
     on_host.check_strip(strip);
   }
 }
 
-void check_batch(ConvCase c, std::int64_t batch, std::uint64_t seed) {
+void check_batch(ConvCase c, std::int64_t batch, std::uint64_t seed, std::int64_t count = 1) {
   c.batch = batch;
-  const ConvData data = make_data(c, seed);
-  const ConvResult expected = reference(c, data);
-  const Plan plan(data.mask.data(), shape_of(c));
+  const Clients clients(c, count, seed);
+  const Plan plan(clients.mask.data(), shape_of(c));
   const Streams streams(plan, spread_of(c));
-  check_case<float>(c, data, expected, streams);
-  check_case<BFloat16>(c, data, expected, streams);
+  check_case<float>(c, clients, streams);
+  check_case<BFloat16>(c, clients, streams);
 }
 
 }  // namespace
@@ -196,9 +236,20 @@ FEDPAI_SUITE(cuda_host_conv2d) {
   }
 }
 
-FEDPAI_SUITE(cuda_host_conv2d_no_images) {
-  ConvCase c{"no_images", 0, 5, 7, 6, 8, 3, 3};
+FEDPAI_SUITE(cuda_host_conv2d_clients) {
+  std::uint64_t seed = 1;
+  for (const ConvCase& c : conv_cases()) {
+    check_batch(c, std::min<std::int64_t>(c.batch, 3), seed, 2);
+    check_batch(c, 4, seed, 5);  // in vectors of four
+    ++seed;
+  }
+}
+
+FEDPAI_SUITE(cuda_host_conv2d_nothing) {
+  ConvCase c{"nothing", 0, 5, 7, 6, 8, 3, 3};
   check_batch(c, 0, 1);
+  check_batch(c, 0, 1, 3);
+  check_batch(c, 4, 1, 0);
 }
 
 // A launch for a whole network's layers: every row on every tile once, and splits that share out all tiles.
@@ -207,8 +258,8 @@ FEDPAI_SUITE(cuda_host_launch) {
     for (const std::int64_t batch : {1, 4, 12, 64, 128, 200}) {
       for (const std::int64_t channels : {1, 3, 64, 512}) {
         begin_case("width " + std::to_string(width) + " batch " + std::to_string(batch) + " channels " + std::to_string(channels));
-        const FedpaiConv2d c{batch, channels, width, width, channels, width, width, 1, 1, FEDPAI_CUDA_F32};
-        CHECK(check_size(c) == FEDPAI_CUDA_OK, "");
+        const FedpaiConv2d c{1, batch, channels, width, width, channels, width, width, 1, 1, FEDPAI_CUDA_F32};
+        CHECK(check_size(c, channels) == FEDPAI_CUDA_OK, "");
         const GatherLaunch launch = forward_launch(c, 132);
         CHECK(launch.warps >= 1 && launch.warps <= kMostWarps, std::to_string(launch.warps));
         CHECK(batch % launch.strip.images == 0, "vectors of whole images");
@@ -235,20 +286,43 @@ FEDPAI_SUITE(cuda_host_launch) {
           next = range.end;
         }
         CHECK(next == grad.tiles.count(), "all tiles");
+
+        // Clients fill the device in the place of splits and of shorter strips.
+        FedpaiConv2d shared = c;
+        std::int32_t splits = grad.splits;
+        int pixels = launch.strip.pixels;
+        for (shared.clients = 2; shared.clients <= 8192; shared.clients *= 2) {
+          const std::int32_t fewer = weight_grad_launch(shared, 2 * channels, 132).splits;
+          const int longer = forward_launch(shared, 132).strip.pixels;
+          CHECK(fewer <= splits && fewer * 2 >= splits, "half the splits for twice the clients");
+          CHECK(longer >= pixels, "strips as long or longer");
+          splits = fewer, pixels = longer;
+        }
+        CHECK(splits == 1, "no splits where the clients are enough");
+        CHECK(pixels == choose_strip({width, width, batch, 1, 1}).pixels, "whole strips there");
       }
     }
   }
 
   begin_case("what indices cannot hold is refused");
-  const FedpaiConv2d good{128, 64, 32, 32, 64, 32, 32, 1, 1, FEDPAI_CUDA_F32};
+  const FedpaiConv2d good{1, 128, 64, 32, 32, 64, 32, 32, 1, 1, FEDPAI_CUDA_F32};
   const auto refused = [&](const auto& change) {
     FedpaiConv2d c = good;
     change(c);
-    return check_size(c) == FEDPAI_CUDA_TOO_LARGE;
+    return check_size(c, 1000) == FEDPAI_CUDA_TOO_LARGE;
   };
   CHECK(!refused([](FedpaiConv2d&) {}), "");
   CHECK(refused([](FedpaiConv2d& c) { c.batch = 32768; }), "2^31 elements");
   CHECK(!refused([](FedpaiConv2d& c) { c.batch = 32767; }), "one image less");
+  CHECK(refused([](FedpaiConv2d& c) { c.clients = 256; }), "2^31 elements of all clients");
+  CHECK(!refused([](FedpaiConv2d& c) { c.clients = 255; }), "one client less");
+  const auto tiny = [](std::int64_t clients, std::int64_t entry_count) {
+    return check_size({clients, 1, 1, 1, 1, 1, 1, 1, 1, 1, FEDPAI_CUDA_F32}, entry_count);
+  };
+  CHECK(tiny(65535, 32768) == FEDPAI_CUDA_OK, "");
+  CHECK(tiny(65535, 32769) == FEDPAI_CUDA_TOO_LARGE, "2^31 values of all clients");
+  CHECK(tiny(65536, 1) == FEDPAI_CUDA_TOO_LARGE, "more clients than a grid has");
+  CHECK(tiny(-1, 1) == FEDPAI_CUDA_TOO_LARGE, "a negative number of clients");
   CHECK(refused([](FedpaiConv2d& c) { c.in_channels = std::int64_t{1} << 40; }), "a product beyond 64 bits");
   CHECK(refused([](FedpaiConv2d& c) { c.stride_h = std::int64_t{1} << 24; }), "a stride beyond 31 bits");
   CHECK(refused([](FedpaiConv2d& c) { c.stride_h = c.stride_w = 256; }), "more passes than a grid has");

@@ -72,7 +72,7 @@ class DevicePlan:
         start = self._stream(device, direction, geometry).data_ptr()
         passes = geometry.stride[0] * geometry.stride[1] if direction == "input_grad" else 1
         row_begin = start + self._compiled.nnz * _ENTRY_BYTES
-        return RowStream(start, row_begin, row_begin + 4 * passes * (rows + 1))
+        return RowStream(start, row_begin, row_begin + 4 * passes * (rows + 1), self._compiled.nnz)
 
     def groups(self, device: torch.device, geometry: Geometry) -> GroupStream:
         """Addresses for the weight gradient.

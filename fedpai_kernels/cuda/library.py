@@ -17,7 +17,7 @@ from typing import Final
 
 import torch
 
-INTERFACE: Final = 2
+INTERFACE: Final = 3
 """FEDPAI_CUDA_INTERFACE of the header that this file mirrors."""
 
 PATH: Final = Path(__file__).resolve().parents[1] / "libfedpai_cuda.so"
@@ -31,20 +31,21 @@ class CudaUnavailableError(RuntimeError):
 
 
 class Conv2d(Structure):
-    """Sizes of a convolution, and the code of its images' dtype."""
+    """Sizes of a convolution, for how many clients, and the code of its images' dtype."""
 
     _fields_ = tuple(
         (name, c_int64)
         for name in (
-            "batch", "in_channels", "in_h", "in_w", "out_channels", "out_h", "out_w", "stride_h", "stride_w", "dtype",
+            "clients", "batch", "in_channels", "in_h", "in_w", "out_channels", "out_h", "out_w", "stride_h", "stride_w",
+            "dtype",
         )
     )  # fmt: skip
 
 
 class RowStream(Structure):
-    """Addresses of a plan's entries by row, on a device."""
+    """Addresses of a plan's entries by row, on a device, and how many entries there are."""
 
-    _fields_ = (("entries", c_void_p), ("row_begin", c_void_p), ("row_order", c_void_p))
+    _fields_ = (("entries", c_void_p), ("row_begin", c_void_p), ("row_order", c_void_p), ("entry_count", c_int64))
 
 
 class GroupStream(Structure):

@@ -8,13 +8,15 @@
 
 Each computes the three ops of :mod:`fedpai_kernels.ops.conv2d`, takes their arguments, and returns what they return:
 images batch-last, gradients of weights in the dtype of the weights. So each may serve one direction and another the
-next, and the time that one needs to change a layout is its own.
+next, and the time that one needs to change a layout is its own. Several clients are one launch of the sparse kernels;
+the others compute them one after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from torch.nn import grad as conv_grad
 from ..cuda import conv2d as sparse_kernels
 from ..cuda import library
 from ..layout import to_batch_last
-from ..ops.conv2d import layer_sizes
+from ..ops.conv2d import empty_input_grad, empty_output, empty_weight_grad, layer_sizes
 from ..ops.geometry import Geometry, Pair, unflatten
 from ..plan import Plan, plan_of
 from ..triton.block_plan import BlockPlan
@@ -61,6 +63,24 @@ def precision() -> tuple[str, str]:
     """In what torch may multiply float32: in convolutions, and in matrix products. "tf32" or something else."""
     backends: Any = torch.backends
     return backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
+
+
+def _client_by_client(op: Op, empty: Op) -> Op:
+    """`op`, which computes one client, for several too: one after the other, copied into what `empty` allocates."""
+
+    @wraps(op)
+    def run(images: Tensor, *arguments: Any) -> Any:
+        if images.dim() == 4:
+            return op(images, *arguments)
+        result = empty(images, *arguments)
+        whole = (result,) if isinstance(result, Tensor) else result
+        for client in range(images.shape[0]):
+            own = op(*(a[client] if isinstance(a, Tensor) else a for a in (images, *arguments)))
+            for all_clients, one in zip(whole, (own,) if isinstance(own, Tensor) else own, strict=True):
+                all_clients[client] = one
+        return result
+
+    return run
 
 
 # ---- sparse -----------------------------------------------------------------------------------------------------
@@ -115,7 +135,13 @@ def _blocks_weight_grad(
     return dvalues.to(weight_dtype(dy)), _bias_grad(dy, with_bias)
 
 
-BLOCKS = Candidate("blocks", _check_blocks, _blocks_forward, _blocks_input_grad, _blocks_weight_grad)
+BLOCKS = Candidate(
+    "blocks",
+    _check_blocks,
+    _client_by_client(_blocks_forward, empty_output),
+    _client_by_client(_blocks_input_grad, empty_input_grad),
+    _client_by_client(_blocks_weight_grad, empty_weight_grad),
+)
 
 
 # ---- dense ------------------------------------------------------------------------------------------------------
@@ -206,7 +232,13 @@ def _dense_weight_grad(
     return layer.pack(dense.reshape(layer.mask_shape)).to(weight_dtype(dy)), _bias_grad(dy, with_bias)
 
 
-DENSE = Candidate("dense", _check_dense, _dense_forward, _dense_input_grad, _dense_weight_grad)
+DENSE = Candidate(
+    "dense",
+    _check_dense,
+    _client_by_client(_dense_forward, empty_output),
+    _client_by_client(_dense_input_grad, empty_input_grad),
+    _client_by_client(_dense_weight_grad, empty_weight_grad),
+)
 
 ALL = (SPARSE, BLOCKS, DENSE)
 """In the order in which reports name them."""

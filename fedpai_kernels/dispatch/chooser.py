@@ -44,6 +44,8 @@ class Call(NamedTuple):
     """One direction of one layer, but for its mask.
 
     Attributes:
+        clients: that share the layer's mask, and the call.
+        batch: of each client.
         image: height and width of what the layer reads.
         batch_last: how all images are stored; False: some are not.
         precision: what torch may do to float32.
@@ -52,6 +54,7 @@ class Call(NamedTuple):
     direction: Direction
     device: torch.device
     dtype: torch.dtype
+    clients: int
     batch: int
     image: Pair
     geometry: tuple[int, ...]
@@ -60,7 +63,10 @@ class Call(NamedTuple):
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.direction} of {self.batch} images of {self.image[0]}x{self.image[1]} in {dtype} on {self.device}"
+        images = f"{self.batch} images of {self.image[0]}x{self.image[1]}"
+        if self.clients != 1:
+            images = f"{self.clients} x {images}"
+        return f"{self.direction} of {images} in {dtype} on {self.device}"
 
 
 @dataclass(frozen=True)
@@ -138,8 +144,8 @@ class Chooser:
             candidate.check(plan, first)
             return getattr(candidate, direction)(*arguments)
         call = Call(
-            direction, first.device, first.dtype, first.shape[0], image, tuple(geometry),
-            all(map(is_batch_last, images)), precision(),
+            direction, first.device, first.dtype, first.shape[0] if first.dim() == 5 else 1, first.shape[-4], image,
+            tuple(geometry), all(map(is_batch_last, images)), precision(),
         )  # fmt: skip
         choices = self._choices.get(plan._streams)
         choice = None if choices is None else choices.get(call)
@@ -205,6 +211,7 @@ def _described(call: Call, plan: Plan) -> str:
         "images": (call.batch, *call.image),
     }  # fmt: skip
     words = [f"{name} {'x'.join(map(str, size))}" for name, size in sizes.items()]
+    words += [f"clients {call.clients}"] if call.clients != 1 else []
     words += [f"groups {plan.groups}", f"density {plan.density:.2g}", f"structure {plan.structure}"]
     words += [str(call.dtype).removeprefix("torch."), "batch-last" if call.batch_last else "other storage"]
     return ", ".join([plan.kind, call.direction, *words, f"precision {'/'.join(call.precision)}"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.conv2d import image_size
 from ..ops.registry import LIBRARY
 from ..plan import plan_of
 from .candidates import ALL
@@ -24,8 +25,8 @@ CHOOSER = Chooser(ALL, EventTimer(), TimesFile(), _is_capturing)
 
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, plan: int, geometry: list[int]) -> Tensor:
-    image, arguments = (x.shape[2], x.shape[3]), (x, values, bias, plan, geometry)
-    y: Tensor = CHOOSER.run("forward", plan_of(plan), geometry, image, (x,), arguments)
+    arguments = x, values, bias, plan, geometry
+    y: Tensor = CHOOSER.run("forward", plan_of(plan), geometry, image_size(x), (x,), arguments)
     return y
 
 
@@ -38,8 +39,10 @@ def input_grad(dy: Tensor, values: Tensor, plan: int, height: int, width: int, g
 def weight_grad(
     x: Tensor, dy: Tensor, plan: int, with_bias: bool, geometry: list[int]
 ) -> tuple[Tensor, Tensor]:
-    image, arguments = (x.shape[2], x.shape[3]), (x, dy, plan, with_bias, geometry)
-    grads: tuple[Tensor, Tensor] = CHOOSER.run("weight_grad", plan_of(plan), geometry, image, (x, dy), arguments)
+    arguments = x, dy, plan, with_bias, geometry
+    grads: tuple[Tensor, Tensor] = CHOOSER.run(
+        "weight_grad", plan_of(plan), geometry, image_size(x), (x, dy), arguments
+    )
     return grads
 
 

@@ -4,12 +4,13 @@
 Three ops, closed under differentiation (the gradient of each is made of the other two): ``conv2d_forward``
 (x, values -> y), ``conv2d_input_grad`` (dy, values -> dx) and ``conv2d_weight_grad`` (x, dy -> dvalues, dbias). Images
 are logically (N, C, H, W) with any strides; outputs are batch-last (stored C, H, W, N), in which layout inputs are read
-fastest.
+fastest. Where images are (K, N, C, H, W), those of K clients that share the plan, so are all others, values and their
+gradients are (K, nnz), bias and its gradient (K, out): docs/clients.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .. import _C
 from ..layout import empty_batch_last, to_batch_last
 from ..plan import Plan, plan_of
 from .geometry import Pair, compiled_geometry, flatten, resolve_geometry, unflatten
-from .operands import NATIVE, Backend, check_operands
+from .operands import MANY_CLIENTS, NATIVE, Backend, check_operands
 from .registry import LIBRARY, Operation, called_by_position
 from .stored import refuse_graph, stored, stores, widened
 
@@ -42,6 +43,34 @@ LIBRARY.define(
     f"conv2d_weight_grad(Tensor x, Tensor dy, int plan, bool with_bias, {_GEOMETRY_ARGUMENTS}) -> (Tensor, Tensor)"
 )
 
+# What the ops return, not computed yet: their fake versions, and what the kernels of every device write into.
+
+
+@torch.library.register_fake("fedpai::conv2d_forward", lib=LIBRARY)
+def empty_output(x: Tensor, values: Tensor, bias: Tensor | None, plan: int, geometry: list[int]) -> Tensor:
+    out_channels, _, kernel = layer_sizes(plan_of(plan))
+    output = unflatten(geometry).output_size(image_size(x), kernel)
+    return empty_batch_last((*x.shape[:-3], out_channels, *output), dtype=x.dtype, device=x.device)
+
+
+@torch.library.register_fake("fedpai::conv2d_input_grad", lib=LIBRARY)
+def empty_input_grad(dy: Tensor, values: Tensor, plan: int, height: int, width: int, geometry: list[int]) -> Tensor:
+    _, in_channels, _ = layer_sizes(plan_of(plan))
+    return empty_batch_last((*dy.shape[:-3], in_channels, height, width), dtype=dy.dtype, device=dy.device)
+
+
+@torch.library.register_fake("fedpai::conv2d_weight_grad", lib=LIBRARY)
+def empty_weight_grad(
+    x: Tensor, dy: Tensor, plan: int, with_bias: bool, geometry: list[int]
+) -> tuple[Tensor, Tensor]:
+    layer = plan_of(plan)
+    out_channels, _, _ = layer_sizes(layer)
+    # bfloat16 images, which CUDA tensors may be, have float32 weights.
+    dtype = torch.float32 if dy.dtype == torch.bfloat16 else dy.dtype
+    clients = dy.shape[:-4]
+    dvalues = dy.new_empty((*clients, layer.nnz), dtype=dtype)
+    return dvalues, dy.new_empty((*clients, out_channels if with_bias else 0), dtype=dtype)
+
 
 def layer_sizes(plan: Plan) -> tuple[int, int, Pair]:
     """Output channels, input channels, kernel."""
@@ -50,13 +79,27 @@ def layer_sizes(plan: Plan) -> tuple[int, int, Pair]:
     return shape[0], shape[1] * plan.groups, kernel
 
 
+def image_size(images: Tensor) -> Pair:
+    """Height, width."""
+    return images.shape[-2], images.shape[-1]
+
+
+def each_client(images: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The tensors of one client after the other; as they are, once, where images are those of one: (N, C, H, W)."""
+    if images.dim() == 4:
+        yield images, *others
+        return
+    for client in range(images.shape[0]):
+        yield images[client], *(None if t is None else t[client] for t in others)
+
+
 def _readable(t: Tensor) -> Tensor:
     """``t`` itself where the kernels read it at speed, a batch-last copy otherwise.
 
     A batch of one has no neighbours, and the rows of a matrix are transposed while they are packed, so those are always
     read in place.
     """
-    if t.shape[0] == 1 or t.stride(0) == 1 or t.shape[2] * t.shape[3] == 1:
+    if t.shape[-4] == 1 or t.stride(-4) == 1 or t.shape[-2] * t.shape[-1] == 1:
         return t
     return to_batch_last(t)
 
@@ -77,32 +120,29 @@ def run_forward(
     """`norm`: empty, or what the binding takes for the batch norm (and ReLU) that x goes through first; x is
     batch-last then."""
     layer = plan_of(plan)
-    out_channels, _, kernel = layer_sizes(layer)
-    batch, _, *image = x.shape
-    output = unflatten(geometry).output_size(image, kernel)
-    x = _readable(x)
-    y = empty_batch_last((batch, out_channels, *output), dtype=x.dtype, device=x.device)
-    values = values.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    _FORWARD[x.dtype](
-        layer.compiled, compiled_geometry(batch, image, output, geometry), x.data_ptr(), _strides(x), norm,
-        values.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), _strides(y), torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+    result = empty_output(x, values, bias, plan, geometry)
+    for own_x, own_values, own_bias, y in each_client(x, values, bias, result):
+        source, weights = _readable(own_x), own_values.contiguous()
+        offsets = None if own_bias is None else own_bias.contiguous()
+        _FORWARD[x.dtype](
+            layer.compiled, compiled_geometry(source.shape[0], image_size(source), image_size(y), geometry),
+            source.data_ptr(), _strides(source), norm, weights.data_ptr(),
+            0 if offsets is None else offsets.data_ptr(), y.data_ptr(), _strides(y), torch.get_num_threads(),
+        )  # fmt: skip
+    return result
 
 
 def _input_grad_cpu(dy: Tensor, values: Tensor, plan: int, height: int, width: int, geometry: list[int]) -> Tensor:
     layer = plan_of(plan)
-    _, in_channels, _ = layer_sizes(layer)
-    batch, _, *output = dy.shape
-    dy = _readable(dy)
-    dx = empty_batch_last((batch, in_channels, height, width), dtype=dy.dtype, device=dy.device)
-    values = values.contiguous()
-    _INPUT_GRAD[dy.dtype](
-        layer.compiled, compiled_geometry(batch, (height, width), output, geometry), dy.data_ptr(), _strides(dy),
-        values.data_ptr(), dx.data_ptr(), _strides(dx), torch.get_num_threads(),
-    )  # fmt: skip
-    return dx
+    result = empty_input_grad(dy, values, plan, height, width, geometry)
+    for own_dy, own_values, dx in each_client(dy, values, result):
+        source, weights = _readable(own_dy), own_values.contiguous()
+        _INPUT_GRAD[dy.dtype](
+            layer.compiled, compiled_geometry(source.shape[0], (height, width), image_size(source), geometry),
+            source.data_ptr(), _strides(source), weights.data_ptr(), dx.data_ptr(), _strides(dx),
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return result
 
 
 def _weight_grad_cpu(
@@ -116,46 +156,20 @@ def run_weight_grad(
 ) -> tuple[Tensor, Tensor]:
     """`norm`: as in :func:`run_forward`. x may be float32 that was rounded to bfloat16."""
     layer = plan_of(plan)
-    out_channels, _, _ = layer_sizes(layer)
-    batch, _, *image = x.shape
-    x, dy = widened(_readable(x)), _readable(dy)
-    dvalues = x.new_empty(layer.nnz)
-    dbias = x.new_empty(out_channels if with_bias else 0)
-    _WEIGHT_GRAD[x.dtype](
-        layer.compiled, compiled_geometry(batch, image, dy.shape[2:], geometry), x.data_ptr(), _strides(x), norm,
-        dy.data_ptr(), _strides(dy), dvalues.data_ptr(), dbias.data_ptr() if with_bias else 0,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return dvalues, dbias
+    result = empty_weight_grad(x, dy, plan, with_bias, geometry)
+    for own_x, own_dy, dvalues, dbias in each_client(x, dy, *result):
+        source, grad = widened(_readable(own_x)), _readable(own_dy)
+        _WEIGHT_GRAD[grad.dtype](
+            layer.compiled, compiled_geometry(source.shape[0], image_size(source), image_size(grad), geometry),
+            source.data_ptr(), _strides(source), norm, grad.data_ptr(), _strides(grad), dvalues.data_ptr(),
+            dbias.data_ptr() if with_bias else 0, torch.get_num_threads(),
+        )  # fmt: skip
+    return result
 
 
 LIBRARY.impl("conv2d_forward", _forward_cpu, "CPU")
 LIBRARY.impl("conv2d_input_grad", _input_grad_cpu, "CPU")
 LIBRARY.impl("conv2d_weight_grad", _weight_grad_cpu, "CPU")
-
-
-@torch.library.register_fake("fedpai::conv2d_forward", lib=LIBRARY)
-def _forward_fake(x: Tensor, values: Tensor, bias: Tensor | None, plan: int, geometry: list[int]) -> Tensor:
-    out_channels, _, kernel = layer_sizes(plan_of(plan))
-    output = unflatten(geometry).output_size((x.shape[2], x.shape[3]), kernel)
-    return empty_batch_last((x.shape[0], out_channels, *output), dtype=x.dtype, device=x.device)
-
-
-@torch.library.register_fake("fedpai::conv2d_input_grad", lib=LIBRARY)
-def _input_grad_fake(dy: Tensor, values: Tensor, plan: int, height: int, width: int, geometry: list[int]) -> Tensor:
-    _, in_channels, _ = layer_sizes(plan_of(plan))
-    return empty_batch_last((dy.shape[0], in_channels, height, width), dtype=dy.dtype, device=dy.device)
-
-
-@torch.library.register_fake("fedpai::conv2d_weight_grad", lib=LIBRARY)
-def _weight_grad_fake(
-    x: Tensor, dy: Tensor, plan: int, with_bias: bool, geometry: list[int]
-) -> tuple[Tensor, Tensor]:
-    layer = plan_of(plan)
-    out_channels, _, _ = layer_sizes(layer)
-    # bfloat16 images, which CUDA tensors may be, have float32 weights.
-    dtype = torch.float32 if dy.dtype == torch.bfloat16 else dy.dtype
-    return dy.new_empty(layer.nnz, dtype=dtype), dy.new_empty(out_channels if with_bias else 0, dtype=dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ autograd
@@ -181,7 +195,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, values, _, ctx.plan, ctx.geometry, stores = inputs
-        ctx.image = (x.shape[2], x.shape[3])
+        ctx.image = image_size(x)
         if stores:
             x = stored(x) if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(x, values)
@@ -208,8 +222,15 @@ class _Forward(torch.autograd.Function):
             else:
                 dvalues, dbias = conv2d_weight_grad(x, dy, ctx.plan.handle, want_bias, ctx.geometry)
         elif want_bias:
-            dbias = dy.sum((0, 2, 3), dtype=values.dtype)
+            dbias = dy.sum((-4, -2, -1), dtype=values.dtype)
         return dx, dvalues, dbias if want_bias else None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise RuntimeError(
+            "sparse_conv2d, sparse_linear: torch.func.vmap is not there for these; call them once with x of "
+            "(K, N, C, H, W) or (K, ..., in) and values of (K, nnz), which are those of K clients"
+        )
 
 
 class _InputGrad(torch.autograd.Function):
@@ -258,7 +279,7 @@ class _WeightGrad(torch.autograd.Function):
         x, dy = ctx.saved_tensors
         dx = ddy = None
         if ctx.needs_input_grad[0]:
-            dx = _InputGrad.apply(dy, ddvalues, ctx.plan, x.shape[2], x.shape[3], ctx.geometry)
+            dx = _InputGrad.apply(dy, ddvalues, ctx.plan, *image_size(x), ctx.geometry)
         if ctx.needs_input_grad[1]:
             ddy = _Forward.apply(x, ddvalues, ddbias if ctx.with_bias else None, ctx.plan, ctx.geometry, False)
         return dx, ddy, None, None, None
@@ -286,13 +307,18 @@ def sparse_conv2d(
     nearly equal masks (a fill of at least 0.65; docs/numerics.md) may share what is not finite. Differentiable in x,
     values and bias, to any order. Deterministic for a given number of threads (``torch.get_num_threads()``).
 
+    Several clients that share the plan may be computed at once, each with images, values and a bias of its own: what
+    is said of one holds for each. A CUDA device computes them in one launch, the CPU one after the other with the bits
+    of calls of their own (docs/clients.md).
+
     Args:
         x: (N, C, H, W) or (C, H, W), float32 or float64, any strides; batch-last is read fastest. N may be 0. On a
             CUDA device float32, or bfloat16 with float32 values and bias; the first call with a shape measures which
-            kernels are fastest there, and torch's dense ones are among them (docs/gpu.md).
-        values: (plan.nnz,), the surviving weights in row-major order of the mask.
+            kernels are fastest there, and torch's dense ones are among them (docs/gpu.md). Of K clients:
+            (K, N, C, H, W). K may be 0.
+        values: (plan.nnz,), the surviving weights in row-major order of the mask. Of K clients: (K, plan.nnz).
         plan: of kind "conv2d".
-        bias: (out,) or None.
+        bias: (out,) or None. Of K clients: (K, out).
         stride, dilation: pixels; an int or (vertical, horizontal).
         padding: pixels, an int or (vertical, horizontal), or "same" or "valid".
         groups: must be the plan's.
@@ -300,11 +326,13 @@ def sparse_conv2d(
             (:mod:`fedpai_kernels.ops.stored`); None keeps x as it is.
 
     Returns:
-        (N, out, H', W') in batch-last layout, or (out, H', W').
+        (N, out, H', W') in batch-last layout, or (out, H', W'). Of K clients: (K, N, out, H', W'), stored K, out, H',
+        W', N.
 
     Raises:
         TypeError: a wrong dtype, or operands that are not tensors.
-        ValueError: shapes, devices or settings that do not fit, or an image smaller than the kernel.
+        ValueError: shapes, devices or settings that do not fit, numbers of clients that differ, or an image smaller
+            than the kernel.
         RuntimeError: on a CUDA device, the first call with a shape while a CUDA graph is being captured; under
             :func:`fedpai_kernels.dispatch.backend`, a layer that the backend cannot compute.
     """
@@ -313,7 +341,7 @@ def sparse_conv2d(
             x.unsqueeze(0), values, plan, bias, stride, padding, dilation, groups, activation_dtype=activation_dtype
         )
         return y.squeeze(0)
-    geometry = checked_geometry(x, values, plan, bias, stride, padding, dilation, groups)
+    geometry = checked_geometry(x, values, plan, bias, stride, padding, dilation, groups, MANY_CLIENTS)
     return differentiable_conv2d(x, values, bias, plan, geometry, stores(x, activation_dtype))
 
 
@@ -339,24 +367,27 @@ def checked_geometry(
     groups: int,
     backend: Backend = NATIVE,
 ) -> list[int]:
-    """The geometry of a convolution as it travels, after every check of :func:`sparse_conv2d`; x: (N, C, H, W)."""
+    """The geometry of a convolution as it travels, after every check of :func:`sparse_conv2d`; x: (N, C, H, W), or
+    (K, N, C, H, W) where the backend takes several clients.
+    """
     check_operands(x, values, plan, bias, backend)
     if plan.kind != "conv2d":
         raise ValueError(f"plan: expected one of kind 'conv2d', got kind {plan.kind!r} of shape {plan.mask_shape}")
     if groups != plan.groups:
         raise ValueError(f"groups: the plan was made for {plan.groups}, got {groups}")
-    if x.dim() != 4:
-        raise ValueError(f"x: expected (N, C, H, W) or (C, H, W), got shape {tuple(x.shape)}")
+    if x.dim() != 3 + values.dim():
+        wanted = "(N, C, H, W) or (C, H, W)" if values.dim() == 1 else "(K, N, C, H, W), as values are (K, nnz)"
+        raise ValueError(f"x: expected {wanted}, got shape {tuple(x.shape)}")
     _, in_channels, kernel = layer_sizes(plan)
-    if x.shape[1] != in_channels:
+    if x.shape[-3] != in_channels:
         raise ValueError(f"x: expected {in_channels} channels, got shape {tuple(x.shape)}")
-    if x.shape[2] == 0 or x.shape[3] == 0:
+    if min(image_size(x)) == 0:
         raise ValueError(f"x: an image needs at least one pixel, got shape {tuple(x.shape)}")
     geometry = resolve_geometry(kernel, stride, padding, dilation)
-    output = geometry.output_size((x.shape[2], x.shape[3]), kernel)
+    output = geometry.output_size(image_size(x), kernel)
     if min(output) <= 0:
         raise ValueError(
-            f"x: an image of {x.shape[2]} x {x.shape[3]} is too small for a kernel of {kernel[0]} x {kernel[1]} "
+            f"x: an image of {x.shape[-2]} x {x.shape[-1]} is too small for a kernel of {kernel[0]} x {kernel[1]} "
             f"with padding {padding} and dilation {dilation}"
         )
     return flatten(geometry)

@@ -10,7 +10,7 @@ from ..layout import with_contiguous_gradient
 from ..plan import Plan
 from .conv2d import differentiable_conv2d
 from .geometry import flatten, resolve_geometry
-from .operands import NATIVE, Backend, check_operands
+from .operands import MANY_CLIENTS, Backend, check_operands
 from .stored import stores
 
 GEOMETRY = flatten(resolve_geometry((1, 1), 1, 0, 1))
@@ -29,36 +29,36 @@ def sparse_linear(
 
     Differentiable in x, values and bias, to any order; a weight outside the mask meets nothing, not even infinities,
     except between neighbouring features with nearly equal masks, as in :func:`fedpai_kernels.ops.sparse_conv2d`.
-    Deterministic for a given number of threads.
+    Deterministic for a given number of threads. Several clients that share the plan may be computed at once, as there.
 
     Args:
         x: (..., in), float32 or float64, any strides. A 2-D x that is stored (in, N) is read fastest, rows without gaps
-            nearly as fast.
-        values: (plan.nnz,), the surviving weights in row-major order of the mask.
+            nearly as fast. Of K clients: (K, ..., in); a 3-D x is read fastest when stored (K, in, N).
+        values: (plan.nnz,), the surviving weights in row-major order of the mask. Of K clients: (K, plan.nnz).
         plan: of kind "linear".
-        bias: (out,) or None.
+        bias: (out,) or None. Of K clients: (K, out).
         activation_dtype: as in :func:`fedpai_kernels.ops.sparse_conv2d`.
 
     Returns:
-        (..., out). For 2-D x stored (out, N).
+        (..., out). For 2-D x stored (out, N). Of K clients: (K, ..., out), for 3-D x stored (K, out, N).
 
     Raises:
         TypeError: a wrong dtype, or operands that are not tensors.
-        ValueError: shapes, devices or settings that do not fit.
+        ValueError: shapes, devices or settings that do not fit, or numbers of clients that differ.
     """
-    check_linear(x, values, plan, bias)
-    out_features, in_features = plan.mask_shape
-    rows = x if x.dim() == 2 else x.reshape(-1, in_features)
+    check_linear(x, values, plan, bias, MANY_CLIENTS)
+    clients = values.dim() - 1  # dimensions
+    rows = x.unsqueeze(-2) if x.dim() == clients + 1 else x.flatten(clients, -2)
+    images = rows.unsqueeze(-1).unsqueeze(-1)
     if rows.is_contiguous() and rows.numel() > 0:
-        rows = with_contiguous_gradient(rows)
+        images = with_contiguous_gradient(images)
     keeps = stores(x, activation_dtype)
-    images = rows.unsqueeze(2).unsqueeze(3)
     # Not by indices: their gradient is a tensor of zeros with one element of it set.
-    y = differentiable_conv2d(images, values, bias, plan, GEOMETRY, keeps).squeeze(3).squeeze(2)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
+    y = differentiable_conv2d(images, values, bias, plan, GEOMETRY, keeps).squeeze(-1).squeeze(-1)
+    return y if x.dim() == clients + 2 else y.reshape(*x.shape[:-1], plan.mask_shape[0])
 
 
-def check_linear(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, backend: Backend = NATIVE) -> None:
+def check_linear(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, backend: Backend) -> None:
     """Every check of :func:`sparse_linear`.
 
     Raises:
@@ -68,5 +68,6 @@ def check_linear(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, bac
     if plan.kind != "linear":
         raise ValueError(f"plan: expected one of kind 'linear', got kind {plan.kind!r} of shape {plan.mask_shape}")
     in_features = plan.mask_shape[1]
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x: expected (..., {in_features}), got shape {tuple(x.shape)}")
+    if x.dim() < values.dim() or x.shape[-1] != in_features:
+        clients = "" if values.dim() == 1 else "K, "
+        raise ValueError(f"x: expected ({clients}..., {in_features}), got shape {tuple(x.shape)}")

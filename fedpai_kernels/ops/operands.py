@@ -18,6 +18,7 @@ class Backend(NamedTuple):
     dtypes: Callable[[Tensor], tuple[torch.dtype, ...]]  # of x, where it is
     check_device: Callable[[Tensor], None]  # raises unless they can run there
     single_weights: bool = False  # bfloat16 images have float32 values and bias
+    clients: bool = False  # values, bias and x may be those of K clients, (K, ...)
 
 
 _NATIVE = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32, torch.bfloat16)}
@@ -37,13 +38,16 @@ def _check_native_device(x: Tensor) -> None:
 NATIVE = Backend(_native_dtypes, _check_native_device, single_weights=True)
 """The C++ and CUDA kernels, by the device of x."""
 
+MANY_CLIENTS = NATIVE._replace(clients=True)
+"""Those that may be called for several clients at once."""
+
 
 def check_operands(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, backend: Backend = NATIVE) -> None:
     """What convolution and linear layers ask of their operands alike.
 
     Raises:
         TypeError: not tensors, no Plan, or a dtype that the backend does not take.
-        ValueError: devices that differ, or values or bias of the wrong shape.
+        ValueError: devices that differ, values or bias of the wrong shape, or another number of clients in each.
         Whatever the backend raises about the device of x.
     """
     if not isinstance(plan, Plan):
@@ -58,12 +62,18 @@ def check_operands(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, b
     backend.check_device(x)
     if x.layout != torch.strided:
         raise TypeError(f"x: expected a dense tensor, got one of layout {x.layout}")
-    if tuple(values.shape) != (plan.nnz,):
+    clients = tuple(values.shape[:-1]) if backend.clients and values.dim() == 2 else ()
+    if tuple(values.shape) != (*clients, plan.nnz):
+        several = f" (or (K, {plan.nnz}) of K clients)" if backend.clients else ""
         raise ValueError(
-            f"values: expected shape ({plan.nnz},), one per surviving weight of the plan, got {tuple(values.shape)}"
+            f"values: expected shape ({plan.nnz},), one per surviving weight of the plan{several}, got "
+            f"{tuple(values.shape)}"
         )
-    if bias is not None and tuple(bias.shape) != (plan.mask_shape[0],):
-        raise ValueError(f"bias: expected shape ({plan.mask_shape[0]},), got {tuple(bias.shape)}")
+    whose = f", as values are those of {clients[0]} clients" if clients else ""
+    if bias is not None and tuple(bias.shape) != (*clients, plan.mask_shape[0]):
+        raise ValueError(f"bias: expected shape {(*clients, plan.mask_shape[0])}{whose}, got {tuple(bias.shape)}")
+    if tuple(x.shape[: len(clients)]) != clients:
+        raise ValueError(f"x: expected a first dimension of {clients[0]}{whose}, got shape {tuple(x.shape)}")
     for name, tensor in (("values", values), ("bias", bias)):
         if tensor is None:
             continue

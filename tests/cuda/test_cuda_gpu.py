@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fedpai_kernels as fk
 from tests.cases import CONV2D, LINEAR, Case
-from tests.checking import Operands, differentiate, operands
+from tests.checking import Operands, differentiate, operands, stacked
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,6 +51,34 @@ def test_exact(case: Case, dtype: str) -> None:
         assert torch.equal(value.cpu(), truth.to(value.dtype)), name
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.name}")
+def test_clients_are_exact(case: Case, dtype: str) -> None:
+    """Each client's part of one launch; their operands differ in all but the mask."""
+    clients = [operands(case, "f32", "exact", client) for client in range(5)]
+    if case.longest_sum * 16 >= 2**24:
+        pytest.skip("its sums are not exact in float32")
+    got = differentiate(case.sparse, on_gpu(stacked(clients), DTYPES[dtype]))
+    for client, own in enumerate(clients):
+        expected = differentiate(case.dense, own.to(torch.float64))
+        for name, value, truth in zip(got._fields, got, expected, strict=True):
+            assert (value is None) == (truth is None)
+            if value is not None and truth is not None:
+                assert torch.equal(value[client].cpu(), truth.to(value.dtype)), f"{name} of client {client}"
+
+
+@pytest.mark.parametrize("case", CONV2D[:20], ids=lambda case: case.name)
+def test_clients_have_the_bits_of_calls_of_their_own(case: Case) -> None:
+    """But for the gradients of values and bias, whose sums are split by the number of clients."""
+    clients = [on_gpu(operands(case, "f32", "rounded", client), torch.float32) for client in range(3)]
+    got = differentiate(case.sparse, stacked(clients))
+    for client, own in enumerate(clients):
+        alone = differentiate(case.sparse, own)
+        assert torch.equal(got.fwd[client], alone.fwd)
+        assert torch.equal(got.dx[client], alone.dx)
+        torch.testing.assert_close(got.dw[client], alone.dw, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("case", CONV2D[:20], ids=lambda case: case.name)
 def test_same_bits_twice(case: Case) -> None:
     given = on_gpu(operands(case, "f32", "rounded"), torch.float32)
@@ -58,10 +86,11 @@ def test_same_bits_twice(case: Case) -> None:
     assert all(a is b or torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_replayed_graph_is_eager() -> None:
+@pytest.mark.parametrize("clients", [(), (5,)], ids=["one", "several"])
+def test_replayed_graph_is_eager(clients: tuple[int, ...]) -> None:
     """All three directions, captured, with values changed in place before the replay."""
     plan = fk.Plan.from_mask(torch.rand(16, 8, 3, 3) < 0.1)
-    x, values = torch.randn(32, 8, 9, 9, device="cuda"), torch.randn(plan.nnz, device="cuda")
+    x, values = torch.randn(*clients, 32, 8, 9, 9, device="cuda"), torch.randn(*clients, plan.nnz, device="cuda")
     x.requires_grad_(), values.requires_grad_()
 
     def step() -> tuple[Tensor, ...]:

@@ -63,6 +63,56 @@ def test_ops_on_tensors(
 
 
 @pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clients", [0, 1, 2, 5])
+@pytest.mark.parametrize(("batch", "stride", "groups"), [(0, 1, 1), (3, 2, 1), (8, 1, 2)])
+def test_ops_on_tensors_of_clients(dtype: torch.dtype, clients: int, batch: int, stride: int, groups: int) -> None:
+    """Each client's part of one launch is what dense torch computes for it: exact."""
+    plan = fk.Plan.from_mask(torch.rand(6, 4 // groups, 3, 2) < 0.4, groups=groups)
+    values, bias, x = integers(clients, plan.nnz), integers(clients, 6), integers(clients, batch, 4, 7, 5, dtype=dtype)
+    geometry = flatten(resolve_geometry((3, 2), stride, 1, 1))
+    y = conv2d.forward(x, values, bias, plan.handle, geometry)
+    dy = integers(*y.shape, dtype=dtype)
+    dx = conv2d.input_grad(dy, values, plan.handle, 7, 5, geometry)
+    dvalues, dbias = conv2d.weight_grad(x, dy, plan.handle, True, geometry)
+    without, none = conv2d.weight_grad(x, dy, plan.handle, False, geometry)
+    assert fk.is_batch_last(y)
+    assert fk.is_batch_last(dx)
+    assert dx.shape == x.shape
+    assert dvalues.shape == values.shape
+    assert torch.equal(without, dvalues)
+    assert none.shape == (clients, 0)
+    for client in range(clients):
+        dense_x = x[client].double().requires_grad_()
+        dense = plan.unpack(values[client]).double().requires_grad_()
+        expected = functional.conv2d(dense_x, dense, bias[client].double(), stride, 1, 1, groups)
+        expected.backward(dy[client].double())
+        assert dense_x.grad is not None
+        assert dense.grad is not None
+        assert torch.equal(y[client], expected.to(dtype))
+        assert torch.equal(dx[client], dense_x.grad.to(dtype))
+        assert torch.equal(dvalues[client], plan.pack(dense.grad).float())
+        assert torch.equal(dbias[client], dy[client].float().sum((0, 2, 3)))
+
+
+@pytest.mark.usefixtures("on_host")
+def test_bits_of_clients() -> None:
+    """Output and input gradient are those of calls of their own; sums are split by what all clients need."""
+    plan = fk.Plan.from_mask(torch.rand(16, 8, 3, 3) < 0.3)
+    geometry = flatten(resolve_geometry((3, 3), 1, 1, 1))
+    x, dy, values = torch.randn(3, 32, 8, 9, 9), torch.randn(3, 32, 16, 9, 9), torch.randn(3, plan.nnz)
+    y = conv2d.forward(x, values, None, plan.handle, geometry)
+    dx = conv2d.input_grad(dy, values, plan.handle, 9, 9, geometry)
+    dvalues, _ = conv2d.weight_grad(x, dy, plan.handle, False, geometry)
+    for client in range(3):
+        own = x[client], values[client], None, plan.handle, geometry
+        assert torch.equal(y[client], conv2d.forward(*own))
+        assert torch.equal(dx[client], conv2d.input_grad(dy[client], values[client], plan.handle, 9, 9, geometry))
+        alone, _ = conv2d.weight_grad(x[client], dy[client], plan.handle, False, geometry)
+        torch.testing.assert_close(dvalues[client], alone, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("on_host")
 def test_misaligned_images() -> None:
     """A view that begins between vectors of four is copied."""
     plan = fk.Plan.from_mask(torch.ones(2, 1, 1, 1, dtype=torch.bool))
@@ -75,9 +125,12 @@ def test_misaligned_images() -> None:
 
 def test_codes_become_errors(host_library: library.Library) -> None:
     """Sizes are checked before anything is touched."""
-    sizes = library.Conv2d(2**40, 1, 1, 1, 1, 1, 1, 1, 1, 0)
+    sizes = library.Conv2d(1, 2**40, 1, 1, 1, 1, 1, 1, 1, 1, 0)
     with pytest.raises(RuntimeError, match=r"^conv2d_forward: too large \(code -1\)$"):
         host_library.call("conv2d_forward", byref(sizes), byref(library.RowStream()), 0, 0, None, 0, 0)
+    clients = library.Conv2d(2**16, *(1,) * 9, 0)
+    with pytest.raises(RuntimeError, match=r"^conv2d_input_grad: too large"):
+        host_library.call("conv2d_input_grad", byref(clients), byref(library.RowStream()), 0, 0, 0, 0)
 
 
 def test_streams_are_copied_once() -> None:
@@ -119,7 +172,7 @@ def test_absent_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_library_of_another_build(host_library: library.Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "INTERFACE", 1000)
-    with pytest.raises(fk.cuda.CudaUnavailableError, match=r"has interface 2, this package needs 1000.*build"):
+    with pytest.raises(fk.cuda.CudaUnavailableError, match=r"has interface 3, this package needs 1000.*build"):
         library.Library(Path(host_library._dll._name))
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fedpai_kernels as fk
 from tests.cases import CONV2D, LINEAR, Case
-from tests.checking import differentiate, operands
+from tests.checking import differentiate, operands, stacked
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,6 +53,20 @@ def test_dense_is_exact(case: Case) -> None:
         assert (value is None) == (truth is None)
         if value is not None and truth is not None:
             torch.testing.assert_close(value.cpu(), truth.float(), rtol=1e-6, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("case", CONV2D[::5], ids=lambda case: case.name)
+def test_dense_is_exact_for_clients(case: Case) -> None:
+    clients = [operands(case, "f32", "exact", client) for client in range(3)]
+    given = stacked(clients)
+    with fk.dispatch.backend("dense"):
+        got = differentiate(case.sparse, type(given)(*(None if t is None else t.cuda() for t in given)))
+    for client, own in enumerate(clients):
+        expected = differentiate(case.dense, own.to(torch.float64))
+        for name, value, truth in zip(got._fields, got, expected, strict=True):
+            assert (value is None) == (truth is None)
+            if value is not None and truth is not None:
+                torch.testing.assert_close(value[client].cpu(), truth.float(), rtol=1e-6, atol=0, msg=name)
 
 
 def test_choices_are_measured_and_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

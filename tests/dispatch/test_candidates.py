@@ -12,7 +12,7 @@ from fedpai_kernels.dispatch import candidates
 from fedpai_kernels.dispatch.candidates import BLOCKS, DENSE, SPARSE, Candidate
 from fedpai_kernels.ops import conv2d
 from tests.cases import CONV2D, LINEAR, Case
-from tests.checking import differentiate, operands
+from tests.checking import differentiate, operands, stacked
 from tests.dispatch import stand_ins
 
 
@@ -35,6 +35,19 @@ def test_dense_is_exact(case: Case) -> None:
         if value is not None and truth is not None:
             assert value.dtype == truth.dtype
             assert torch.equal(value, truth), name
+
+
+@pytest.mark.usefixtures("by_dense")
+@pytest.mark.parametrize("case", [*CONV2D, *LINEAR], ids=lambda case: f"{case.op}-{case.name}")
+def test_dense_is_exact_for_clients(case: Case) -> None:
+    clients = [operands(case, "f64", "exact", client) for client in range(3)]
+    got = differentiate(case.sparse, stacked(clients))
+    assert case.op == "linear" or fk.is_batch_last(got.fwd)
+    for client, own in enumerate(clients):
+        for name, value, truth in zip(got._fields, got, differentiate(case.dense, own), strict=True):
+            assert (value is None) == (truth is None)
+            if value is not None and truth is not None:
+                assert torch.equal(value[client], truth), f"{name} of client {client}"
 
 
 @pytest.mark.parametrize("candidate", [DENSE, stand_ins.SPARSE], ids=lambda candidate: candidate.name)

@@ -32,8 +32,10 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "fedpai"
 
 
-def step(plan: fk.Plan, batch: int = 4, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    x, values = torch.ones(batch, 4, 6, 6, dtype=dtype), torch.ones(plan.nnz, dtype=dtype)
+def step(
+    plan: fk.Plan, batch: int = 4, dtype: torch.dtype = torch.float32, clients: tuple[int, ...] = ()
+) -> tuple[torch.Tensor, ...]:
+    x, values = torch.ones(*clients, batch, 4, 6, 6, dtype=dtype), torch.ones(*clients, plan.nnz, dtype=dtype)
     x.requires_grad_(), values.requires_grad_()
     y = fk.ops.sparse_conv2d(x, values, plan, None, 1, 1)
     return (y, *torch.autograd.grad(y.sum(), (x, values)))
@@ -58,6 +60,21 @@ def test_every_direction_has_its_own_fastest(monkeypatch: pytest.MonkeyPatch) ->
     step(plan, batch=5)
     step(plan, dtype=torch.float64)
     assert timer.asked == 9, "another batch and another dtype are other calls"
+
+
+def test_another_number_of_clients_is_another_call(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the process and in the file; one client is a call like any other."""
+    made = install(monkeypatch, chooser(timer := ToldTimer(MIXED)))
+    plan = plan_of()
+    step(plan)
+    assert timer.asked == 3
+    for clients, asked in ((1, 3), (2, 6), (5, 9), (2, 9)):
+        step(plan, clients=(clients,))
+        assert timer.asked == asked, clients
+    assert sorted({call.clients for call in made.choices(plan)}) == [1, 2, 5]
+    assert any(str(call).startswith("forward of 5 x 4 images of 6x6 in float32") for call in made.choices(plan))
+    layers = {layer for file in cache.iterdir() for layer in json.loads(file.read_text())["layers"]}
+    assert {word for layer in layers for word in layer.split(", ") if "clients" in word} == {"clients 2", "clients 5"}
 
 
 def test_choices_go_with_their_mask(monkeypatch: pytest.MonkeyPatch) -> None:

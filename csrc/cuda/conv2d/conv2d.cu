@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 2) conv2d_gather(const Gat
   if (work.rank >= args.rows) return;
   const auto pass = static_cast<std::int32_t>(blockIdx.y);
   const std::int32_t row = args.row_order[static_cast<std::int64_t>(pass) * args.rows + work.rank];
-  gather_row<T, V, P>(args, DeviceWarp(), records[warp], row, work.tile, pass);
+  gather_row<T, V, P>(args, DeviceWarp(), records[warp], row, work.tile, pass, static_cast<std::int32_t>(blockIdx.z));
 }
 
 template <class T, int V, int P>
@@ -30,11 +30,12 @@ __global__ void __launch_bounds__(kMostWarps * kWarp, 2)
   const std::int64_t group = static_cast<std::int64_t>(blockIdx.x) * (blockDim.x / kWarp) + warp;
   if (group >= groups) return;
   const SplitRange range = tiles_of_split(tiles, gridDim.y, blockIdx.y);
-  reduce_group<T, V, P>(args, DeviceWarp(), &scratch[warp], args.groups[group], range.begin, range.end, blockIdx.y);
+  reduce_group<T, V, P>(args, DeviceWarp(), &scratch[warp], args.groups[group], range.begin, range.end,
+                        static_cast<std::int32_t>(blockIdx.y), static_cast<std::int32_t>(blockIdx.z));
 }
 
 __global__ void __launch_bounds__(kFinishThreads) conv2d_weight_grad_finish(const FinishArgs args) {
-  add_splits(args, static_cast<std::int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x);
+  add_splits(args, static_cast<std::int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x, blockIdx.y);
 }
 
 // ---- launches ---------------------------------------------------------------------------------------------------
@@ -45,9 +46,9 @@ int check_images(const FedpaiConv2d& c, const Strip& strip, const void* a, const
   return is_aligned(a, bytes) && is_aligned(b, bytes) ? FEDPAI_CUDA_OK : FEDPAI_CUDA_MISALIGNED;
 }
 
-int check_conv(const FedpaiConv2d& c) {
+int check_conv(const FedpaiConv2d& c, std::int64_t entry_count) {
   if (c.dtype != FEDPAI_CUDA_F32 && c.dtype != FEDPAI_CUDA_BF16) return FEDPAI_CUDA_BAD_ARGUMENT;
-  return check_size(c);
+  return check_size(c, entry_count);
 }
 
 // A strip's sizes as constants.
@@ -66,8 +67,8 @@ void with_strip(const Strip& strip, const F& body) {
 
 template <class T>
 int launch_gather(const GatherArgs<T>& args, const GatherLaunch& launch, void* stream) {
-  if (launch.blocks == 0) return FEDPAI_CUDA_OK;
-  const dim3 grid(static_cast<unsigned>(launch.blocks), static_cast<unsigned>(launch.passes));
+  if (launch.blocks == 0 || launch.clients == 0) return FEDPAI_CUDA_OK;
+  const dim3 grid(static_cast<unsigned>(launch.blocks), static_cast<unsigned>(launch.passes), static_cast<unsigned>(launch.clients));
   const auto threads = static_cast<unsigned>(launch.warps * kWarp);
   with_strip(launch.strip, [&](auto strip) {
     conv2d_gather<T, decltype(strip)::images, decltype(strip)::pixels><<<grid, threads, 0, stream_of(stream)>>>(args);
@@ -77,7 +78,7 @@ int launch_gather(const GatherArgs<T>& args, const GatherLaunch& launch, void* s
 
 template <class T>
 int launch_weight_grad(const WeightGradArgs<T>& args, const WeightGradLaunch& launch, std::int64_t groups, void* stream) {
-  const dim3 grid(static_cast<unsigned>(launch.blocks), static_cast<unsigned>(launch.splits));
+  const dim3 grid(static_cast<unsigned>(launch.blocks), static_cast<unsigned>(launch.splits), static_cast<unsigned>(launch.clients));
   const auto threads = static_cast<unsigned>(launch.warps * kWarp);
   const auto tiles = static_cast<std::uint32_t>(launch.tiles.count());
   with_strip(launch.strip, [&](auto strip) {
@@ -87,7 +88,7 @@ int launch_weight_grad(const WeightGradArgs<T>& args, const WeightGradLaunch& la
 }
 
 std::int64_t workspace_bytes_of(const FedpaiConv2d& c, const FedpaiGroupStream& s, const WeightGradLaunch& launch) {
-  return std::int64_t{launch.splits} * (s.entry_count + c.out_channels) * static_cast<std::int64_t>(sizeof(float));
+  return c.clients * launch.splits * (s.entry_count + c.out_channels) * static_cast<std::int64_t>(sizeof(float));
 }
 
 }  // namespace
@@ -98,7 +99,7 @@ using namespace fedpai::cuda;
 int fedpai_cuda_conv2d_forward(const FedpaiConv2d* conv, const FedpaiRowStream* by_output, const void* x,
                                const float* values, const float* bias, void* y, void* stream) {
   int sms = 0;
-  if (const int error = check_conv(*conv)) return error;
+  if (const int error = check_conv(*conv, by_output->entry_count)) return error;
   if (const int error = count_sms(&sms)) return error;
   const GatherLaunch launch = forward_launch(*conv, sms);
   if (const int error = check_images(*conv, launch.strip, x, y)) return error;
@@ -112,7 +113,7 @@ int fedpai_cuda_conv2d_forward(const FedpaiConv2d* conv, const FedpaiRowStream* 
 int fedpai_cuda_conv2d_input_grad(const FedpaiConv2d* conv, const FedpaiRowStream* by_input, const void* dy,
                                   const float* values, void* dx, void* stream) {
   int sms = 0;
-  if (const int error = check_conv(*conv)) return error;
+  if (const int error = check_conv(*conv, by_input->entry_count)) return error;
   if (const int error = count_sms(&sms)) return error;
   const GatherLaunch launch = input_grad_launch(*conv, sms);
   if (const int error = check_images(*conv, launch.strip, dy, dx)) return error;
@@ -125,7 +126,7 @@ int fedpai_cuda_conv2d_input_grad(const FedpaiConv2d* conv, const FedpaiRowStrea
 
 int fedpai_cuda_conv2d_weight_grad_workspace(const FedpaiConv2d* conv, const FedpaiGroupStream* by_group, int64_t* bytes) {
   int sms = 0;
-  if (const int error = check_conv(*conv)) return error;
+  if (const int error = check_conv(*conv, by_group->entry_count)) return error;
   if (const int error = count_sms(&sms)) return error;
   *bytes = workspace_bytes_of(*conv, *by_group, weight_grad_launch(*conv, by_group->group_count, sms));
   return FEDPAI_CUDA_OK;
@@ -135,9 +136,10 @@ int fedpai_cuda_conv2d_weight_grad(const FedpaiConv2d* conv, const FedpaiGroupSt
                                    const void* dy, float* dvalues, float* dbias, void* workspace, int64_t workspace_bytes,
                                    void* stream) {
   int sms = 0;
-  if (const int error = check_conv(*conv)) return error;
+  if (const int error = check_conv(*conv, by_group->entry_count)) return error;
   if (const int error = count_sms(&sms)) return error;
   const WeightGradLaunch launch = weight_grad_launch(*conv, by_group->group_count, sms);
+  if (launch.clients == 0) return FEDPAI_CUDA_OK;
   if (const int error = check_images(*conv, launch.strip, x, dy)) return error;
   if (workspace_bytes < workspace_bytes_of(*conv, *by_group, launch)) return FEDPAI_CUDA_WORKSPACE;
   if (!is_aligned(workspace, sizeof(float))) return FEDPAI_CUDA_MISALIGNED;
@@ -152,6 +154,7 @@ int fedpai_cuda_conv2d_weight_grad(const FedpaiConv2d* conv, const FedpaiGroupSt
   const std::int64_t slots = by_group->entry_count + (dbias != nullptr ? conv->out_channels : 0);
   const FinishArgs finish{partial, static_cast<const Entry*>(by_group->entries), dvalues, dbias,
                           static_cast<std::int32_t>(by_group->entry_count), static_cast<std::int32_t>(conv->out_channels), launch.splits};
-  conv2d_weight_grad_finish<<<static_cast<unsigned>(divided_up(slots, kFinishThreads)), kFinishThreads, 0, stream_of(stream)>>>(finish);
+  const dim3 grid(static_cast<unsigned>(divided_up(slots, kFinishThreads)), static_cast<unsigned>(launch.clients));
+  conv2d_weight_grad_finish<<<grid, kFinishThreads, 0, stream_of(stream)>>>(finish);
   return launched();
 }

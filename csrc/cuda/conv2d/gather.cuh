@@ -6,8 +6,11 @@
 //
 // What lies outside the source is zero. dest is overwritten; all pixels of all rows, also of rows without entries.
 //
-// Layout: source and dest are batch-last without gaps, (C, H, W, N), float32 or BFloat16, fewer than 2^31 elements, and with
-// V = 4 images a lane aligned to four elements. values and bias are float32, sums are float32. streams.h has the entries.
+// One launch serves K clients that share the entries, each with images, values and a bias of its own.
+//
+// Layout: source and dest are batch-last without gaps, (K, C, H, W, N), float32 or BFloat16, fewer than 2^31 elements, and with
+// V = 4 images a lane aligned to four elements: the channels of client k + 1 follow those of client k, so a client is an
+// offset to the channel. values (K, entries) and bias (K, rows) are float32, sums are float32. streams.h has the entries.
 //
 // A warp computes one row on one tile (tiles.h): a lane keeps P pixels x V images in registers while the row's entries
 // pass by, 32 at a time: each lane scales one entry to elements and fetches its weight into shared memory, from where all
@@ -20,10 +23,12 @@
 //               pass over the source's channels together: a line that one of them brings into L1 serves the others,
 //               density * taps * rows of the block times on average
 //   DRAM        bytes = (source + dest) * element size + 20 * entries * tiles, operations = 2 * entries * pixels * N
+//   clients     K times all that, but for 16 of the 20 bytes, which are the same for all of them
 //
 // For a 3 x 3 layer of C channels that gives the floors max(bytes / 3.35 TB/s, operations / 16.7 TFLOP/s) of an H100:
 // batch 128, density 0.02, float32: 64 channels at 32 x 32: 67 MB and 0.19 GFLOP, so 20 us, of DRAM; 512 channels at
-// 4 x 4: 8.4 MB and 0.19 GFLOP, so 12 us, of L1.
+// 4 x 4: 8.4 MB and 0.19 GFLOP, so 12 us, of L1. The latter for ten clients with batches of 32: 0.48 GFLOP, so 29 us in one
+// launch, where each alone has work for 2.9 us, about what it takes to launch it.
 // Measured: not yet, no GPU was at hand (docs/gpu.md says how).
 //
 // Rows longest first inside a tile (Sputnik's row swizzle), so that what a block waits for at its end is short.
@@ -46,7 +51,7 @@ struct GatherArgs {
   const std::int32_t* row_begin;
   const std::int32_t* row_order;
   Tiles tiles;  // of the first pass, which no other exceeds
-  std::int32_t rows, batch;
+  std::int32_t entry_count, rows, columns, batch;
   std::int32_t source_h, source_w, dest_h, dest_w;
   std::int32_t source_step_h, source_step_w, dest_step_h, dest_step_w;
 };
@@ -98,10 +103,10 @@ FEDPAI_DEVICE void load_strip(const T* source, const SourceStrip& strip, const R
   }
 }
 
-// Computes row `row` on tile `tile` in pass `pass`. records: room for kWarp, of this warp alone.
+// Computes row `row` of client `client` on tile `tile` in pass `pass`. records: room for kWarp, of this warp alone.
 template <class T, int V, int P, class Warp>
 FEDPAI_DEVICE void gather_row(const GatherArgs<T>& a, const Warp& warp, Record* records, std::int32_t row,
-                              std::uint32_t tile, std::int32_t pass) {
+                              std::uint32_t tile, std::int32_t pass, std::int32_t client) {
   static_assert(kLoadsInFlight % P == 0, "whole entries are loaded together");
   constexpr int together = kLoadsInFlight / P;
   static_assert(kWarp % together == 0, "records are filled up to a multiple of this");
@@ -115,7 +120,8 @@ FEDPAI_DEVICE void gather_row(const GatherArgs<T>& a, const Warp& warp, Record* 
   // How much of the dest this pass computes: ceil((extent - first) / step).
   const std::int32_t grid_h = (a.dest_h - first_y + a.dest_step_h - 1) / a.dest_step_h;
   const std::int32_t grid_w = (a.dest_w - first_x + a.dest_step_w - 1) / a.dest_step_w;
-  const float first = a.bias != nullptr ? a.bias[row] : 0.0f;
+  const std::int32_t own_row = client * a.rows + row;
+  const float first = a.bias != nullptr ? a.bias[own_row] : 0.0f;
 
   // Locate.
   warp.lanes([&](int lane) {
@@ -123,7 +129,7 @@ FEDPAI_DEVICE void gather_row(const GatherArgs<T>& a, const Warp& warp, Record* 
     const Place place = place_of<V, P>(a.tiles, tile, lane);
     const std::int32_t y = place.y * a.source_step_h, x = place.x * a.source_step_w;
     own.place = place;
-    own.strip = {element_at(0, y, x, a.source_h, a.source_w, a.batch) + static_cast<std::uint32_t>(place.n),
+    own.strip = {element_at(client * a.columns, y, x, a.source_h, a.source_w, a.batch) + static_cast<std::uint32_t>(place.n),
                  static_cast<std::uint32_t>(a.source_step_w) * static_cast<std::uint32_t>(a.batch), y, x, a.source_step_w,
                  place.y < grid_h && place.n < a.batch};
     FEDPAI_DEVICE_UNROLL
@@ -141,8 +147,8 @@ FEDPAI_DEVICE void gather_row(const GatherArgs<T>& a, const Warp& warp, Record* 
       Record record{0.0f, 0, kNowhere, 0};
       if (begin + lane < end) {
         const Entry entry = a.entries[begin + lane];
-        record = {a.values[entry.value], element_at(entry.column, entry.dy, entry.dx, a.source_h, a.source_w, a.batch),
-                  entry.dy, entry.dx};
+        record = {a.values[client * a.entry_count + entry.value],
+                  element_at(entry.column, entry.dy, entry.dx, a.source_h, a.source_w, a.batch), entry.dy, entry.dx};
       }
       records[lane] = record;
     });
@@ -183,7 +189,7 @@ FEDPAI_DEVICE void gather_row(const GatherArgs<T>& a, const Warp& warp, Record* 
     for (int p = 0; p < P; ++p) {
       if (own.place.x + p >= grid_w) break;
       const std::int32_t x = (own.place.x + p) * a.dest_step_w + first_x;
-      store(a.dest + (element_at(row, y, x, a.dest_h, a.dest_w, a.batch) + static_cast<std::uint32_t>(own.place.n)), own.sum[p]);
+      store(a.dest + (element_at(own_row, y, x, a.dest_h, a.dest_w, a.batch) + static_cast<std::uint32_t>(own.place.n)), own.sum[p]);
     }
   });
 }

@@ -5,11 +5,11 @@
 //   partial[s, E + o] = sum over the tiles of split s of  dy[o, q, n]                         where a bias is wanted
 //   dvalues[value of e] = sum over s, ascending, of partial[s, e];  dbias[o] likewise
 //
-// for E entries. Both are overwritten. Nothing is added atomically: the bits depend on the operands, the launch's number
-// of splits, which the number of SMs decides, and nothing else.
+// for E entries, and for each of K clients that share them. Both are overwritten. Nothing is added atomically: the bits
+// depend on the operands, the launch's number of splits, which the numbers of SMs and of clients decide, and nothing else.
 //
-// Layout: x and dy as source and dest of gather.cuh; dvalues, dbias and partial are float32. partial: workspace of
-// splits * (E + rows) elements, of which only what a bias needs is written behind E.
+// Layout: x and dy as source and dest of gather.cuh; dvalues (K, E), dbias (K, rows) and partial (K, splits, E + rows) are
+// float32. Of partial, the workspace, only what a bias needs is written behind E.
 //
 // The reduction runs over pixels and batch, 10^4 to 10^6 terms into few sums, so it is split over blocks. A warp takes a
 // group of up to 8 entries of one row and walks the tiles of its split: it loads a strip of dy once, then for each entry
@@ -20,6 +20,7 @@
 //   reuse       the warps of a block walk the same tiles at the same pace with groups that lie in one block of columns
 //               (streams.h): as many lines of x serve them as the block has columns, and one of dy per row
 //   DRAM        bytes = (x + dy) * element size + 8 * splits * entries, operations = 2 * entries * pixels * N
+//   clients     K times all that, in fewer splits each: together they fill the device, and partial stays as small
 //
 // Floors as in gather.cuh, of the same layers: 64 channels at 32 x 32: 67 MB and 0.19 GFLOP, so 20 us; 512 channels at
 // 4 x 4: 8.4 MB and 0.19 GFLOP, so 14 us.
@@ -38,7 +39,7 @@ struct WeightGradArgs {
   const Entry* entries;
   const Group* groups;
   Tiles tiles;
-  std::int32_t entry_count, rows, batch;
+  std::int32_t entry_count, rows, columns, batch, splits;
   std::int32_t in_h, in_w, out_h, out_w;
   std::int32_t stride_h, stride_w;
   bool with_bias;
@@ -52,10 +53,10 @@ struct GroupScratch {
   float sums[kGroupEntries + 1][kWarp + 1];
 };
 
-// Sums of group `group` over tiles [tile, tile_end), into split `split`.
+// Sums of group `group` of client `client` over tiles [tile, tile_end), into split `split`.
 template <class T, int V, int P, class Warp>
 FEDPAI_DEVICE void reduce_group(const WeightGradArgs<T>& a, const Warp& warp, GroupScratch* scratch, const Group& group,
-                                std::uint32_t tile, std::uint32_t tile_end, std::int64_t split) {
+                                std::uint32_t tile, std::uint32_t tile_end, std::int32_t split, std::int32_t client) {
   struct Lane {
     float sum[kGroupEntries];
     float bias;
@@ -83,7 +84,7 @@ FEDPAI_DEVICE void reduce_group(const WeightGradArgs<T>& a, const Warp& warp, Gr
       const Place place = place_of<V, P>(a.tiles, t, lane);
       const bool live = place.y < a.out_h && place.n < a.batch;
       const auto n = static_cast<std::uint32_t>(place.n);
-      const std::uint32_t at = element_at(group.row, place.y, place.x, a.out_h, a.out_w, a.batch) + n;
+      const std::uint32_t at = element_at(client * a.rows + group.row, place.y, place.x, a.out_h, a.out_w, a.batch) + n;
       Floats<V> grad[P];
       FEDPAI_DEVICE_UNROLL
       for (int p = 0; p < P; ++p) {
@@ -98,7 +99,7 @@ FEDPAI_DEVICE void reduce_group(const WeightGradArgs<T>& a, const Warp& warp, Gr
         }
       }
       const std::int32_t y = place.y * a.stride_h, x = place.x * a.stride_w;
-      const SourceStrip strip{element_at(0, y, x, a.in_h, a.in_w, a.batch) + n,
+      const SourceStrip strip{element_at(client * a.columns, y, x, a.in_h, a.in_w, a.batch) + n,
                               static_cast<std::uint32_t>(a.stride_w) * static_cast<std::uint32_t>(a.batch), y, x, a.stride_w, live};
       FEDPAI_DEVICE_UNROLL
       for (int e = 0; e < kGroupEntries; ++e) {
@@ -124,7 +125,7 @@ FEDPAI_DEVICE void reduce_group(const WeightGradArgs<T>& a, const Warp& warp, Gr
     float total = 0.0f;
     for (int other = 0; other < kWarp; ++other) total += scratch->sums[lane][other];
     const std::int64_t slot = is_bias ? std::int64_t{a.entry_count} + group.row : std::int64_t{group.begin} + lane;
-    a.partial[split * a.split_size() + slot] = total;
+    a.partial[(std::int64_t{client} * a.splits + split) * a.split_size() + slot] = total;
   });
 }
 
@@ -147,16 +148,16 @@ struct FinishArgs {
   std::int32_t entry_count, rows, splits;
 };
 
-// The second pass, of one element: entry `slot`, or behind the entries the bias of a row.
-FEDPAI_DEVICE void add_splits(const FinishArgs& a, std::int64_t slot) {
+// The second pass, of one element of client `client`: entry `slot`, or behind the entries the bias of a row.
+FEDPAI_DEVICE void add_splits(const FinishArgs& a, std::int64_t slot, std::int64_t client) {
   const std::int64_t size = std::int64_t{a.entry_count} + a.rows;
   if (slot >= size || (slot >= a.entry_count && a.dbias == nullptr)) return;
   float total = 0.0f;
-  for (std::int64_t split = 0; split < a.splits; ++split) total += a.partial[split * size + slot];
+  for (std::int64_t split = client * a.splits; split < (client + 1) * a.splits; ++split) total += a.partial[split * size + slot];
   if (slot < a.entry_count) {
-    a.dvalues[a.entries[slot].value] = total;
+    a.dvalues[client * a.entry_count + a.entries[slot].value] = total;
   } else {
-    a.dbias[slot - a.entry_count] = total;
+    a.dbias[client * a.rows + slot - a.entry_count] = total;
   }
 }
 

@@ -74,13 +74,14 @@ def federated(work: Callable[[argparse.Namespace], int], arguments: argparse.Nam
     """Carries out a command that trains: what its user can mend is one line, and SIGTERM is like Ctrl-C."""
     from fedpai.data import DataError
     from fedpai.federation.config import ConfigError
+    from fedpai.federation.files import WriteError
     from fedpai.federation.folder import FolderError
     from fedpai.methods.base import MethodError
 
     try:
         with terminated_like_ctrl_c():
             return work(arguments)
-    except (ConfigError, DataError, FolderError, MethodError) as error:
+    except (ConfigError, DataError, FolderError, MethodError, WriteError) as error:
         return complain(error)
 
 

@@ -76,18 +76,19 @@ def _run(arguments: argparse.Namespace) -> int:
     explicit = frozenset(explicit_settings(given))
     grid = Grid(axes, settings, {field: given[key] for key, field in TIMES.items() if key in given})
     study = (Study.reopen if given.get("resume") else Study.create)(out, grid, explicit, given.get("jobs", 1))
-    done = len(study.finished())
-    print(f"folder: {out}, {len(study.cells)} runs, {done} finished", file=sys.stderr)
-    progress = GridProgress(sys.stderr, len(study.cells), done)
-    try:
-        study.finish(progress)
-    except KeyboardInterrupt:
-        return _interrupted(study)
-    except WorkerError as error:
-        return cli.complain(error)
-    finally:
-        progress.close()
-    return _results(study, json_file)
+    with study.held():
+        done = len(study.finished())
+        print(f"folder: {out}, {len(study.cells)} runs, {done} finished", file=sys.stderr)
+        progress = GridProgress(sys.stderr, len(study.cells), done)
+        try:
+            study.finish(progress)
+        except KeyboardInterrupt:
+            return _interrupted(study)
+        except WorkerError as error:
+            return cli.complain(error)
+        finally:
+            progress.close()
+        return _results(study, json_file)
 
 
 def asked(

@@ -85,13 +85,13 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedpai.federation.progress import for_stream
     from fedpai.federation.runner import open_run
 
-    run_ = open_run(folder, asked, resume=resume, base=base, progress=for_stream())
-    print(f"run folder: {folder}", file=sys.stderr)
-    try:
-        run_.finish()
-    except KeyboardInterrupt:
-        return _interrupted(run_, folder)
-    return _results(run_, folder, json_file, profile, link, given.get("target_accuracy"))
+    with open_run(folder, asked, resume=resume, base=base, progress=for_stream()) as run_:
+        print(f"run folder: {folder}", file=sys.stderr)
+        try:
+            run_.finish()
+        except KeyboardInterrupt:
+            return _interrupted(run_, folder)
+        return _results(run_, folder, json_file, profile, link, given.get("target_accuracy"))
 
 
 def settings(explicit: dict[str, Any], preset: str | None, resume: bool = False) -> dict[str, Any]:

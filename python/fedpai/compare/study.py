@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from fedpai.compare.workers import MACHINE_FILE, Task, carry_out, side_by_side
 from fedpai.data import Dataset
 from fedpai.federation.config import MOVABLE, ConfigError, RunConfig, differences
 from fedpai.federation.files import write_atomic
-from fedpai.federation.folder import FolderError, RunFolder
+from fedpai.federation.folder import FolderError, RunFolder, held
 from fedpai.federation.link_speed import LinkSpeed
 from fedpai.federation.runner import load_data
 
@@ -62,7 +63,7 @@ class Grid:
 
 
 class Study:
-    """A grid in its folder. Use `create` or `reopen`."""
+    """A grid in its folder. Use `create` or `reopen`, and work in the block of `held`."""
 
     def __init__(self, path: Path, grid: Grid, cells: Sequence[Cell], data: Dataset, jobs: int) -> None:
         self.path = path
@@ -117,12 +118,19 @@ class Study:
         data = load_data(cells[0].config)
         check(cells, data)
         check_jobs(jobs, cells[0].config.threads)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_atomic(path / GRID_FILE, (json.dumps(asdict(grid), indent=2) + "\n").encode())
-        except OSError as error:
-            raise FolderError(f"cannot write the folder {path}: {error.strerror}") from None
         return cls(path, grid, cells, data, jobs)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes from working in the folder for the length of a block, and writes the grid down.
+
+        Raises:
+            FolderError: another process works there, or the folder cannot be made.
+            WriteError: the grid cannot be written.
+        """
+        with held(self.path):
+            write_atomic(self.path / GRID_FILE, (json.dumps(asdict(self.grid), indent=2) + "\n").encode())
+            yield
 
     def cell_path(self, cell: Cell) -> Path:
         """A cell's run folder."""

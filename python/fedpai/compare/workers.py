@@ -23,8 +23,8 @@ from typing import Any, cast
 from fedpai.bench.machine import identity
 from fedpai.data import DataError, Dataset
 from fedpai.federation.config import ConfigError, RunConfig
-from fedpai.federation.files import PART
-from fedpai.federation.folder import FolderError, RunFolder
+from fedpai.federation.files import WriteError
+from fedpai.federation.folder import FolderError, RunFolder, held
 from fedpai.federation.progress import Progress
 from fedpai.federation.runner import Run, load_data
 from fedpai.methods.base import MethodError
@@ -58,17 +58,17 @@ def carry_out(task: Task, progress: Progress, data: Dataset, jobs: int) -> None:
     Raises:
         FolderError, ConfigError, MethodError: from the run.
     """
-    if (task.path / "config.json").exists():
-        folder = RunFolder.reopen(task.path, task.config.to_json())
-    else:
-        for leftover in task.path.glob(f"*{PART}"):
-            leftover.unlink()
-        folder = RunFolder.create(task.path, task.config)
-    try:
-        Run(folder.config, folder, progress, data=data).finish()
-    except (ConfigError, MethodError) as error:
-        raise type(error)(f"{task.name}: {error}") from None
-    folder.write(MACHINE_FILE, (json.dumps({**identity(), "jobs": jobs}) + "\n").encode())
+    with held(task.path):
+        if (task.path / "config.json").exists():
+            folder = RunFolder.reopen(task.path, task.config.to_json())
+        else:
+            RunFolder.clear(task.path)
+            folder = RunFolder.create(task.path, task.config)
+        try:
+            Run(folder.config, folder, progress, data=data).finish()
+        except (ConfigError, MethodError) as error:
+            raise type(error)(f"{task.name}: {error}") from None
+        folder.write(MACHINE_FILE, (json.dumps({**identity(), "jobs": jobs}) + "\n").encode())
 
 
 def side_by_side(tasks: Sequence[Task], jobs: int, progress: Callable[[str], Progress]) -> Iterator[str]:
@@ -170,7 +170,7 @@ def _serve(connection: Connection, jobs: int) -> None:
             task: Task = connection.recv()
             try:
                 carry_out(task, _Sender(connection), data(task.config.data, task.config.data_root), jobs)
-            except (ConfigError, DataError, FolderError, MethodError) as error:
+            except (ConfigError, DataError, FolderError, MethodError, WriteError) as error:
                 connection.send(("failed", error))
                 return
             connection.send(("finished",))

@@ -19,6 +19,8 @@ import torch
 from fedpai.data.dataset import DataError
 
 PIXELS = 3 * 32 * 32
+# Bytes read at a time from what follows the last file of an archive.
+_PIECE = 1 << 20
 Images = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -158,6 +160,9 @@ def _read_archive(path: Path, wanted: set[str]) -> Contents:
                 stream = archive.extractfile(member) if member.isfile() and name in wanted else None
                 if stream is not None:
                     contents[name] = io.BytesIO(stream.read()).getvalue
+            # A tar archive ends before its file does; only at the end of that does gzip check its checksum.
+            while archive.fileobj is not None and archive.fileobj.read(_PIECE):
+                pass
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise DataError(
             f"{path}: not a complete tar archive ({error}; {path.stat().st_size} bytes); fetch it again"

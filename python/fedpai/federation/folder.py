@@ -8,12 +8,17 @@
     profile.json, report.html         written at the end
 
 A row is appended before its checkpoint is written, so rows may be ahead of the checkpoint by one round and
-never behind; on resuming, rows beyond the checkpoint are dropped and that round runs again.
+never behind; on resuming, rows beyond the checkpoint are dropped and that round runs again. Two processes would mix
+their rows, so one holds the folder (`held`) and others are refused.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +35,35 @@ class FolderError(ValueError):
     """A run folder that cannot be used as asked. Nothing in it was changed."""
 
 
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Makes a folder if it is not there, and keeps other processes from working in it for the length of a block.
+
+    The system frees it however the process ends. File systems without locks hold nothing.
+
+    Raises:
+        FolderError: another process holds it, or it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise FolderError(f"cannot write the folder {path}: {error.strerror}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise FolderError(f"another process is at work in {path}; go on by --resume once it has ended") from None
+    except OSError:
+        pass  # no locks here
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 class RunFolder:
-    """One run on disk. Use `create` or `reopen`."""
+    """One run on disk. Use `create` or `reopen`, and `held` around both and the run."""
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path = path
@@ -96,9 +128,21 @@ class RunFolder:
         if different:
             raise FolderError(f"{path} is a run of another configuration: " + "; ".join(different))
         moved = {key: value for key, value in asked.items() if stored[key] != value}
-        for leftover in path.glob(f"*{PART}"):
-            leftover.unlink()
+        cls.clear(path)
         return cls(path, RunConfig.from_json({**stored, **moved}))
+
+    @staticmethod
+    def clear(path: Path) -> None:
+        """Removes what a process that was killed had half written.
+
+        Raises:
+            FolderError: it cannot be removed.
+        """
+        try:
+            for leftover in path.glob(f"*{PART}"):
+                leftover.unlink()
+        except OSError as error:
+            raise FolderError(f"cannot write the run folder {path}: {error.strerror}") from None
 
     # -- metrics -----------------------------------------------------------------------------------------
 

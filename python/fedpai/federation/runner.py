@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from fedpai.federation.bound import ModelPool
 from fedpai.federation.config import ConfigError, RunConfig, one_of
 from fedpai.federation.engine import Federation, LocalClients, Row
 from fedpai.federation.evaluate import Evaluator
-from fedpai.federation.folder import RunFolder
+from fedpai.federation.folder import RunFolder, held
 from fedpai.federation.layout import Layout
 from fedpai.federation.progress import Progress
 from fedpai.federation.seeds import derive, generator
@@ -217,10 +219,11 @@ def split(config: RunConfig, data: Dataset) -> list[np.ndarray]:
     return chosen
 
 
+@contextmanager
 def open_run(
     path: Path, asked: dict[str, object], *, resume: bool, base: RunConfig, progress: Progress
-) -> Run:
-    """Creates or reopens a run folder and puts its run together.
+) -> Iterator[Run]:
+    """Creates or reopens a run folder and puts its run together; the folder is held for the length of the block.
 
     Args:
         path: the folder.
@@ -232,9 +235,13 @@ def open_run(
         FolderError, ConfigError, DataError: see `RunFolder` and `Run`; nothing was written then.
     """
     if resume:
-        folder = RunFolder.reopen(path, dict(asked))
-        return Run(folder.config, folder, progress)
+        RunFolder.stored_config(path)  # a folder that holds no run is not made
+        with held(path):
+            folder = RunFolder.reopen(path, dict(asked))
+            yield Run(folder.config, folder, progress)
+        return
     RunFolder.check_vacant(path)
     run = Run(base, None, progress)
-    run.folder = RunFolder.create(path, base)
-    return run
+    with held(path):
+        run.folder = RunFolder.create(path, base)
+        yield run

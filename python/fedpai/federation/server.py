@@ -137,8 +137,11 @@ class Server:
         Everybody then holds the same numbers, and rounding again without a merge in between changes nothing.
 
         Raises:
-            PayloadError: a weight that the run's wire format cannot hold; nothing was changed.
+            PayloadError: a value that is not finite, or a weight that the run's wire format cannot hold; nothing was
+                changed.
         """
+        if not np.isfinite(self.floats).all():
+            raise PayloadError(f"{np.count_nonzero(~np.isfinite(self.floats))} values are not finite")
         dtype = WIRE_DTYPES[self.config.wire]
         self.floats = with_feedback(self.extra, self.floats, self.layout.other_count, dtype)
 

@@ -76,7 +76,9 @@ class FedSparsifyLocal(FedSparsify):
             merged = weighted_mean(zeroed, examples)
         server.floats = server_opt.step(server, merged)
         server.ints = largest([ints_of(update) for update in updates])
-        server.set_mask(elected(masks))
+        mask = elected(masks)
+        if mask != server.mask:
+            self.tighten(server, mask)
 
 
 def elected(masks: list[MaskSet]) -> MaskSet:

@@ -78,6 +78,8 @@ class Local(Method):
             raise ClientError(f"client {client.id} has no model: it was not there in round 0")
         client.floats, client.ints = own["floats"], own["ints"]
         super().train(client)
+        if not np.isfinite(client.model_vectors()[0]).all():
+            raise ClientError("its training diverged; it keeps the model of its last turn")
         self._keep(client)
 
     def _keep(self, client: Client) -> None:

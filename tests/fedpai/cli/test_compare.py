@@ -16,6 +16,7 @@ from fedpai.cli import compare as compare_command
 from fedpai.cli.options import explicit_settings
 from fedpai.compare.presets import PRESETS
 from fedpai.compare.progress import CellProgress, GridProgress
+from fedpai.federation.folder import held
 
 PAGE = Path(__file__).parents[3] / "docs" / "compare.md"
 Read = Callable[[Path], list[dict[str, Any]]]
@@ -166,6 +167,22 @@ def test_a_grid_that_is_there(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
     assert {path: path.read_bytes() for path in small.glob("*.*")} == before
+
+
+def test_a_grid_that_another_process_is_at_work_on(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole of it, or a run that the process of a killed grid goes on with to the end of its round."""
+    before = {path: path.read_bytes() for path in small.rglob("*") if path.is_file()}
+    resume = ["compare", "--resume", "--out", str(small)]
+    with held(small):
+        assert cli.main([*resume, "--seed", "7"]) == 2
+    assert f"another process is at work in {small}" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in small.rglob("*") if path.is_file()} == before
+    cell = small / "cells" / "mlp-random-0.8-iid-seed7"
+    with held(cell):
+        assert cli.main([*resume, "--seed", "0,7"]) == 2
+    assert f"another process is at work in {cell}" in capsys.readouterr().err
+    assert cli.main([*resume, "--seed", "0,7"]) == 0
+    assert cli.main([*resume, "--seed", "0"]) == 0
 
 
 @pytest.mark.parametrize(

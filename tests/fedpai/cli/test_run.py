@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import pytest
 from fedpai import cli, methods
 from fedpai.cli import run as run_command
 from fedpai.federation.config import PRESETS, ConfigError, RunConfig
+from fedpai.federation.folder import held
 
 ROOT = Path(__file__).parents[3]
 Read = Callable[[Path], list[dict[str, Any]]]
@@ -191,6 +193,43 @@ def test_resume_of_a_finished_run_reports_again(tmp_path: Path, capsys: pytest.C
     assert cli.main(["run", "--resume", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").exists()
     assert "fedavg" in capsys.readouterr().out
+
+
+def test_a_disk_that_fills_up(
+    tmp_path: Path, untimed: Read, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Says which file, and goes on from the last round when there is room again."""
+    settings = ["run", "--method", "fedavg", *TINY, "--rounds", "2"]
+    cut, whole, flush = tmp_path / "cut", tmp_path / "whole", os.fsync
+
+    def full(handle: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        if name.endswith("checkpoint-fedavg.safetensors.part") and len(untimed(cut)) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main([*settings, "--out", str(cut)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"fedpai: cannot write {cut / 'checkpoint-fedavg.safetensors'}: No space left on device"
+    monkeypatch.undo()
+    assert cli.main(["run", "--resume", "--no-profile", "--out", str(cut)]) == 0
+    assert cli.main([*settings, "--out", str(whole)]) == 0
+    assert untimed(cut) == untimed(whole)
+
+
+def test_a_run_that_another_process_is_at_work_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two would mix their rows, and the folder could not be resumed."""
+    new = ["run", "--method", "fedavg", *TINY, "--rounds", "1", "--out", str(tmp_path)]
+    with held(tmp_path):
+        assert cli.main(new) == 2
+    assert f"another process is at work in {tmp_path}" in capsys.readouterr().err
+    assert cli.main(new) == 0
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with held(tmp_path):
+        assert cli.main(["run", "--resume", "--out", str(tmp_path)]) == 2
+    assert f"another process is at work in {tmp_path}" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_a_link_given_afterwards_changes_the_report_alone(

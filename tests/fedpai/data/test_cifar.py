@@ -163,6 +163,21 @@ def test_truncated_archive(tmp_path: Path) -> None:
             data.load("cifar10", root)
 
 
+@pytest.mark.parametrize("level", [0, 6])
+def test_damaged_archive(tmp_path: Path, level: int) -> None:
+    """One byte of a pixel: tar itself has no checksum of contents, but gzip has."""
+    write(tmp_path / "files", "cifar100", "binary")
+    archive = tmp_path / "cifar-100-binary.tar.gz"
+    with tarfile.open(archive, "w:gz", compresslevel=level) as tar:
+        tar.add(tmp_path / "files", "cifar-100-binary")
+    assert len(data.load("cifar100", archive)) == 5
+    damaged = bytearray(archive.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    archive.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"cifar-100-binary\.tar\.gz: not a complete tar archive .*fetch it again"):
+        data.load("cifar100", archive)
+
+
 def test_wrong_places(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="needs a data folder"):
         data.load("cifar10")

@@ -243,6 +243,16 @@ def test_a_global_model_beyond_fp16_ends_the_run(images: Dataset, tiny: Make) ->
         run.finish()
 
 
+@pytest.mark.parametrize("wire", ["fp32", "bf16"])
+def test_a_global_model_that_is_not_finite_ends_the_run(images: Dataset, tiny: Make, wire: str) -> None:
+    """No client would take it, so all further rounds would be for nothing; the checkpoint before it stays."""
+    run = Run(tiny(method="random", wire=wire, server_opt="avgm", server_lr=1e38, lr=10.0, rounds=9), data=images)
+    with pytest.raises(MethodError, match=rf"--wire {wire} cannot carry the global model: \d+ values are not finite"):
+        run.finish()
+    assert len(run.rows) < 10
+    assert all(row["refused"] == [] for row in run.rows)
+
+
 # -- learning ------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,8 @@ from fedpai.data import Dataset
 from fedpai.federation import checkpoint
 from fedpai.federation.config import RunConfig
 from fedpai.federation.feedback import RESIDUAL
-from fedpai.federation.folder import FolderError, RunFolder
+from fedpai.federation.files import WriteError, append_line, write_atomic
+from fedpai.federation.folder import FolderError, RunFolder, held
 from fedpai.federation.progress import Progress
 from fedpai.federation.runner import Run
 from fedpai.methods import METHODS
@@ -307,3 +310,31 @@ def test_folder_that_cannot_be_written(tiny: Make, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(FolderError, match=r"cannot write the run folder .*: Permission denied"):
         RunFolder.create(tmp_path / "new", tiny())
+
+
+def test_a_full_disk_leaves_the_old_content_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = tmp_path / "state"
+    write_atomic(file, b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WriteError, match=rf"^cannot write {file}: No space left on device$"):
+        write_atomic(file, b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert file.read_bytes() == b"old"
+    with pytest.raises(WriteError, match=r"^cannot write .*rows: No space left on device$"):
+        append_line(tmp_path / "rows", "{}")
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "run"
+    refused = rf"another process is at work in {path}; .*--resume"
+    for _ in range(2):  # freed at the end of the block
+        with held(path), pytest.raises(FolderError, match=refused), held(path):
+            pass
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FolderError, match=r"cannot write the folder .*file: "), held(tmp_path / "file"):
+        pass

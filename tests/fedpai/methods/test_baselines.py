@@ -107,3 +107,17 @@ def test_local_refuses_messages_and_strangers(few: Dataset, tiny: Make) -> None:
         method.accept(server, 2, [b""])
     with pytest.raises(MethodError, match="no client took the initial model"):
         method.agree(server, [])
+
+
+def test_local_training_that_diverges_is_refused(few: Dataset, tiny: Make) -> None:
+    """No message says so here; what it leaves behind must not become the client's model."""
+    run = Run(tiny(method="local", lr=1e30, rounds=2), data=few)
+    rows = run.finish()
+    for row in rows[1:]:
+        assert [refused["reason"] for refused in row["refused"]] == [
+            "its training diverged; it keeps the model of its last turn"
+        ] * 3
+        assert row["personal_accuracy"] is None
+    initial, _ = run.pool.initial()
+    for memory in run.arms[0].clients.memories.values():
+        assert memory.extra["floats"].tobytes() == initial.tobytes()

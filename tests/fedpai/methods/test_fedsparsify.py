@@ -181,6 +181,16 @@ def test_masks_travel_when_they_change(few: Dataset, tiny: Make, name: str) -> N
     assert pruned[:2] == [False, name == "fedsparsify-local"]
 
 
+@pytest.mark.parametrize("name", ["fedsparsify-global", "fedsparsify-local"])
+def test_models_of_old_masks_are_let_go(few: Dataset, tiny: Make, name: str) -> None:
+    """Nobody trains under them again, and near the start each is as large as the dense one."""
+    run = Run(tiny(method=name, sample=4, rounds=4), data=few)
+    run.finish()
+    mask = run.arms[0].federation.server.mask
+    assert mask is not None
+    assert set(run.pool._kept) == {None, mask.digest}
+
+
 def exact(run: Run, seed: int) -> np.ndarray:
     """Weights of few different magnitudes, and the other floats."""
     draw = np.random.default_rng(seed)

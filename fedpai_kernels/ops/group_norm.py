@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import _C
 from ..layout import empty_batch_last, to_batch_last
 from .norm import check_operand
-from .registry import LIBRARY, called_by_position
+from .registry import LIBRARY, called_by_position, gradients_of_aliases
 from .stored import refuse_graph, stored, stores, widened
 
 __all__ = ["group_norm"]
@@ -157,11 +157,11 @@ class _GroupNorm(torch.autograd.Function):
         need_x, _, *need_affine = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             refuse_graph(x)
-            y = _twin(x, ctx.groups, weight, bias, ctx.eps, ctx.relu)
-            needs = (need_x, *need_affine)
-            wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
-            dx, dweight, dbias = (next(found) if need else None for need in needs)
+
+            def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                return _twin(x, ctx.groups, weight, bias, ctx.eps, ctx.relu)
+
+            dx, dweight, dbias = gradients_of_aliases(function, (x, weight, bias), (need_x, *need_affine), dy)
             return dx, None, dweight, dbias, None, None, None
         dx, affine = torch.ops.fedpai.group_norm_backward(
             dy, x, ctx.groups, weight, bias, stats, ctx.relu, need_x, any(need_affine)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch norm that waits for the sum, the activation and the convolution after it.
+"""Norms that wait for what comes after them: a batch norm for the sum, the activation and the convolution, a group norm
+for the ReLU.
 
 ``relu(norm(x) + shortcut)`` stands in somebody's `forward`, and that code stays: it may branch, draw random
 numbers, keep things. So the norm returns a :class:`PendingNorm` there, a tensor that has not been computed yet.
@@ -32,14 +33,25 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_map_only
 
 from ..layout import is_batch_last
-from ..ops.activation import NONE, Activation, activation_of_call
+from ..ops.activation import NONE, RELU, Activation, activation_of_call
+from ..ops.group_norm import group_norm
 from ..ops.norm import batch_norm
 from ..ops.norm_conv2d import norm_conv2d
 from ..plan import Plan
+from .group_norm import BatchLastGroupNorm
+from .group_norm import Settings as GroupSettings
 from .norm import BatchLastBatchNorm2d, Settings
 from .sites import Site, Surroundings, back_in, is_watched_by_torch, reads_pending_norms, surroundings
 
-__all__ = ["DeferrableBatchNorm2d", "PendingNorm", "Site", "attach", "detach", "has_foreign_hooks"]
+__all__ = [
+    "DeferrableBatchNorm2d",
+    "DeferrableGroupNorm",
+    "PendingNorm",
+    "Site",
+    "attach",
+    "detach",
+    "has_foreign_hooks",
+]
 
 
 # values, plan, bias, stride, padding, dilation, groups, as `sparse_conv2d` takes them after x.
@@ -59,7 +71,7 @@ class _Permits(threading.local):
         # What follows, and the surroundings in which the permit holds.
         self.given: dict[nn.Module, tuple[Site, Surroundings]] = {}
         # Norms that were called, but have not taken the batch into their running statistics.
-        self.uncounted: dict[int, _Norm] = {}  # by the id of the module
+        self.uncounted: dict[int, _BatchNorm] = {}  # by the id of the module
 
 
 _PERMITS = _Permits()
@@ -82,7 +94,7 @@ class _Permit:
                 return
         except AttributeError:  # somebody took a module out
             return
-        if type(norm) is DeferrableBatchNorm2d:
+        if type(norm) in _DEFERRABLE.values():
             _PERMITS.given[norm] = self.site, surroundings()
 
 
@@ -117,7 +129,8 @@ def has_foreign_hooks(module: nn.Module) -> bool:
 
 def attach(owner: nn.Module, site: Site) -> None:
     """Lets the norm of `site`, a batch-last one, wait in calls of `owner`."""
-    owner.get_submodule(site.norm).__class__ = DeferrableBatchNorm2d
+    norm = owner.get_submodule(site.norm)
+    norm.__class__ = _DEFERRABLE[type(norm)]
     owner.register_forward_pre_hook(_Permit(site))
     owner.register_forward_hook(_Withdraw(site), always_call=True)
 
@@ -140,16 +153,41 @@ class DeferrableBatchNorm2d(BatchLastBatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return super().forward(input)
-        permit = _PERMITS.given.pop(self, None)
-        if permit is None or type(input) is not Tensor or input.dim() != 4 or not self._is_ours(input):
+        permit = _permit_for(self, input)
+        if permit is None or input.dim() != 4 or not self._is_ours(input):
             return super().forward(input)
         site, permitted_in = permit
-        if permitted_in != surroundings():
-            return super().forward(input)
-        norm = _Norm(input, self._settings(), permitted_in, id(self), self.activation_dtype)
+        norm = _BatchNorm(input, self._settings(), permitted_in, id(self), self.activation_dtype)
         if norm.updates_statistics():
             _PERMITS.uncounted[id(self)] = norm
         return PendingNorm(norm, None, site)
+
+
+class DeferrableGroupNorm(BatchLastGroupNorm):
+    """:class:`BatchLastGroupNorm`, which a surrounding module may let wait for the ReLU after it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(input)
+        permit = _permit_for(self, input)
+        if permit is None or not self._is_ours(input):
+            return super().forward(input)
+        site, permitted_in = permit
+        return PendingNorm(_GroupNorm(input, self._settings(), permitted_in, self.activation_dtype), None, site)
+
+
+_DEFERRABLE: dict[type[nn.Module], type[nn.Module]] = {
+    BatchLastBatchNorm2d: DeferrableBatchNorm2d,
+    BatchLastGroupNorm: DeferrableGroupNorm,
+}
+
+
+def _permit_for(norm: nn.Module, input: Tensor) -> tuple[Site, Surroundings] | None:
+    """The permit for this call of a norm, which has none after it."""
+    permit = _PERMITS.given.pop(norm, None)
+    if permit is None or type(input) is not Tensor or permit[1] != surroundings():
+        return None
+    return permit
 
 
 def _version(t: Tensor | None) -> int:
@@ -157,24 +195,75 @@ def _version(t: Tensor | None) -> int:
 
 
 class _Norm:
-    """A batch norm that was called but not computed."""
+    """A norm that was called but not computed.
 
+    Attributes:
+        x: its input.
+        parameters: weight and bias.
+        called_in: the surroundings.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        parameters: tuple[Tensor | None, Tensor | None],
+        statistics: tuple[Tensor | None, ...],
+        called_in: Surroundings,
+        activation_dtype: torch.dtype | None,
+    ) -> None:
+        """`statistics`: those that are normalised with, where they are not those of `x`."""
+        self.x, self.parameters, self.called_in, self.activation_dtype = x, parameters, called_in, activation_dtype
+        self._read = (x, *parameters, *statistics)
+        self._versions = [_version(t) for t in self._read]
+
+    def compute(self, residual: Tensor | None, activation: Activation) -> Tensor:
+        """activation(norm(x) [+ residual])."""
+        raise AssertionError
+
+    def takes(self, residual: Any) -> bool:
+        """Whether :meth:`compute` can add that."""
+        return False
+
+    def convolve(self, activation: Activation, convolution: Convolution) -> Tensor:
+        """conv2d(activation(norm(x))), without the tensor in between."""
+        raise AssertionError
+
+    def _check_unchanged(self) -> None:
+        if [_version(t) for t in self._read] != self._versions:
+            raise RuntimeError(_CHANGED)
+
+
+class _GroupNorm(_Norm):
+    def __init__(
+        self, x: Tensor, settings: GroupSettings, called_in: Surroundings, activation_dtype: torch.dtype | None
+    ) -> None:
+        super().__init__(x, settings[1:3], (), called_in, activation_dtype)
+        self._settings = settings
+
+    def compute(self, residual: Tensor | None, activation: Activation) -> Tensor:
+        self._check_unchanged()
+        assert residual is None
+        return group_norm(
+            self.x, *self._settings, relu=activation == RELU, activation_dtype=self.activation_dtype
+        )
+
+
+class _BatchNorm(_Norm):
     def __init__(
         self,
         x: Tensor,
         settings: Settings,
         called_in: Surroundings,
         module_id: int,
-        activation_dtype: torch.dtype | None = None,
+        activation_dtype: torch.dtype | None,
     ) -> None:
-        self.activation_dtype = activation_dtype
-        self.x, self.settings, self.called_in, self._module_id = x, settings, called_in, module_id
-        self._read = (x, *settings[2:4]) if settings[4] else (x, *settings[:4])
-        self._versions = [_version(t) for t in self._read]
+        statistics = () if settings[4] else settings[:2]
+        super().__init__(x, settings[2:4], statistics, called_in, activation_dtype)
+        self._settings, self._module_id = settings, module_id
         self._counted = False
 
     def updates_statistics(self) -> bool:
-        mean, var, _, _, training, *_ = self.settings
+        mean, var, _, _, training, *_ = self._settings
         return training and (mean is not None or var is not None)
 
     def count(self) -> None:
@@ -184,20 +273,15 @@ class _Norm:
                 self.compute(None, NONE)
 
     def compute(self, residual: Tensor | None, activation: Activation) -> Tensor:
-        """activation(norm(x) [+ residual])."""
         settings = self._statistics_once()
         self._check_unchanged()
         return batch_norm(
             self.x, *settings, activation=activation, residual=residual, activation_dtype=self.activation_dtype
         )
 
-    def _check_unchanged(self) -> None:
-        if [_version(t) for t in self._read] != self._versions:
-            raise RuntimeError(_CHANGED)
-
     def _statistics_once(self) -> Settings:
         """The settings; the running statistics, which take the batch in, the first time only."""
-        settings = self.settings
+        settings = self._settings
         if settings[4] and self._counted:
             settings = (None, None, *settings[2:])
         self._counted = True
@@ -206,7 +290,6 @@ class _Norm:
         return settings
 
     def convolve(self, activation: Activation, convolution: Convolution) -> Tensor:
-        """conv2d(activation(norm(x))), without the tensor in between."""
         mean, var, weight, bias, training, momentum, eps = self._statistics_once()
         self._check_unchanged()
         return norm_conv2d(
@@ -235,11 +318,11 @@ _SHAPES = {
 
 
 _CHANGED = (
-    "what a batch norm reads, or what is added to it, was changed in place before what comes after it was computed; "
+    "what a norm reads, or what is added to it, was changed in place before what comes after it was computed; "
     "convert the model with fuse=False"
 )
 _ASTRAY = (
-    "a batch norm that waits for what comes after it was used where torch cannot ask for its value; "
+    "a norm that waits for what comes after it was used where torch cannot ask for its value; "
     "convert the model with fuse=False"
 )
 
@@ -282,7 +365,7 @@ class PendingNorm(Tensor):
         made: Any
         if norm.called_in[0]:
             # Not torch's `apply`, which prepares for transforms: there are no permits under those.
-            made = super(torch.autograd.Function, _Astray).apply(norm.x, *norm.settings[2:4], residual)
+            made = super(torch.autograd.Function, _Astray).apply(norm.x, *norm.parameters, residual)
         else:
             made = _uncomputed(norm.x)
         return made

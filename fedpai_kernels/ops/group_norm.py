@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _C
 from ..layout import empty_batch_last, to_batch_last
@@ -231,6 +232,10 @@ def group_norm(
         ValueError: another device or shape; groups that do not divide the channels; a single value to normalise,
         as in torch; what `activation_dtype` cannot be.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(
+            group_norm, (x,), x, num_groups, weight, bias, eps, relu=relu, activation_dtype=activation_dtype
+        )
     _check(x, num_groups, {"weight": weight, "bias": bias})
     keeps = stores(x, activation_dtype)
     if x.numel() == 0:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _C
 from ..layout import to_batch_last
@@ -294,6 +295,11 @@ def batch_norm(
         with; `relu` and `activation`, or one that is unknown; what `activation_dtype` cannot be.
         CudaUnavailableError: an `x` on a CUDA device without CUDA kernels or a driver (docs/gpu.md).
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(
+            batch_norm, (x,), x, running_mean, running_var, weight, bias, training, momentum, eps, relu=relu,
+            residual=residual, activation=activation, activation_dtype=activation_dtype,
+        )  # fmt: skip
     applied = chosen(relu, activation)
     code, slope = applied.code, applied.slope
     check_norm(x, running_mean, running_var, weight, bias, training, residual)

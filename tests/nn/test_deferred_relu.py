@@ -25,11 +25,18 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Pooled(nn.Sequential):
-    """conv, norm, ReLU, pooling, conv."""
+    """conv, norm, ReLU, pooling, conv; the ReLU may be left out later."""
 
     def __init__(self, norm: nn.Module) -> None:
         conv, last = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 5, 2)
         super().__init__(conv, norm, nn.ReLU(inplace=True), nn.MaxPool2d(2), last)
+        self.activates = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self:
+            if self.activates or not isinstance(module, nn.ReLU):
+                x = module(x)
+        return x
 
 
 @pytest.fixture(params=NORMS)
@@ -85,11 +92,36 @@ def replace_norm_by_torch_s(model: Pooled) -> None:
     model.eval()
 
 
-@pytest.mark.parametrize("change", [replace_relu, replace_norm, replace_norm_by_torch_s])
+def leave_out_relu(model: Pooled) -> None:
+    model.activates = False
+
+
+@pytest.mark.parametrize("change", [replace_relu, replace_norm, replace_norm_by_torch_s, leave_out_relu])
 def test_a_model_that_is_changed_later(models: tuple[Pooled, Pooled], change: Callable[[Pooled], None]) -> None:
     for model in models:
         change(model)
     check_equal(*(outcome(model, images()) for model in models))
+
+
+ONES = torch.ones(6, 6, 1, 1, dtype=torch.bool)
+OURS: tuple[nn.Module, ...] = (
+    fk.nn.BatchLastMaxPool2d(2),
+    fk.nn.BatchLastAvgPool2d(2),
+    fk.nn.BatchLastAdaptiveAvgPool2d(2),
+    fk.nn.BatchLastBatchNorm2d(6).double(),
+    fk.nn.BatchLastGroupNorm(2, 6).double(),
+    fk.nn.BatchLastInstanceNorm2d(6).double(),
+    fk.nn.BatchLastConv2d(6, 6, 1).double(),
+    fk.nn.MaskedConv2d(6, 6, 1, mask=ONES).double(),
+    fk.nn.SparseConv2d(6, 6, 1, mask=ONES).double(),
+)
+
+
+@pytest.mark.parametrize("reader", OURS, ids=lambda module: type(module).__name__)
+def test_another_module_of_ours_reads_it(models: tuple[Pooled, Pooled], reader: nn.Module) -> None:
+    for model in models:
+        model[2], model[3] = copy.deepcopy(reader), nn.Identity()
+    torch.testing.assert_close(*(outcome(model, images()) for model in models))
 
 
 def test_a_part_of_the_model(models: tuple[Pooled, Pooled]) -> None:

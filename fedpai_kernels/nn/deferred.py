@@ -32,16 +32,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_map_only
 
-from ..layout import is_batch_last
-from ..ops.activation import NONE, RELU, Activation, activation_of_call
-from ..ops.group_norm import group_norm
-from ..ops.norm import batch_norm
-from ..ops.norm_conv2d import norm_conv2d
-from ..plan import Plan
+from ..ops.activation import NONE, Activation, activation_of_call
 from .group_norm import BatchLastGroupNorm
-from .group_norm import Settings as GroupSettings
-from .norm import BatchLastBatchNorm2d, Settings
+from .norm import BatchLastBatchNorm2d
 from .sites import Site, Surroundings, back_in, is_watched_by_torch, reads_pending_norms, surroundings
+from .waiting import CHANGED, Convolution, WaitingBatchNorm, WaitingGroupNorm, WaitingNorm, version
 
 __all__ = [
     "DeferrableBatchNorm2d",
@@ -52,12 +47,6 @@ __all__ = [
     "detach",
     "has_foreign_hooks",
 ]
-
-
-# values, plan, bias, stride, padding, dilation, groups, as `sparse_conv2d` takes them after x.
-Pair = tuple[int, int]
-Convolution = tuple[Tensor, Plan, "Tensor | None", Pair, "Pair | str", Pair, int]
-
 
 # ---- permits
 # ----------------------------------------------------------------------------------------------------------------
@@ -71,7 +60,7 @@ class _Permits(threading.local):
         # What follows, and the surroundings in which the permit holds.
         self.given: dict[nn.Module, tuple[Site, Surroundings]] = {}
         # Norms that were called, but have not taken the batch into their running statistics.
-        self.uncounted: dict[int, _BatchNorm] = {}  # by the id of the module
+        self.uncounted: dict[int, WaitingBatchNorm] = {}  # by the id of the module
 
 
 _PERMITS = _Permits()
@@ -157,7 +146,8 @@ class DeferrableBatchNorm2d(BatchLastBatchNorm2d):
         if permit is None or input.dim() != 4 or not self._is_ours(input):
             return super().forward(input)
         site, permitted_in = permit
-        norm = _BatchNorm(input, self._settings(), permitted_in, id(self), self.activation_dtype)
+        uncounted = _PERMITS.uncounted, id(self)
+        norm = WaitingBatchNorm(input, self._settings(), permitted_in, *uncounted, self.activation_dtype)
         if norm.updates_statistics():
             _PERMITS.uncounted[id(self)] = norm
         return PendingNorm(norm, None, site)
@@ -173,7 +163,7 @@ class DeferrableGroupNorm(BatchLastGroupNorm):
         if permit is None or not self._is_ours(input):
             return super().forward(input)
         site, permitted_in = permit
-        return PendingNorm(_GroupNorm(input, self._settings(), permitted_in, self.activation_dtype), None, site)
+        return PendingNorm(WaitingGroupNorm(input, self._settings(), permitted_in, self.activation_dtype), None, site)
 
 
 _DEFERRABLE: dict[type[nn.Module], type[nn.Module]] = {
@@ -190,124 +180,6 @@ def _permit_for(norm: nn.Module, input: Tensor) -> tuple[Site, Surroundings] | N
     return permit
 
 
-def _version(t: Tensor | None) -> int:
-    return 0 if t is None or t.is_inference() else t._version
-
-
-class _Norm:
-    """A norm that was called but not computed.
-
-    Attributes:
-        x: its input.
-        parameters: weight and bias.
-        called_in: the surroundings.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        parameters: tuple[Tensor | None, Tensor | None],
-        statistics: tuple[Tensor | None, ...],
-        called_in: Surroundings,
-        activation_dtype: torch.dtype | None,
-    ) -> None:
-        """`statistics`: those that are normalised with, where they are not those of `x`."""
-        self.x, self.parameters, self.called_in, self.activation_dtype = x, parameters, called_in, activation_dtype
-        self._read = (x, *parameters, *statistics)
-        self._versions = [_version(t) for t in self._read]
-
-    def compute(self, residual: Tensor | None, activation: Activation) -> Tensor:
-        """activation(norm(x) [+ residual])."""
-        raise AssertionError
-
-    def takes(self, residual: Any) -> bool:
-        """Whether :meth:`compute` can add that."""
-        return False
-
-    def convolve(self, activation: Activation, convolution: Convolution) -> Tensor:
-        """conv2d(activation(norm(x))), without the tensor in between."""
-        raise AssertionError
-
-    def _check_unchanged(self) -> None:
-        if [_version(t) for t in self._read] != self._versions:
-            raise RuntimeError(_CHANGED)
-
-
-class _GroupNorm(_Norm):
-    def __init__(
-        self, x: Tensor, settings: GroupSettings, called_in: Surroundings, activation_dtype: torch.dtype | None
-    ) -> None:
-        super().__init__(x, settings[1:3], (), called_in, activation_dtype)
-        self._settings = settings
-
-    def compute(self, residual: Tensor | None, activation: Activation) -> Tensor:
-        self._check_unchanged()
-        assert residual is None
-        return group_norm(
-            self.x, *self._settings, relu=activation == RELU, activation_dtype=self.activation_dtype
-        )
-
-
-class _BatchNorm(_Norm):
-    def __init__(
-        self,
-        x: Tensor,
-        settings: Settings,
-        called_in: Surroundings,
-        module_id: int,
-        activation_dtype: torch.dtype | None,
-    ) -> None:
-        statistics = () if settings[4] else settings[:2]
-        super().__init__(x, settings[2:4], statistics, called_in, activation_dtype)
-        self._settings, self._module_id = settings, module_id
-        self._counted = False
-
-    def updates_statistics(self) -> bool:
-        mean, var, _, _, training, *_ = self._settings
-        return training and (mean is not None or var is not None)
-
-    def count(self) -> None:
-        """Takes the batch into the running statistics, unless that has happened."""
-        if not self._counted:
-            with torch.no_grad():
-                self.compute(None, NONE)
-
-    def compute(self, residual: Tensor | None, activation: Activation) -> Tensor:
-        settings = self._statistics_once()
-        self._check_unchanged()
-        return batch_norm(
-            self.x, *settings, activation=activation, residual=residual, activation_dtype=self.activation_dtype
-        )
-
-    def _statistics_once(self) -> Settings:
-        """The settings; the running statistics, which take the batch in, the first time only."""
-        settings = self._settings
-        if settings[4] and self._counted:
-            settings = (None, None, *settings[2:])
-        self._counted = True
-        if _PERMITS.uncounted.get(self._module_id) is self:
-            del _PERMITS.uncounted[self._module_id]
-        return settings
-
-    def convolve(self, activation: Activation, convolution: Convolution) -> Tensor:
-        mean, var, weight, bias, training, momentum, eps = self._statistics_once()
-        self._check_unchanged()
-        return norm_conv2d(
-            self.x, mean, var, weight, bias, training, momentum, eps, *convolution, activation=activation,
-            activation_dtype=self.activation_dtype,
-        )  # fmt: skip
-
-    def takes(self, residual: Any) -> bool:
-        x = self.x
-        return (
-            type(residual) is Tensor
-            and residual.shape == x.shape
-            and residual.dtype == x.dtype
-            and residual.device == x.device
-            and is_batch_last(residual)
-        )
-
-
 _ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 _ADDS_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 # Known without computing.
@@ -317,10 +189,6 @@ _SHAPES = {
 }
 
 
-_CHANGED = (
-    "what a norm reads, or what is added to it, was changed in place before what comes after it was computed; "
-    "convert the model with fuse=False"
-)
 _ASTRAY = (
     "a norm that waits for what comes after it was used where torch cannot ask for its value; "
     "convert the model with fuse=False"
@@ -353,7 +221,7 @@ class PendingNorm(Tensor):
     Of the shape, dtype and device of x. Any operation on it is one on the computed tensor.
     """
 
-    _norm: _Norm
+    _norm: WaitingNorm
     _residual: Tensor | None
     _residual_version: int
     _site: Site
@@ -361,7 +229,7 @@ class PendingNorm(Tensor):
     _value: Tensor | None
 
     @staticmethod
-    def __new__(cls, norm: _Norm, residual: Tensor | None, site: Site, is_activated: bool = False) -> PendingNorm:
+    def __new__(cls, norm: WaitingNorm, residual: Tensor | None, site: Site, is_activated: bool = False) -> PendingNorm:
         made: Any
         if norm.called_in[0]:
             # Not torch's `apply`, which prepares for transforms: there are no permits under those.
@@ -370,9 +238,9 @@ class PendingNorm(Tensor):
             made = _uncomputed(norm.x)
         return made
 
-    def __init__(self, norm: _Norm, residual: Tensor | None, site: Site, is_activated: bool = False) -> None:
+    def __init__(self, norm: WaitingNorm, residual: Tensor | None, site: Site, is_activated: bool = False) -> None:
         self._norm, self._site, self._is_activated, self._value = norm, site, is_activated, None
-        self._residual, self._residual_version = residual, _version(residual)
+        self._residual, self._residual_version = residual, version(residual)
 
     def computed(self) -> Tensor:
         """The tensor that this stands for; the same one each time."""
@@ -383,8 +251,8 @@ class PendingNorm(Tensor):
         return self._value
 
     def _check_residual_unchanged(self) -> None:
-        if _version(self._residual) != self._residual_version:
-            raise RuntimeError(_CHANGED)
+        if version(self._residual) != self._residual_version:
+            raise RuntimeError(CHANGED)
 
     def convolved(self, convolution: Convolution, activation_dtype: torch.dtype | None = None) -> Tensor | None:
         """What a convolution makes of this tensor, where that can be computed in one; else None.
@@ -418,7 +286,7 @@ class PendingNorm(Tensor):
             return z
         if not in_place:
             return PendingNorm(self._norm, residual, self._site)
-        self._residual, self._residual_version = residual, _version(residual)
+        self._residual, self._residual_version = residual, version(residual)
         return self
 
     def _activated(self, in_place: bool) -> Tensor:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import _C, memory
 
@@ -211,6 +212,8 @@ def to_batch_last(x: Tensor) -> Tensor:
         TypeError: `x` is no tensor.
         ValueError: `x` has neither 2 nor 4 nor 5 dimensions.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(to_batch_last, (x,), x)
     _check_rank(x, "to_batch_last")
     if is_batch_last(x):
         return x
@@ -228,6 +231,8 @@ def to_contiguous(x: Tensor) -> Tensor:
         TypeError: `x` is no tensor.
         ValueError: `x` has neither 2 nor 4 nor 5 dimensions.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(to_contiguous, (x,), x)
     _check_rank(x, "to_contiguous")
     if x.is_contiguous():
         return x

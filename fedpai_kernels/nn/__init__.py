@@ -3,26 +3,24 @@
 
 from .choice import KernelChoice, LayerInfo, choose_kernel
 from .conv2d import BatchLastConv2d, MaskedConv2d, SparseConv2d
-from .deferred import DeferrableBatchNorm2d
-from .group_norm import BatchLastGroupNorm, BatchLastGroupNormReLU, BatchLastInstanceNorm2d
+from .deferred import DeferrableBatchNorm2d, DeferrableGroupNorm
+from .group_norm import BatchLastGroupNorm, BatchLastInstanceNorm2d
 from .linear import MaskedLinear, SparseLinear
-from .norm import AbsorbedReLU, BatchLastBatchNorm2d, BatchLastBatchNormReLU2d
+from .norm import BatchLastBatchNorm2d
 from .packed import PackedWeight
 from .pool import BatchLastAdaptiveAvgPool2d, BatchLastAvgPool2d, BatchLastMaxPool2d
 from .removed import parts_of
 
 __all__ = [
-    "AbsorbedReLU",
     "BatchLastAdaptiveAvgPool2d",
     "BatchLastAvgPool2d",
     "BatchLastBatchNorm2d",
-    "BatchLastBatchNormReLU2d",
     "BatchLastConv2d",
     "BatchLastGroupNorm",
-    "BatchLastGroupNormReLU",
     "BatchLastInstanceNorm2d",
     "BatchLastMaxPool2d",
     "DeferrableBatchNorm2d",
+    "DeferrableGroupNorm",
     "KernelChoice",
     "LayerInfo",
     "MaskedConv2d",

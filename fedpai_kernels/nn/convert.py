@@ -96,8 +96,8 @@ def sparsify_(
         fuse: computes a batch norm, the sum that alone reads it (``norm(x) + shortcut``) and the activation
             (ReLU, ReLU6, LeakyReLU, SiLU, GELU) that alone reads either in one pass, or, where a sparse
             convolution alone reads the norm or its activation, while that loads its input: the normalised
-            activation is then neither stored nor kept. Likewise a group norm and the ReLU, a module, that alone
-            reads it. Where that is so is proven by tracing the model with `torch.fx` (:func:`find_fusions`); the
+            activation is then neither stored nor kept. Likewise a group norm and the ReLU that alone reads it.
+            Where that is so is proven by tracing the model with `torch.fx` (:func:`find_fusions`); the
             report names every norm that stays by itself, and why. The modules' forwards run as they are; under
             hooks on the norm, its activation or that convolution the steps are separate.
         compact: True first removes the channels that the masks leave without use, through layers, norms, residual sums

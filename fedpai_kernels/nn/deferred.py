@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch norm that waits for the sum, the activation and the convolution after it.
+"""Norms that wait for what comes after them: a batch norm for the sum, the activation and the convolution, a group norm
+for the ReLU.
 
 ``relu(norm(x) + shortcut)`` stands in somebody's `forward`, and that code stays: it may branch, draw random
 numbers, keep things. So the norm returns a :class:`PendingNorm` there, a tensor that has not been computed yet.
@@ -31,12 +32,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_map_only
 
-from ..layout import is_batch_last
 from ..ops.activation import NONE, Activation, activation_of_call
-from ..ops.norm import batch_norm
-from ..ops.norm_conv2d import norm_conv2d
-from ..plan import Plan
-from .norm import BatchLastBatchNorm2d, Settings
+from .group_norm import BatchLastGroupNorm
+from .norm import BatchLastBatchNorm2d
 from .sites import (
     Site,
     Surroundings,
@@ -46,14 +44,17 @@ from .sites import (
     submodule,
     surroundings,
 )
+from .waiting import CHANGED, Convolution, WaitingBatchNorm, WaitingGroupNorm, WaitingNorm, version
 
-__all__ = ["DeferrableBatchNorm2d", "PendingNorm", "Site", "attach", "detach", "has_foreign_hooks"]
-
-
-# values, plan, bias, stride, padding, dilation, groups, as `sparse_conv2d` takes them after x.
-Pair = tuple[int, int]
-Convolution = tuple[Tensor, Plan, "Tensor | None", Pair, "Pair | str", Pair, int]
-
+__all__ = [
+    "DeferrableBatchNorm2d",
+    "DeferrableGroupNorm",
+    "PendingNorm",
+    "Site",
+    "attach",
+    "detach",
+    "has_foreign_hooks",
+]
 
 # ---- permits
 # ----------------------------------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ class _Permits(threading.local):
         # What follows, and the surroundings in which the permit holds.
         self.given: dict[nn.Module, tuple[Site, Surroundings]] = {}
         # Norms that were called, but have not taken the batch into their running statistics.
-        self.uncounted: dict[int, _Norm] = {}  # by the id of the module
+        self.uncounted: dict[int, WaitingBatchNorm] = {}  # by the id of the module
 
 
 _PERMITS = _Permits()
@@ -92,7 +93,7 @@ class _Permit:
             norm = watched[0]
         except AttributeError:  # somebody took a module out
             return
-        if type(norm) is DeferrableBatchNorm2d:
+        if type(norm) in _DEFERRABLE.values():
             _PERMITS.given[norm] = self.site, surroundings()
 
 
@@ -129,7 +130,8 @@ def has_foreign_hooks(module: nn.Module) -> bool:
 
 def attach(owner: nn.Module, site: Site) -> None:
     """Lets the norm of `site`, a batch-last one, wait in calls of `owner`."""
-    submodule(owner, site.norm).__class__ = DeferrableBatchNorm2d
+    norm = submodule(owner, site.norm)
+    norm.__class__ = _DEFERRABLE[type(norm)]
     owner.register_forward_pre_hook(_Permit(site))
     owner.register_forward_hook(_Withdraw(site), always_call=True)
 
@@ -152,89 +154,42 @@ class DeferrableBatchNorm2d(BatchLastBatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return super().forward(input)
-        permit = _PERMITS.given.pop(self, None)
-        if permit is None or type(input) is not Tensor or input.dim() != 4 or not self._is_ours(input):
+        permit = _permit_for(self, input)
+        if permit is None or input.dim() != 4 or not self._is_ours(input):
             return super().forward(input)
         site, permitted_in = permit
-        if permitted_in != surroundings():
-            return super().forward(input)
-        norm = _Norm(input, self._settings(), permitted_in, id(self), self.activation_dtype)
+        uncounted = _PERMITS.uncounted, id(self)
+        norm = WaitingBatchNorm(input, self._settings(), permitted_in, *uncounted, self.activation_dtype)
         if norm.updates_statistics():
             _PERMITS.uncounted[id(self)] = norm
         return PendingNorm(norm, None, site)
 
 
-def _version(t: Tensor | None) -> int:
-    return 0 if t is None or t.is_inference() else t._version
+class DeferrableGroupNorm(BatchLastGroupNorm):
+    """:class:`BatchLastGroupNorm`, which a surrounding module may let wait for the ReLU after it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(input)
+        permit = _permit_for(self, input)
+        if permit is None or not self._is_ours(input):
+            return super().forward(input)
+        site, permitted_in = permit
+        return PendingNorm(WaitingGroupNorm(input, self._settings(), permitted_in, self.activation_dtype), None, site)
 
 
-class _Norm:
-    """A batch norm that was called but not computed."""
+_DEFERRABLE: dict[type[nn.Module], type[nn.Module]] = {
+    BatchLastBatchNorm2d: DeferrableBatchNorm2d,
+    BatchLastGroupNorm: DeferrableGroupNorm,
+}
 
-    def __init__(
-        self,
-        x: Tensor,
-        settings: Settings,
-        called_in: Surroundings,
-        module_id: int,
-        activation_dtype: torch.dtype | None = None,
-    ) -> None:
-        self.activation_dtype = activation_dtype
-        self.x, self.settings, self.called_in, self._module_id = x, settings, called_in, module_id
-        self._read = (x, *settings[2:4]) if settings[4] else (x, *settings[:4])
-        self._versions = [_version(t) for t in self._read]
-        self._counted = False
 
-    def updates_statistics(self) -> bool:
-        mean, var, _, _, training, *_ = self.settings
-        return training and (mean is not None or var is not None)
-
-    def count(self) -> None:
-        """Takes the batch into the running statistics, unless that has happened."""
-        if not self._counted:
-            with torch.no_grad():
-                self.compute(None, NONE)
-
-    def compute(self, residual: Tensor | None, activation: Activation) -> Tensor:
-        """activation(norm(x) [+ residual])."""
-        settings = self._statistics_once()
-        self._check_unchanged()
-        return batch_norm(
-            self.x, *settings, activation=activation, residual=residual, activation_dtype=self.activation_dtype
-        )
-
-    def _check_unchanged(self) -> None:
-        if [_version(t) for t in self._read] != self._versions:
-            raise RuntimeError(_CHANGED)
-
-    def _statistics_once(self) -> Settings:
-        """The settings; the running statistics, which take the batch in, the first time only."""
-        settings = self.settings
-        if settings[4] and self._counted:
-            settings = (None, None, *settings[2:])
-        self._counted = True
-        if _PERMITS.uncounted.get(self._module_id) is self:
-            del _PERMITS.uncounted[self._module_id]
-        return settings
-
-    def convolve(self, activation: Activation, convolution: Convolution) -> Tensor:
-        """conv2d(activation(norm(x))), without the tensor in between."""
-        mean, var, weight, bias, training, momentum, eps = self._statistics_once()
-        self._check_unchanged()
-        return norm_conv2d(
-            self.x, mean, var, weight, bias, training, momentum, eps, *convolution, activation=activation,
-            activation_dtype=self.activation_dtype,
-        )  # fmt: skip
-
-    def takes(self, residual: Any) -> bool:
-        x = self.x
-        return (
-            type(residual) is Tensor
-            and residual.shape == x.shape
-            and residual.dtype == x.dtype
-            and residual.device == x.device
-            and is_batch_last(residual)
-        )
+def _permit_for(norm: nn.Module, input: Tensor) -> tuple[Site, Surroundings] | None:
+    """The permit for this call of a norm, which has none after it."""
+    permit = _PERMITS.given.pop(norm, None)
+    if permit is None or type(input) is not Tensor or permit[1] != surroundings():
+        return None
+    return permit
 
 
 _ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
@@ -246,12 +201,8 @@ _SHAPES = {
 }
 
 
-_CHANGED = (
-    "what a batch norm reads, or what is added to it, was changed in place before what comes after it was computed; "
-    "convert the model with fuse=False"
-)
 _ASTRAY = (
-    "a batch norm that waits for what comes after it was used where torch cannot ask for its value; "
+    "a norm that waits for what comes after it was used where torch cannot ask for its value; "
     "convert the model with fuse=False"
 )
 
@@ -282,7 +233,7 @@ class PendingNorm(Tensor):
     Of the shape, dtype and device of x. Any operation on it is one on the computed tensor.
     """
 
-    _norm: _Norm
+    _norm: WaitingNorm
     _residual: Tensor | None
     _residual_version: int
     _site: Site
@@ -290,18 +241,18 @@ class PendingNorm(Tensor):
     _value: Tensor | None
 
     @staticmethod
-    def __new__(cls, norm: _Norm, residual: Tensor | None, site: Site, is_activated: bool = False) -> PendingNorm:
+    def __new__(cls, norm: WaitingNorm, residual: Tensor | None, site: Site, is_activated: bool = False) -> PendingNorm:
         made: Any
         if norm.called_in[0]:
             # Not torch's `apply`, which prepares for transforms: there are no permits under those.
-            made = super(torch.autograd.Function, _Astray).apply(norm.x, *norm.settings[2:4], residual)
+            made = super(torch.autograd.Function, _Astray).apply(norm.x, *norm.parameters, residual)
         else:
             made = _uncomputed(norm.x)
         return made
 
-    def __init__(self, norm: _Norm, residual: Tensor | None, site: Site, is_activated: bool = False) -> None:
+    def __init__(self, norm: WaitingNorm, residual: Tensor | None, site: Site, is_activated: bool = False) -> None:
         self._norm, self._site, self._is_activated, self._value = norm, site, is_activated, None
-        self._residual, self._residual_version = residual, _version(residual)
+        self._residual, self._residual_version = residual, version(residual)
 
     def computed(self) -> Tensor:
         """The tensor that this stands for; the same one each time."""
@@ -312,8 +263,8 @@ class PendingNorm(Tensor):
         return self._value
 
     def _check_residual_unchanged(self) -> None:
-        if _version(self._residual) != self._residual_version:
-            raise RuntimeError(_CHANGED)
+        if version(self._residual) != self._residual_version:
+            raise RuntimeError(CHANGED)
 
     def convolved(self, convolution: Convolution, activation_dtype: torch.dtype | None = None) -> Tensor | None:
         """What a convolution makes of this tensor, where that can be computed in one; else None.
@@ -347,7 +298,7 @@ class PendingNorm(Tensor):
             return z
         if not in_place:
             return PendingNorm(self._norm, residual, self._site)
-        self._residual, self._residual_version = residual, _version(residual)
+        self._residual, self._residual_version = residual, version(residual)
         return self
 
     def _activated(self, in_place: bool) -> Tensor:

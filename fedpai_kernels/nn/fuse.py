@@ -3,7 +3,7 @@
 
 What is found: an activation (ReLU, ReLU6, LeakyReLU, SiLU, GELU) that alone reads the norm; a sum that alone reads it,
 as at the end of a residual block; a sum that alone reads it with an activation that alone reads the sum; and a sparse
-convolution that alone reads the norm or the norm's activation. Of a group norm, only a ReLU module.
+convolution that alone reads the norm or the norm's activation. Of a group norm, only a ReLU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import fx, nn
 from ..ops.activation import NONE, RELU, Activation, activation_of_call, activation_of_module
 from .packed import PackedWeight
 from .sites import Site
-from .trace import Traces, has_hooks, trace_modes
+from .trace import Traces, trace_modes
 
 __all__ = ["Fusions", "find_fusions"]
 
@@ -28,13 +28,11 @@ class Fusions:
     """What :func:`find_fusions` found.
 
     Attributes:
-        pairs: (BatchNorm2d or GroupNorm, ReLU), both modules.
-        sites: (owner, site): norms that are added or activated by the code of the owner's forward.
+        sites: (owner, site): norms that are added, activated or convolved by the code of the owner's forward.
         others: reason by name, for every other BatchNorm2d and GroupNorm.
         untraced: why nothing was found, where the model cannot be traced; else empty.
     """
 
-    pairs: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
     sites: list[tuple[nn.Module, Site]] = field(default_factory=list)
     others: dict[str, str] = field(default_factory=dict)
     untraced: str = ""
@@ -46,12 +44,11 @@ def find_fusions(
     """What can be computed in one pass with each BatchNorm2d and GroupNorm of `model`, in training and in evaluation
     mode alike.
 
-    The norm must be called once, and what reads it must be its only reader. A ReLU module forms a pair with the
-    norm if it too is called once and neither has hooks. Everything else is a site: a sum of the norm with
-    another tensor, in any spelling (``+``, ``+=``, `torch.add`), and an activation, function or module; or one of the
-    convolutions `sparse`, after the norm or after its activation. What comes last must be called by the forward of one
-    module, which the norm is a part of and is called from, directly or through other modules. The model is
-    not changed; `traces` are those of the model, where somebody has made them before.
+    The norm must be called once, and what reads it must be its only reader: a sum of the norm with another tensor, in
+    any spelling (``+``, ``+=``, `torch.add`), an activation, function or module, or both; or one of the convolutions
+    `sparse`, after the norm or after its activation. What comes last must be called by the forward of one module, which
+    the norm is a part of and is called from, directly or through other modules. The model is not changed; `traces` are
+    those of the model, where somebody has made them before.
     """
     by_name = dict(model.named_modules())
     convs = {name for name, m in model.named_modules(remove_duplicate=False) if any(m is c for c in sparse)}
@@ -69,12 +66,6 @@ def find_fusions(
             fusions.others[name] = "training and evaluation differ"
         elif isinstance(what, str):
             fusions.others[name] = what
-        elif isinstance(what, _Pair):
-            pair = (by_name[name], by_name[what.relu])
-            if any(has_hooks(m) for m in pair):
-                fusions.others[name] = "has hooks"
-            else:
-                fusions.pairs.append(pair)
         else:
             fusions.sites.append((by_name[what.owner], what.site))
     return fusions
@@ -87,17 +78,12 @@ _NORMS = (nn.BatchNorm2d, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
-class _Pair:
-    relu: str
-
-
-@dataclass(frozen=True)
 class _Place:
     owner: str
     site: Site
 
 
-_Found = _Pair | _Place | str  # a string: why there is nothing
+_Found = _Place | str  # a string: why there is nothing
 
 _ADDS = {torch.add, operator.add, "add"}
 _ADDS_IN_PLACE = {operator.iadd, "add_"}
@@ -136,20 +122,16 @@ class _Reading:
         (reader,) = norm.users
         if not _in_the_same_surroundings(norm, reader):
             return f"followed by {self._title(reader)} in another gradient mode or checkpoint"
-        may_wait = type(self._module(norm)) is nn.BatchNorm2d
+        is_batch_norm = type(self._module(norm)) is nn.BatchNorm2d
         activation = self._activation(reader)
         conv = self._conv_after(norm if activation is None else reader)
-        if may_wait and conv is not None:
+        if is_batch_norm and conv is not None:
             place = self._place(norm, None, None if reader is conv else reader, conv)
             if isinstance(place, _Place) or reader is conv:
                 return place
-        if activation is not None:
-            once = reader.op == "call_module" and len(self._calls[id(self._module(reader))]) == 1
-            if once and activation == RELU:
-                return _Pair(str(reader.target))
-            if may_wait:
-                return self._place(norm, None, reader)
-        if not may_wait or not self._is_sum_of(reader, norm):
+        if activation is not None and (is_batch_norm or activation == RELU):
+            return self._place(norm, None, reader)
+        if not is_batch_norm or not self._is_sum_of(reader, norm):
             return f"followed by {self._title(reader)}"
         if reader in sums:
             return f"its sum goes with {sums[reader].target}"
@@ -231,7 +213,7 @@ class _Reading:
         )
 
     def _changes_nothing(self, node: fx.Node) -> bool:
-        pure = (nn.Identity, nn.Conv2d, nn.BatchNorm2d, PackedWeight)
+        pure = (nn.Identity, nn.Conv2d, *_NORMS, PackedWeight)
         return node.op == "call_module" and isinstance(self._module(node), pure)
 
     def _title(self, node: fx.Node) -> str:

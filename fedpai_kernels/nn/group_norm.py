@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GroupNorm that keeps the batch-last layout, alone and with the ReLU that follows it; and InstanceNorm2d, which is a
-group norm with as many groups as channels."""
+"""GroupNorm that keeps the batch-last layout; and InstanceNorm2d, which is a group norm with as many groups as
+channels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from ..layout import is_batch_last
 from ..ops.group_norm import group_norm
 
-__all__ = ["BatchLastGroupNorm", "BatchLastGroupNormReLU", "BatchLastInstanceNorm2d"]
+__all__ = ["BatchLastGroupNorm", "BatchLastInstanceNorm2d"]
+
+# (num_groups, weight, bias, eps), as `group_norm` takes them after x.
+Settings = tuple[int, Tensor | None, Tensor | None, float]
 
 
 def _is_ours(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -31,21 +34,18 @@ class BatchLastGroupNorm(nn.GroupNorm):
         activation_dtype: as in :class:`fedpai_kernels.nn.norm.BatchLastBatchNorm2d`.
     """
 
-    _relu = False
     activation_dtype: torch.dtype | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # the base class's name
-        if not _is_ours(input, self.weight, self.bias):
-            y = super().forward(input)
-            return torch.relu(y) if self._relu else y
-        settings = self.num_groups, self.weight, self.bias, self.eps
-        return group_norm(input, *settings, relu=self._relu, activation_dtype=self.activation_dtype)
+        if not self._is_ours(input):
+            return super().forward(input)
+        return group_norm(input, *self._settings(), activation_dtype=self.activation_dtype)
 
+    def _settings(self) -> Settings:
+        return self.num_groups, self.weight, self.bias, self.eps
 
-class BatchLastGroupNormReLU(BatchLastGroupNorm):
-    """Group norm and the ReLU after it in one pass. The state dict is that of the group norm."""
-
-    _relu = True
+    def _is_ours(self, x: Tensor) -> bool:
+        return _is_ours(x, self.weight, self.bias)
 
 
 class BatchLastInstanceNorm2d(nn.InstanceNorm2d):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BatchNorm2d that keeps the batch-last layout, alone and with the ReLU that follows it."""
+"""BatchNorm2d that keeps the batch-last layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..layout import is_batch_last
 from ..ops.norm import batch_norm
 from ..ops.norm_kernels import DTYPES, parameter_dtype
 
-__all__ = ["AbsorbedReLU", "BatchLastBatchNorm2d", "BatchLastBatchNormReLU2d"]
+__all__ = ["BatchLastBatchNorm2d"]
 
 # (running_mean, running_var, weight, bias, training, momentum, eps), as `batch_norm` takes them after x.
 Settings = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float]
@@ -29,15 +29,13 @@ class BatchLastBatchNorm2d(nn.BatchNorm2d):
             (:mod:`fedpai_kernels.ops.stored`); None, the default, as it is.
     """
 
-    _relu = False
     activation_dtype: torch.dtype | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # the base class's name
         self._check_input_dim(input)
         if not self._is_ours(input):
-            y = super().forward(input)
-            return torch.relu(y) if self._relu else y
-        return batch_norm(input, *self._settings(), relu=self._relu, activation_dtype=self.activation_dtype)
+            return super().forward(input)
+        return batch_norm(input, *self._settings(), activation_dtype=self.activation_dtype)
 
     def _settings(self) -> Settings:
         """What to normalise with now; counts the batch."""
@@ -67,16 +65,3 @@ class BatchLastBatchNorm2d(nn.BatchNorm2d):
             return False
         dtype, device = parameter_dtype(x), x.device
         return all(t is None or (t.dtype is dtype and t.device == device) for t in self._tensors())
-
-
-class BatchLastBatchNormReLU2d(BatchLastBatchNorm2d):
-    """Batch norm and the ReLU after it in one pass. The state dict is that of the batch norm."""
-
-    _relu = True
-
-
-class AbsorbedReLU(nn.ReLU):
-    """Stands where a ReLU was that the batch norm before it now computes; passes its input on."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input

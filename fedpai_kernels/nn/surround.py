@@ -9,10 +9,10 @@ from torch import nn
 
 from ..tuning import BreakEvens
 from .conv2d import BatchLastConv2d, MaskedConv2d
-from .deferred import DeferrableBatchNorm2d, attach
+from .deferred import DeferrableBatchNorm2d, DeferrableGroupNorm, attach
 from .fuse import Fusions
-from .group_norm import BatchLastGroupNorm, BatchLastGroupNormReLU, BatchLastInstanceNorm2d
-from .norm import AbsorbedReLU, BatchLastBatchNorm2d, BatchLastBatchNormReLU2d
+from .group_norm import BatchLastGroupNorm, BatchLastInstanceNorm2d
+from .norm import BatchLastBatchNorm2d
 from .pool import BatchLastAdaptiveAvgPool2d, BatchLastAvgPool2d, BatchLastMaxPool2d
 
 __all__ = ["PLAIN", "surround_"]
@@ -31,14 +31,8 @@ _BATCH_LAST: dict[type[nn.Module], type[nn.Module]] = {
 }
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     **{ours: theirs for theirs, ours in _BATCH_LAST.items()},
-    BatchLastBatchNormReLU2d: nn.BatchNorm2d,
-    BatchLastGroupNormReLU: nn.GroupNorm,
     DeferrableBatchNorm2d: nn.BatchNorm2d,
-    AbsorbedReLU: nn.ReLU,
-}
-_WITH_RELU: dict[type[nn.Module], type[nn.Module]] = {
-    BatchLastBatchNorm2d: BatchLastBatchNormReLU2d,
-    BatchLastGroupNorm: BatchLastGroupNormReLU,
+    DeferrableGroupNorm: nn.GroupNorm,
 }
 
 
@@ -66,9 +60,6 @@ def surround_(names: dict[str, nn.Module], wanted: Filter, fusions: Fusions, fig
         fused[title] = fused.get(title, 0) + 1
         return True
 
-    for norm, relu in fusions.pairs:
-        if may("the ReLU", norm, relu):
-            norm.__class__, relu.__class__ = _WITH_RELU[type(norm)], AbsorbedReLU
     for owner, site in fusions.sites:
         if may(site.what, *site.computed(owner)):
             attach(owner, site)

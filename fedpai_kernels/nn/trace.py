@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from .sites import surroundings
 
-__all__ = ["Traces", "copy_memo", "has_hooks", "trace_modes"]
+__all__ = ["Traces", "copy_memo", "trace_modes"]
 
 # The modules whose forward was running, outermost first: path, and which call of all.
 Calls = tuple[tuple[str, int], ...]
@@ -100,10 +100,6 @@ def _drop_tensors(traced: nn.Module, model: nn.Module) -> None:
     for t in itertools.chain(traced.parameters(), traced.buffers()):
         if id(t) not in kept and not is_lazy(t):  # a tensor may copy itself as itself
             t.data = t.data.new_empty(0)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in _HOOKS)
 
 
 class _Proxy(fx.Proxy):

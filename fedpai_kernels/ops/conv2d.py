@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _C
 from ..layout import empty_batch_last, to_batch_last
@@ -336,6 +337,11 @@ def sparse_conv2d(
         RuntimeError: on a CUDA device, the first call with a shape while a CUDA graph is being captured; under
             :func:`fedpai_kernels.dispatch.backend`, a layer that the backend cannot compute.
     """
+    if has_torch_function_unary(x):
+        settings = bias, stride, padding, dilation, groups
+        return handle_torch_function(
+            sparse_conv2d, (x,), x, values, plan, *settings, activation_dtype=activation_dtype
+        )
     if isinstance(x, Tensor) and x.dim() == 3:
         y = sparse_conv2d(
             x.unsqueeze(0), values, plan, bias, stride, padding, dilation, groups, activation_dtype=activation_dtype

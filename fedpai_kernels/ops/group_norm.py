@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _C
 from ..layout import empty_batch_last, to_batch_last
 from .norm import check_operand
-from .registry import LIBRARY, called_by_position
+from .registry import LIBRARY, called_by_position, gradients_of_aliases
 from .stored import refuse_graph, stored, stores, widened
 
 __all__ = ["group_norm"]
@@ -157,11 +158,11 @@ class _GroupNorm(torch.autograd.Function):
         need_x, _, *need_affine = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             refuse_graph(x)
-            y = _twin(x, ctx.groups, weight, bias, ctx.eps, ctx.relu)
-            needs = (need_x, *need_affine)
-            wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
-            dx, dweight, dbias = (next(found) if need else None for need in needs)
+
+            def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                return _twin(x, ctx.groups, weight, bias, ctx.eps, ctx.relu)
+
+            dx, dweight, dbias = gradients_of_aliases(function, (x, weight, bias), (need_x, *need_affine), dy)
             return dx, None, dweight, dbias, None, None, None
         dx, affine = torch.ops.fedpai.group_norm_backward(
             dy, x, ctx.groups, weight, bias, stats, ctx.relu, need_x, any(need_affine)
@@ -231,6 +232,10 @@ def group_norm(
         ValueError: another device or shape; groups that do not divide the channels; a single value to normalise,
         as in torch; what `activation_dtype` cannot be.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(
+            group_norm, (x,), x, num_groups, weight, bias, eps, relu=relu, activation_dtype=activation_dtype
+        )
     _check(x, num_groups, {"weight": weight, "bias": bias})
     keeps = stores(x, activation_dtype)
     if x.numel() == 0:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _C
 from ..layout import to_batch_last
@@ -24,7 +25,7 @@ from .norm_kernels import (
     parameter_dtype,
     row_of,
 )
-from .registry import called_by_position, is_watched_by_torch
+from .registry import called_by_position, gradients_of_aliases, is_watched_by_torch
 from .stored import refuse_graph, stored, stores
 
 __all__ = ["batch_norm"]
@@ -136,17 +137,17 @@ class _BatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             refuse_graph(x)
             given = None if ctx.through_statistics else stats
-            smooth = is_smooth(ctx.code)
-            y, g = twin(x, weight, bias, given, ctx.eps, ctx.code if z is None else 0, ctx.slope), dy
-            if z is not None and smooth:
-                y = in_torch(y + z, ctx.code, ctx.slope)
-            elif z is not None:
-                g = dy * slope_at_result(z.detach(), ctx.code, ctx.slope)
-            needs = (need_x, *need_affine, need_residual and z is not None and smooth)
-            wanted = [t for t, need in zip((x, weight, bias, z), needs, strict=True) if need]
-            found = iter(torch.autograd.grad(y, wanted, g, create_graph=True) if wanted else ())
-            dx, dweight, dbias, dz = (next(found) if need else None for need in needs)
-            if not needs[3] and need_residual:
+            smooth = z is not None and is_smooth(ctx.code)
+            g = dy if z is None or smooth else dy * slope_at_result(z.detach(), ctx.code, ctx.slope)
+            before_sum = ctx.code if z is None else 0
+
+            def function(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+                y = twin(x, weight, bias, given, ctx.eps, before_sum, ctx.slope)
+                return y if residual is None else in_torch(y + residual, ctx.code, ctx.slope)
+
+            tensors, needs = (x, weight, bias, z if smooth else None), (need_x, *need_affine, need_residual and smooth)
+            dx, dweight, dbias, dz = gradients_of_aliases(function, tensors, needs, g)
+            if need_residual and not smooth:
                 dz = g
             return (dx, dz, dweight, dbias, *(None,) * 7)
         dx, affine, dresidual = batch_norm_backward(
@@ -294,6 +295,11 @@ def batch_norm(
         with; `relu` and `activation`, or one that is unknown; what `activation_dtype` cannot be.
         CudaUnavailableError: an `x` on a CUDA device without CUDA kernels or a driver (docs/gpu.md).
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(
+            batch_norm, (x,), x, running_mean, running_var, weight, bias, training, momentum, eps, relu=relu,
+            residual=residual, activation=activation, activation_dtype=activation_dtype,
+        )  # fmt: skip
     applied = chosen(relu, activation)
     code, slope = applied.code, applied.slope
     check_norm(x, running_mean, running_var, weight, bias, training, residual)

@@ -28,7 +28,7 @@ from .activation import Activation, chosen
 from .conv2d import checked_geometry, conv2d_input_grad, differentiable_conv2d, run_forward, run_weight_grad
 from .norm import Running, check_norm, stored_for, twin
 from .norm_kernels import batch_norm_backward_, batch_norm_statistics, given_statistics
-from .registry import LIBRARY, Operation, called_by_position
+from .registry import LIBRARY, Operation, called_by_position, gradients_of_aliases
 from .stored import refuse_graph, stores
 
 __all__ = ["norm_conv2d"]
@@ -188,15 +188,15 @@ class _NormConv2d(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             refuse_graph(x)
             given = None if ctx.through_statistics else stats
-            h = twin(x, norm_weight, norm_bias, given, ctx.eps, ctx.code, ctx.slope)
-            y = differentiable_conv2d(h, values, None, ctx.plan, ctx.geometry)
-            inputs = {0: x, 1: norm_weight, 2: norm_bias, 9: values}
-            wanted = {i: t for i, t in inputs.items() if needs[i]}
-            found = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=True) if wanted else ()
-            grads = dict(zip(wanted, found, strict=True))
-            if need_bias:
-                grads[10] = dy.sum((0, 2, 3), dtype=values.dtype)
-            return tuple(grads.get(i) for i in range(14))
+
+            def function(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, values: Tensor) -> Tensor:
+                h = twin(x, norm_weight, norm_bias, given, ctx.eps, ctx.code, ctx.slope)
+                return differentiable_conv2d(h, values, None, ctx.plan, ctx.geometry)
+
+            tensors = x, norm_weight, norm_bias, values
+            dx, *dnorm_again, dvalues = gradients_of_aliases(function, tensors, (*needs[:3], need_values), dy)
+            dbias = dy.sum((0, 2, 3), dtype=values.dtype) if need_bias else None
+            return (dx, *dnorm_again, *(None,) * 6, dvalues, dbias, *(None,) * 3)
         dx = dvalues = dbias = None
         dnorm: tuple[Tensor | None, Tensor | None] = (None, None)
         if need_values:

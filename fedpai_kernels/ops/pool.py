@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _C
 from ..layout import empty_batch_last, to_batch_last
@@ -300,6 +301,8 @@ def max_pool2d(
         ValueError: another device or rank; a window that is too large for the image, or padding for the
         window.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(max_pool2d, (x,), x, kernel_size, stride, padding, dilation, ceil_mode)
     rows, columns = _windows(x, kernel_size, stride, padding, dilation, ceil_mode)
     y: Tensor = _MaxPool.apply(x, rows, columns)[0]
     return y
@@ -318,6 +321,9 @@ def avg_pool2d(
 
     Arguments and errors: as :func:`max_pool2d`, with `count_include_pad` and `divisor_override` as in torch.
     """
+    if has_torch_function_unary(x):
+        settings = kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+        return handle_torch_function(avg_pool2d, (x,), x, *settings)
     rows, columns = _windows(x, kernel_size, stride, padding, 1, ceil_mode)
     if divisor_override == 0:
         raise ValueError("divisor_override: expected a divisor other than zero, got 0")
@@ -336,6 +342,8 @@ def adaptive_avg_pool2d(x: Tensor, output_size: int | Sequence[int | None] | Non
         TypeError: another dtype.
         ValueError: another device or rank; an output size below 1.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(adaptive_avg_pool2d, (x,), x, output_size)
     _check(x)
     wanted = (
         (output_size, output_size)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -83,3 +83,20 @@ def called_by_position(function: _Function) -> _Function:
 
     function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
     return function
+
+
+def gradients_of_aliases(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor | None], needs: Sequence[bool], gradient: Tensor
+) -> list[Tensor | None]:
+    """The gradients of ``function(*tensors)`` where `needs` says so, as functions of the tensors: for the backward of
+    an autograd function that is to be differentiated again (`create_graph=True`).
+
+    One of the tensors may have been computed from another: the input of a norm from its residual, or from a weight that
+    is used twice. `torch.autograd.grad` would then follow that way too, which the backward pass that called follows
+    itself. Aliases, which nothing was computed from, keep to the function.
+    """
+    aliases = [None if t is None else t.view_as(t) for t in tensors]
+    wanted = [t for t, need in zip(aliases, needs, strict=True) if need and t is not None]
+    y = function(*aliases)
+    found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True) if wanted else ())
+    return [next(found) if need else None for need in needs]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from fedpai_kernels.nn import deferred
+from fedpai_kernels.nn import deferred, waiting
 from fedpai_kernels.nn.deferred import PendingNorm
 
 
@@ -30,13 +30,13 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[PendingNorm]:
 def together(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """One entry for each time that a norm and a convolution were computed in one."""
     calls: list[bool] = []
-    original = deferred.norm_conv2d
+    original = waiting.norm_conv2d
 
     def count(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(True)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(deferred, "norm_conv2d", count)
+    monkeypatch.setattr(waiting, "norm_conv2d", count)
     return calls
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fedpai_kernels as fk
-from fedpai_kernels.nn import BatchLastGroupNorm, BatchLastGroupNormReLU, BatchLastInstanceNorm2d
+from fedpai_kernels.nn import BatchLastGroupNorm, BatchLastInstanceNorm2d, DeferrableGroupNorm
 from fedpai_kernels.ops.activation import Activation, is_smooth
 from fedpai_kernels.ops.group_norm import group_norm
 from fedpai_kernels.ops.norm import batch_norm
@@ -204,11 +204,11 @@ def test_group_norms_of_a_model_keep_their_inputs_rounded() -> None:
     model = Grouped()
     masks = {n: torch.rand(getattr(model, n).weight.shape) < 0.3 for n in ("conv", "conv2")}
     report = fk.sparsify_(model, masks, activation_dtype=BF16)
-    assert type(model.norm) is BatchLastGroupNormReLU
+    assert type(model.norm) is DeferrableGroupNorm
     assert type(model.norm2) is BatchLastGroupNorm
     assert type(model.instance) is BatchLastInstanceNorm2d
     assert {m.activation_dtype for m in (model.norm, model.norm2, model.instance)} == {BF16}
-    assert "1 BatchLastGroupNormReLU, 1 BatchLastGroupNorm, 1 BatchLastInstanceNorm2d" in str(report)
+    assert "1 DeferrableGroupNorm, 1 BatchLastGroupNorm, 1 BatchLastInstanceNorm2d" in str(report)
     saved = saved_by(model, images())
     assert len(saved) == 5
     assert {t.dtype for t in saved} == {BF16}

@@ -13,9 +13,7 @@ from torch.nn.utils import prune
 
 import fedpai_kernels as fk
 from fedpai_kernels.nn import (
-    AbsorbedReLU,
     BatchLastBatchNorm2d,
-    BatchLastBatchNormReLU2d,
     BatchLastConv2d,
     BatchLastMaxPool2d,
     DeferrableBatchNorm2d,
@@ -53,8 +51,8 @@ def test_what_becomes_what() -> None:
     report = fk.sparsify_(model, masks, compact=False)
     expected = {
         "stem": MaskedConv2d,
-        "norm1": BatchLastBatchNormReLU2d,
-        "relu1": AbsorbedReLU,
+        "norm1": DeferrableBatchNorm2d,
+        "relu1": nn.ReLU,
         "pool1": BatchLastMaxPool2d,
         "conv": SparseConv2d,
         "norm2": DeferrableBatchNorm2d,
@@ -116,14 +114,6 @@ def test_modules_keep_identity_hooks_and_attributes() -> None:
     handle.remove()
     model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
     assert calls == [1]
-
-
-def test_a_layer_with_a_hook_is_not_fused() -> None:
-    model, masks = masked_model()
-    model.relu1.register_forward_hook(lambda *_: None)
-    fk.sparsify_(model, masks)
-    assert type(model.norm1) is BatchLastBatchNorm2d
-    assert type(model.relu1) is nn.ReLU
 
 
 def test_fuse_off() -> None:

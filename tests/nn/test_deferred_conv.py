@@ -196,7 +196,6 @@ def test_it_is_stored_and_read_later(together: list[bool]) -> None:
 
 ASTRAY: dict[str, Callable[[Chain, Tensor], Tensor]] = {
     "a_function_of_autograd": lambda m, y: Double.apply(y).mean(),
-    "a_norm_of_ours": lambda m, y: fk.nn.BatchLastBatchNorm2d(6).double()(y).abs().mean(),
 }
 
 

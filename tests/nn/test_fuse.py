@@ -87,7 +87,7 @@ def sum_read_twice(m: Any, x: Tensor) -> Tensor:
 
 # What is computed, and how the norm is fused: "pair" with the ReLU, or in the words of a site, or why not.
 CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
-    "adjacent": (lambda m, x: m.relu(m.norm(m.conv(x))), "pair"),
+    "adjacent": (lambda m, x: m.relu(m.norm(m.conv(x))), "the ReLU"),
     "norm_read_twice": (keeps_the_norm, "read 2 times"),
     "relu_used_twice": (lambda m, x: m.relu(m.conv(m.relu(m.norm(m.conv(x))))), "the ReLU"),
     "norm_used_twice": (lambda m, x: m.norm(m.conv(m.relu(m.norm(m.conv(x))))), "called 2 times"),
@@ -128,8 +128,6 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 def found(model: Parts) -> str:
     fusions = find_fusions(model)
     assert fusions.untraced == ""
-    if (model.norm, model.relu) in fusions.pairs:
-        return "pair"
     for owner, site in fusions.sites:
         if owner.get_submodule(site.norm) is model.norm:
             return site.what
@@ -149,7 +147,6 @@ def test_the_converted_model_computes_the_same(run: Callable[[Any, Tensor], Tens
     converted = fk.sparsify(model, {"conv": mask})
     with torch.no_grad():
         model.conv.weight.mul_(mask)
-    assert isinstance(converted.norm, fk.nn.BatchLastBatchNormReLU2d) == (expected == "pair")
     assert (type(converted.norm) is DeferrableBatchNorm2d) == expected.startswith("the ")
     for training in (True, False):
         model.train(training)
@@ -173,7 +170,6 @@ def test_the_converted_model_computes_the_same(run: Callable[[Any, Tensor], Tens
 def test_a_model_that_cannot_be_traced_says_so() -> None:
     model = Parts(depends_on_data)
     fusions = find_fusions(model)
-    assert not fusions.pairs
     assert not fusions.sites
     assert "torch.fx cannot trace the model" in fusions.untraced
     report = fk.sparsify_(model, {"conv": torch.rand(3, 3, 3, 3) < 0.3})
@@ -193,7 +189,7 @@ def test_tracing_leaves_no_trace() -> None:
     model = Parts(run)
     model.conv.register_forward_hook(lambda *_: calls.append("hook"))
     mean, state = model.norm.running_mean.clone(), torch.get_rng_state()
-    assert len(find_fusions(model).pairs) == 1
+    assert len(find_fusions(model).sites) == 1
     assert not hasattr(model, "last")
     assert torch.equal(model.norm.running_mean, mean)
     assert torch.equal(torch.get_rng_state(), state)
@@ -204,7 +200,9 @@ def test_tracing_leaves_no_trace() -> None:
 def test_modules_of_one_sequential() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.BatchNorm2d(3))
     fusions = find_fusions(model)
-    assert fusions.pairs == [(model[1], model[2])]
+    ((owner, site),) = fusions.sites
+    assert owner is model
+    assert (site.norm, site.activation_module, site.what) == ("1", "2", "the ReLU")
     assert fusions.others == {"3": "followed by output"}
 
 

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 import fedpai_kernels as fk
 from fedpai.models.resnet import ResNet
 from fedpai_kernels.nn import (
-    AbsorbedReLU,
     BatchLastGroupNorm,
-    BatchLastGroupNormReLU,
     BatchLastInstanceNorm2d,
+    DeferrableGroupNorm,
 )
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -27,21 +26,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def pair(relu: bool = False, groups: int = 2, **settings: Any) -> tuple[nn.Module, BatchLastGroupNorm]:
+def pair(groups: int = 2, **settings: Any) -> tuple[nn.GroupNorm, BatchLastGroupNorm]:
     plain = nn.GroupNorm(groups, 6, **settings).double()
     if plain.affine:
         nn.init.normal_(plain.weight)
         nn.init.normal_(plain.bias)
-    ours = (BatchLastGroupNormReLU if relu else BatchLastGroupNorm)(groups, 6, **settings).double()
+    ours = BatchLastGroupNorm(groups, 6, **settings).double()
     ours.load_state_dict(plain.state_dict())
-    return (nn.Sequential(plain, nn.ReLU()) if relu else plain), ours
+    return plain, ours
 
 
-@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
 @pytest.mark.parametrize("groups", [1, 2, 6])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_both_modes(settings: dict[str, Any], groups: int, relu: bool) -> None:
-    plain, ours = pair(relu, groups, **settings)
+def test_both_modes(settings: dict[str, Any], groups: int) -> None:
+    plain, ours = pair(groups, **settings)
     for training in (True, False):
         plain.train(training)
         ours.train(training)
@@ -58,9 +56,8 @@ def test_both_modes(settings: dict[str, Any], groups: int, relu: bool) -> None:
         torch.testing.assert_close(p2.grad, p1.grad)
 
 
-@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
-def test_other_inputs_take_torch_s_path_bit_for_bit(relu: bool) -> None:
-    plain, ours = pair(relu)
+def test_other_inputs_take_torch_s_path_bit_for_bit() -> None:
+    plain, ours = pair()
     x = torch.randn(7, 6, 4, 3, dtype=torch.float64)
     others = (x, x.contiguous(memory_format=torch.channels_last), x[:0], x[0, :, 0, :].t(), x.unsqueeze(2))
     for source in others:
@@ -168,15 +165,13 @@ def test_report_and_the_way_back() -> None:
     before = {name: type(m) for name, m in model.named_modules()}
     report = fk.sparsify_(model, masks)
     assert "batch-last: 4 GroupNorm, 1 BatchNorm2d, 1 InstanceNorm2d" in report.notes
-    assert "fused: 1 group norms with the ReLU after them" in report.notes
+    assert "fused: 2 group norms with the ReLU after them" in report.notes
     assert "fused: 1 batch norms with the ReLU after them" in report.notes
     (alone,) = (note for note in report.notes if note.startswith("not fused"))
-    assert "norm2 (followed by relu)" in alone
     assert "norm3 (followed by add)" in alone
     assert "norm4 (followed by mul)" in alone
-    assert type(model.norm1) is BatchLastGroupNormReLU
-    assert type(model.relu1) is AbsorbedReLU
-    assert {type(m) for m in (model.norm2, model.norm3, model.norm4)} == {BatchLastGroupNorm}
+    assert {type(m) for m in (model.norm1, model.norm2)} == {DeferrableGroupNorm}
+    assert {type(m) for m in (model.norm3, model.norm4)} == {BatchLastGroupNorm}
     fk.densify_(model)
     assert {name: type(m) for name, m in model.named_modules()} == before
 
@@ -259,7 +254,7 @@ def test_activations_stay_batch_last_from_end_to_end() -> None:
     model, masks = masked(of_group_norms(ResNet(18, width=0.125), 4))
     fk.sparsify_(model, masks)
     norms = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
-    assert {type(m) for m in norms} <= {BatchLastGroupNorm, BatchLastGroupNormReLU}
+    assert {type(m) for m in norms} <= {BatchLastGroupNorm, DeferrableGroupNorm}
     seen: list[bool] = []
     for m in norms:
         m.register_forward_hook(

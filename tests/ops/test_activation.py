@@ -200,6 +200,23 @@ def test_gradcheck_twice(name: str, training: bool, with_residual: bool) -> None
     assert torch.autograd.gradgradcheck(f, (x, weight, bias, residual))
 
 
+@pytest.mark.parametrize("name", ALL)
+@TRAINING
+def test_create_graph_where_the_input_comes_from_the_residual(name: str, training: bool) -> None:
+    residual = operands((3, 2, 2, 3), torch.float64)[1].requires_grad_()
+    statistics = (None, None) if training else (torch.zeros(2).double(), torch.ones(2).double())
+
+    def f(residual: Tensor) -> Tensor:
+        return batch_norm(
+            residual.tanh(), *statistics, None, None, training, activation=ALL[name][0], residual=residual
+        ).tanh()  # fmt: skip
+
+    (expected,) = torch.autograd.grad(f(residual).sum(), residual)
+    (again,) = torch.autograd.grad(f(residual).sum(), residual, create_graph=True)
+    torch.testing.assert_close(again, expected)
+    assert torch.autograd.gradgradcheck(f, residual)
+
+
 @pytest.mark.parametrize("name", ["leaky_relu", "silu"])
 @RESIDUAL
 def test_compiles(name: str, with_residual: bool) -> None:

@@ -263,6 +263,18 @@ def test_gradcheck_twice(relu: bool) -> None:
     assert torch.autograd.gradgradcheck(f, (x, weight, bias))
 
 
+def test_create_graph_where_the_input_comes_from_the_same_weight() -> None:
+    x = fk.to_batch_last(torch.randn(3, 4, 2, 3, dtype=torch.float64)).requires_grad_()
+    leaves = x, *(p.requires_grad_() for p in parameters(4, torch.float64))
+
+    def f(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return group_norm(group_norm(x, 2, weight, bias).tanh(), 2, weight, bias).tanh()
+
+    expected = torch.autograd.grad(f(*leaves).sum(), leaves)
+    torch.testing.assert_close(torch.autograd.grad(f(*leaves).sum(), leaves, create_graph=True), expected)
+    assert torch.autograd.gradgradcheck(f, leaves)
+
+
 def test_opcheck() -> None:
     ops: Any = torch.ops.fedpai
     weight, bias = parameters(4, torch.float32)

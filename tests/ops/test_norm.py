@@ -185,6 +185,21 @@ def test_gradcheck_twice(training: bool, relu: bool) -> None:
     assert torch.autograd.gradgradcheck(f, (x, weight, bias))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_create_graph_where_the_input_comes_from_the_same_weight(training: bool) -> None:
+    x = fk.to_batch_last(torch.randn(3, 2, 2, 3, dtype=torch.float64)).requires_grad_()
+    leaves = x, *(torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    statistics = (None, None) if training else (torch.zeros(2).double(), torch.ones(2).double())
+
+    def f(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        h = batch_norm(x, *statistics, weight, bias, training)
+        return batch_norm(h.tanh(), *statistics, weight, bias, training).tanh()
+
+    expected = torch.autograd.grad(f(*leaves).sum(), leaves)
+    torch.testing.assert_close(torch.autograd.grad(f(*leaves).sum(), leaves, create_graph=True), expected)
+    assert torch.autograd.gradgradcheck(f, leaves)
+
+
 def test_opcheck() -> None:
     x, dy = (fk.to_batch_last(torch.randn(5, 3, 4, 2)) for _ in range(2))
     weight, bias, mean, var = torch.randn(3), torch.randn(3), torch.zeros(3), torch.ones(3)

@@ -170,6 +170,23 @@ def test_gradients_of_gradients(training: bool) -> None:
     assert torch.autograd.gradgradcheck(f, leaves)
 
 
+@TRAINING
+def test_create_graph_where_the_input_comes_from_the_same_weights(training: bool) -> None:
+    plan = Plan.from_mask(torch.rand(2, 2, 3, 3) < 0.5)
+    o = operands((3, 2, 4, 4), plan, torch.float64)
+    leaves = o.x, o.weight, o.bias, o.values
+
+    def f(x: Tensor, weight: Tensor, bias: Tensor, values: Tensor) -> Tensor:
+        for _ in range(2):
+            statistics = o.mean.clone(), o.var.clone()
+            x = norm_conv2d(x.tanh(), *statistics, weight, bias, training, 0.1, 1e-5, values, plan, padding=1)
+        return x.tanh()
+
+    expected = torch.autograd.grad(f(*leaves).sum(), leaves)
+    torch.testing.assert_close(torch.autograd.grad(f(*leaves).sum(), leaves, create_graph=True), expected)
+    assert torch.autograd.gradgradcheck(f, leaves)
+
+
 @pytest.mark.parametrize("wanted", ["x", "weight", "bias", "values", "conv_bias", "x values", "weight conv_bias"])
 @TRAINING
 def test_only_what_needs_a_gradient_gets_one(walk: str, wanted: str, training: bool) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedpai.bench import BenchError
 from fedpai.bench.layers_text import kept, structure_of
-from fedpai.bench.rows import Row, best_of, geometric_mean, median_ms, read
+from fedpai.bench.rows import CACHES, Row, best_of, geometric_mean, median_ms, read
 from fedpai.bench.step_text import mask_label
 from fedpai.bench.table import Table, digits, milliseconds, ratio
 
@@ -104,7 +104,7 @@ def newest(rows: Sequence[Row]) -> list[Row]:
             "isa",
         )
         device = row.get("device", {})
-        place = (row["machine"]["cpu"], device.get("name"), device.get("precision"), row.get("caches"))
+        place = (row["machine"]["cpu"], device.get("name"), device.get("precision"), _caches(row))
         key = (*place, *(row.get(name) for name in what))
         found.pop(key, None)
         found[key] = row
@@ -135,17 +135,21 @@ def section(rows: Sequence[Row]) -> str:
 
 def _setting(row: Row) -> str:
     machine, software = row["machine"], row["software"]
+    size = f"{row['clients']} clients" if row["row"] == "aggregate" else f"batch {row['batch']}"
     if "device" in row:
         device = row["device"]
         return (
-            f"{device['name']}, {row['isa']}, {device['precision']}, {row['caches']} caches, "
-            f"torch {software['torch']}, batch {row['batch']}"
+            f"{device['name']}, {row['isa']}, {device['precision']}, {_caches(row)} caches, "
+            f"torch {software['torch']}, {size}"
         )
     return (
         f"{machine['cpu']}, {row['threads']} threads, {row['isa']}, torch {software['torch']}, "
-        f"SparseProp {software['sparseprop'] or 'absent'}, "
-        + (f"{row['clients']} clients" if row["row"] == "aggregate" else f"batch {row['batch']}")
+        f"SparseProp {software['sparseprop'] or 'absent'}, {size}"
     )
+
+
+def _caches(row: Row) -> str:
+    return str(row.get("caches", CACHES[False]))
 
 
 def _when(rows: Sequence[Row]) -> str:

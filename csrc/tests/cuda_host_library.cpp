@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The interface of libfedpai_cuda.so with the CPU as its device: tests/cuda compiles and loads it in the library's place,
-// so that everything between a tensor and a kernel's arguments is run. Convolution, batch norm and the server's steps.
+// The interface of libfedpai_cuda.so with the CPU as its device: tests/conftest.py compiles and loads it in the library's
+// place, so that everything between a tensor and a kernel's arguments is run. Convolution, batch norm, clients' means and
+// the server's steps.
 #include <vector>
 
 #include "cuda_host.h"
+#include "cuda_host_aggregate.h"
 #include "cuda_host_norm.h"
 #include "cuda_host_step.h"
 
@@ -122,16 +124,30 @@ int fedpai_cuda_server_step(const FedpaiServerStep* step, const float* old, cons
   return run_server_step(*step, old, merged, m, v, n, out);
 }
 
+int fedpai_cuda_weighted_mean(const float* vectors, int64_t stride, const double* weights, int64_t clients, int64_t n, int compensated,
+                              float* out, void*) {
+  run_mean({vectors, weights, out, stride, n, static_cast<std::int32_t>(clients)}, compensated != 0);
+  return FEDPAI_CUDA_OK;
+}
+
+int64_t fedpai_cuda_segments(int64_t n) { return segments_of(n); }
+
+int fedpai_cuda_find_segments(const int32_t* positions, const int64_t* offsets, int64_t clients, int64_t, int64_t n, int32_t* begins,
+                              int32_t* wrong, void*) {
+  run_segments({positions, offsets, begins, wrong, static_cast<std::int32_t>(n), static_cast<std::int32_t>(clients),
+                static_cast<std::int32_t>(segments_of(n))});
+  return FEDPAI_CUDA_OK;
+}
+
+int fedpai_cuda_masked_mean(const float* values, const int32_t* positions, const int64_t* offsets, const int32_t* begins,
+                            const double* weights, int64_t clients, const float* old, int64_t n, int compensated, float* out, void*) {
+  const MaskedMeanArgs args{values, positions, offsets, begins, weights, old, out, static_cast<std::int32_t>(n),
+                            static_cast<std::int32_t>(clients)};
+  compensated != 0 ? run_masked_mean<true>(args) : run_masked_mean<false>(args);
+  return FEDPAI_CUDA_OK;
+}
+
 // Not here: that they are declared is enough for the library to load.
-int64_t fedpai_cuda_segments(int64_t) { return 0; }
-int fedpai_cuda_weighted_mean(const float*, int64_t, const double*, int64_t, int64_t, int, float*, void*) { return FEDPAI_CUDA_BAD_ARGUMENT; }
-int fedpai_cuda_find_segments(const int32_t*, const int64_t*, int64_t, int64_t, int64_t, int32_t*, int32_t*, void*) {
-  return FEDPAI_CUDA_BAD_ARGUMENT;
-}
-int fedpai_cuda_masked_mean(const float*, const int32_t*, const int64_t*, const int32_t*, const double*, int64_t, const float*, int64_t,
-                            int, float*, void*) {
-  return FEDPAI_CUDA_BAD_ARGUMENT;
-}
 int fedpai_cuda_majority(const uint8_t*, int64_t, int64_t, int64_t, int64_t, uint8_t*, void*) { return FEDPAI_CUDA_BAD_ARGUMENT; }
 int fedpai_cuda_sgd_step(const FedpaiSgdChunk*, int64_t, const FedpaiSgdOptions*, void*) { return FEDPAI_CUDA_BAD_ARGUMENT; }
 int fedpai_cuda_adam_step(const FedpaiAdamChunk*, int64_t, const FedpaiAdamOptions*, void*) { return FEDPAI_CUDA_BAD_ARGUMENT; }

@@ -9,7 +9,7 @@
 
 #include "check.h"
 #include "cpu/aggregate/aggregate.h"
-#include "cuda/aggregate/aggregate.cuh"
+#include "cuda_host_aggregate.h"
 
 using namespace fedpai;
 using namespace fedpai::tests;
@@ -45,8 +45,7 @@ void check_mean(std::int64_t clients, std::int64_t n, std::int64_t gap, bool com
   std::vector<const float*> rows;
   for (std::int64_t k = 0; k < clients; ++k) rows.push_back(vectors.data() + k * stride);
   weighted_mean(rows, weights, n, compensated, expected.data(), 1);
-  const MeanArgs args{vectors.data(), weights.data(), out.data(), stride, n, static_cast<std::int32_t>(clients)};
-  for (std::int64_t j = 0; j < n + 5; ++j) compensated ? mean_element<true>(args, j) : mean_element<false>(args, j);
+  run_mean({vectors.data(), weights.data(), out.data(), stride, n, static_cast<std::int32_t>(clients)}, compensated);
   expect_bits(out, expected);
 }
 
@@ -67,14 +66,8 @@ struct Ragged {
 // The table of segments, and who was wrong.
 struct Segments {
   Segments(const Ragged& r, std::int64_t n) : begins((segments_of(n) + 1) * r.clients()), wrong(r.clients()) {
-    std::fill(begins.begin(), begins.end(), 0);
-    std::fill(wrong.begin(), wrong.end(), 0);
-    const SegmentArgs args{r.positions.data(), r.offsets.data(), begins.data(), wrong.data(), static_cast<std::int32_t>(n),
-                           static_cast<std::int32_t>(r.clients()), static_cast<std::int32_t>(segments_of(n))};
-    for (std::int32_t k = 0; k < args.clients; ++k) {
-      const std::int64_t count = r.offsets[static_cast<std::size_t>(k) + 1] - r.offsets[static_cast<std::size_t>(k)];
-      for (std::int64_t i = count + 3; i >= 0; --i) find_segments(args, k, i);  // in whatever order threads come
-    }
+    run_segments({r.positions.data(), r.offsets.data(), begins.data(), wrong.data(), static_cast<std::int32_t>(n),
+                  static_cast<std::int32_t>(r.clients()), static_cast<std::int32_t>(segments_of(n))});
   }
   Buffer<std::int32_t> begins, wrong;
 };
@@ -83,10 +76,7 @@ template <bool Compensated>
 void merge(const Ragged& r, const Segments& segments, const std::vector<double>& weights, const Buffer<float>& old, Buffer<float>& out) {
   const MaskedMeanArgs args{r.values.data(), r.positions.data(), r.offsets.data(), segments.begins.data(), weights.data(), old.data(),
                             out.data(), static_cast<std::int32_t>(out.size()), static_cast<std::int32_t>(r.clients())};
-  for (std::int64_t s = 0; s < segments_of(out.size()); ++s) {
-    Buffer<SegmentSums<Compensated>> sums(1);
-    merge_segment<Compensated>(args, HostWarp(), sums.data(), static_cast<std::int32_t>(s));
-  }
+  run_masked_mean<Compensated>(args);
 }
 
 void check_masked_mean(std::int64_t clients, std::int64_t n, double share, bool compensated) {

@@ -38,13 +38,15 @@ def add_parser(kinds: argparse._SubParsersAction[Any]) -> None:
         metavar="N",
         help="dense state_dicts that are in memory, to take turns as those of all clients (10)",
     )
+    cli.add_device(parser)
+    add("--cold", action="store_true", help="empty the caches before each sample")
     cli.add_effort(parser)
     # What the preparation of the other commands looks at.
     parser.set_defaults(run=cli.guarded(_aggregate), rivals=[], structure="weight")
 
 
 def _aggregate(arguments: argparse.Namespace) -> None:
-    from fedpai.bench import aggregate
+    from fedpai.bench import aggregate, device
     from fedpai.bench.aggregate_text import aggregate_table, remarks
 
     settings = aggregate.Settings(
@@ -55,7 +57,9 @@ def _aggregate(arguments: argparse.Namespace) -> None:
         forms=arguments.form,
         clients=arguments.clients,
         distinct=arguments.distinct,
+        cold=arguments.cold,
         effort=cli.effort(arguments),
+        device=device.cuda() if arguments.device == "cuda" else device.cpu(),
     )
     aggregate.prepare(settings)
     rows = cli.collect(arguments, partial(aggregate.measure, settings))

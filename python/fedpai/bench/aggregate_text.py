@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedpai.bench.rows import Row, median_ms
+from fedpai.bench.rows import CACHES, Row, median_ms
 from fedpai.bench.step_text import mask_label
 from fedpai.bench.table import Table, digits, ratio
 
@@ -46,6 +46,10 @@ def remarks(rows: Sequence[Row]) -> list[str]:
         f"state_dict: {rows[0]['distinct']} state_dicts take turns as those of all clients; copy: all clients' values "
         "into one buffer",
     ]
+    if "device" in rows[0]:
+        lines.append("values, weights and what is made once a set of masks lie on the device before a call is timed")
+    if rows[0].get("caches") == CACHES[True]:
+        lines.append("caches are emptied before each sample")
     for row in rows:
         lines.append(
             f"{row['model']}, {mask_label(row)}, {row['form']}: {row['values'] / 1e6:.1f} million values into "

@@ -137,12 +137,7 @@ def _add_common(parser: argparse.ArgumentParser, rivals: str) -> None:
     )
     add("--batch", type=positive, default=64, metavar="N", help="images (64)")
     parser.set_defaults(usual_rivals=rivals.split(","))
-    add(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cpu",
-        help="cuda: the current GPU, timed by events, against dense torch (cpu)",
-    )
+    add_device(parser)
     add(
         "--rivals",
         type=words,
@@ -168,6 +163,12 @@ def add_mask(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="images that grasp and snip score with (fashion-mnist; synthetic needs no files)",
     )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option that says what to measure on."""
+    text = "cuda: the current GPU, timed by events, against dense torch (cpu)"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=text)
 
 
 def add_effort(parser: argparse.ArgumentParser) -> None:

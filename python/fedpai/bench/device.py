@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What layers and steps are measured on: where tensors lie, in which precision, how calls are timed and caches emptied
-there."""
+"""What layers, steps and merging are measured on: where tensors lie, in which precision, how calls are timed and
+caches emptied there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from fedpai.bench.errors import BenchError
 from fedpai.bench.machine import last_cache_bytes
 from fedpai.bench.rivals.base import CPU, TOLERANCE
-from fedpai.bench.timing import Call, wall_seconds
+from fedpai.bench.timing import Call, Effort, wall_seconds
 
 _COARSE_TOLERANCE = 2e-2  # of results that were rounded to 8 or 11 bits, on the way or at the end
 
@@ -41,6 +41,10 @@ class Device:
         """A call that leaves nothing of a contender's data in the caches."""
         buffer = torch.zeros(self.bytes_to_flush // 4, device=self.place)
         return lambda: buffer.add_(1.0)
+
+    def effort(self, asked: Effort, cold: bool = False) -> Effort:
+        """How long to measure, timed as calls are timed here; cold: the caches are emptied before every sample."""
+        return replace(asked, seconds=self.seconds, before_each=self.flusher() if cold else None)
 
     def start_of(self, row: dict[str, Any]) -> dict[str, Any]:
         """What all rows of a measurement start with, from what they start with on the CPU."""

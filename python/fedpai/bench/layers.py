@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from fedpai.bench.device import Device, cpu
 from fedpai.bench.errors import BenchError
 from fedpai.bench.machine import MachineModel, identity
 from fedpai.bench.rivals import CONTENDERS, DEFAULT_RIVALS, RIVALS, Contender, Problem, Unavailable
-from fedpai.bench.rows import Result, Row, common, results_of
+from fedpai.bench.rows import CACHES, Result, Row, common, results_of
 from fedpai.bench.timing import Call, Effort, Timing, interleave
 from fedpai.bench.work import DIRECTIONS, passes_of, work_of
 from fedpai_kernels.structure import Block, describe
@@ -204,10 +204,7 @@ class _Bench:
 
     def time(self, direction: str) -> dict[tuple[float, str, str], Timing]:
         """One direction of all contenders, interleaved."""
-        device = self.settings.device
-        effort = replace(self.settings.effort, seconds=device.seconds)
-        if self.settings.cold:
-            effort = replace(effort, before_each=device.flusher())
+        effort = self.settings.device.effort(self.settings.effort, self.settings.cold)
         calls: dict[tuple[float, str, str], Call] = {
             key: contender.calls[direction]
             for key, contender in self.contenders.items()
@@ -248,7 +245,7 @@ class _Bench:
             "target_density": density,
             "nnz": problem.plan.nnz,
             "direction": direction,
-            "caches": "cold" if settings.cold else "as the others leave them",
+            "caches": CACHES[settings.cold],
             "useful_flop": work.useful_flop,
             "dense_flop": work.dense_flop,
             **limits,

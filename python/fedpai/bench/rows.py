@@ -13,9 +13,9 @@ and ``speedup``: {rival: its best variant's median over ours}. In a step row a v
 and ours ``convert_ms``, what `sparsify_` took. A profile row is one part of our step, of one layer or
 (``layer`` null) of all: ``counted`` says whether it is an "operation", a "gap" between operations, or the "remainder"
 that the trace does not show, and ``step`` what holds for the whole. A layer row has ``structure_found``, what
-:func:`fedpai_kernels.structure.describe` says of its mask. A layer or step row that was measured on a GPU has
-``device``, as written in ``device.py``, the compute capability as ``isa``, an empty ``machine_model`` and null bounds.
-A memory row has ``peaks``: {contender: {variant: {"peak_bytes": ..., "start_bytes": ..., ...}}}, as written in
+:func:`fedpai_kernels.structure.describe` says of its mask. A layer, step or aggregate row that was measured on a GPU
+has ``device``, as written in ``device.py``, the compute capability as ``isa``, an empty ``machine_model`` and null
+bounds. A memory row has ``peaks``: {contender: {variant: {"peak_bytes": ..., "start_bytes": ..., ...}}}, as written in
 ``memory.py``. An aggregate row has no ``batch`` (null), but ``copy`` and ``copy_share``, as written in
 ``aggregate.py``.
 """
@@ -34,6 +34,8 @@ from fedpai.bench.errors import BenchError
 from fedpai.bench.timing import Timing
 
 SCHEMA = 1
+CACHES = {False: "as the others leave them", True: "cold"}
+"""What ``caches`` says, by whether they were emptied before each sample. Rows without the field were not."""
 Row = dict[str, Any]
 
 _COMMON = (

@@ -187,7 +187,7 @@ def _measure(settings: Settings, model: str, sparsity: float, progress: Callable
             layers = trainer.layers or layers
     progress(f"{label}: measuring")
     calls = {key: trainer.step for key, trainer in trainers.items()}
-    timings = interleave(calls, replace(settings.effort, seconds=settings.device.seconds), lambda key: key[0])
+    timings = interleave(calls, settings.device.effort(settings.effort), lambda key: key[0])
     results = {
         name: _result(
             {v: t for (n, v), t in timings.items() if n == name}, starts.get(name, {}), reasons.get(name, [])

@@ -9,11 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+import fedpai_kernels
 from fedpai import cli
-from fedpai.bench import aggregate
+from fedpai.bench import aggregate_rivals
 from fedpai.bench import rows as bench_rows
 
 Bench = Callable[..., list[dict[str, Any]]]
+CHANGED_FOR_THE_PROCESS = (
+    (torch.backends.cuda.matmul, "allow_tf32"),
+    (torch.backends.cudnn, "allow_tf32"),
+    (torch.backends.cudnn, "benchmark"),
+)
+"""By measurements on a GPU."""
 
 
 @pytest.mark.parametrize("mask", ["uniform", "erk"])
@@ -25,6 +32,8 @@ def test_rows_and_table(bench: Bench, capsys: pytest.CaptureFixture[str], mask: 
         assert row["density"] == pytest.approx(0.02, abs=1e-3)
         assert set(row["results"]) == {"ours", "compensated", "state_dict"}
         assert set(row["results"]["state_dict"]["variants"]) == {"multiply", "in place"}
+        assert "device" not in row
+        assert row["caches"] == "as the others leave them"
         assert row["speedup"]["state_dict"] > 0
         assert row["copy_share"] > 0
         assert row["copy"]["bytes"] == 8 * row["values"]
@@ -40,19 +49,21 @@ def test_rows_and_table(bench: Bench, capsys: pytest.CaptureFixture[str], mask: 
 
 def test_a_rival_that_merges_wrongly_does_not_count(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def late(clients: Any) -> Any:
-        return {key: 2 * tensor for key, tensor in aggregate.mean_multiply(clients).items()}
+        return {key: 2 * tensor for key, tensor in aggregate_rivals.mean_multiply(clients).items()}
 
-    monkeypatch.setattr(aggregate, "mean_in_place", late)
+    monkeypatch.setattr(aggregate_rivals, "mean_in_place", late)
     (row,) = bench("aggregate", "--model", "lenet5", "--clients", "3", "--form", "shared")
     assert set(row["results"]["state_dict"]["variants"]) == {"multiply"}
     assert "in place: differs from ours by up to" in row["results"]["state_dict"]["reason"]
     assert row["distinct"] == 3
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_copies_copy_everything(threads: int) -> None:
+@pytest.mark.parametrize("threads", [None, 1, 3])
+def test_copies_copy_everything(threads: int | None) -> None:
     source, dest = torch.arange(1001, dtype=torch.float32), torch.empty(1001)
-    for copy in aggregate.copies(source, dest, threads).values():
+    found = aggregate_rivals.copies(source, dest, threads)
+    assert set(found) == ({"torch"} if threads is None else {"torch", "memmove"})
+    for copy in found.values():
         dest.zero_()
         copy()
         assert torch.equal(dest, source)
@@ -71,3 +82,21 @@ def test_mistakes_are_one_line(arguments: list[str], text: str, capsys: pytest.C
     assert cli.main(["bench", "aggregate", *arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert text in line
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not fedpai_kernels.cuda.is_available(), reason="no GPU, or no libfedpai_cuda.so")
+@pytest.mark.parametrize("caches", ["cold", "as the others leave them"])
+def test_on_a_gpu(bench: Bench, monkeypatch: pytest.MonkeyPatch, caches: str) -> None:
+    for owner, name in CHANGED_FOR_THE_PROCESS:
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # as it is, and so again after the test
+    options = ("--device", "cuda", "--clients", "5", "--distinct", "2", *(["--cold"] if caches == "cold" else []))
+    found = bench("aggregate", "--model", "lenet5", *options)
+    assert [row["form"] for row in found] == ["shared", "personal"]
+    for row in found:
+        assert bench_rows.check(row) == ""
+        assert (row["device"]["name"], row["caches"]) == (torch.cuda.get_device_name(), caches)
+        assert {result["status"] for result in row["results"].values()} == {"ok"}
+        assert set(row["results"]["state_dict"]["variants"]) == {"multiply", "in place"}
+        assert row["speedup"]["state_dict"] > 0
+        assert row["copy_share"] > 0

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fedpai bench layers` and `step` with `--device cuda`, without a GPU: timing by events, what rows say, the errors.
-The device is the CPU, called by another name."""
+"""`fedpai bench layers`, `step` and `aggregate` with `--device cuda`, without a GPU: timing by events, what rows
+say, the errors. The device is the CPU, called by another name."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fedpai import cli
 from fedpai.bench import device, rows
 from fedpai.bench.cases import LayerCase, to_csv
 from fedpai.bench.timing import Call, Effort, interleave
+from fedpai_kernels.cuda import library
 
 Bench = Callable[..., list[dict[str, Any]]]
 PROPERTIES = SimpleNamespace(
@@ -127,6 +128,49 @@ def test_steps_are_timed_there(bench: Bench, gpu: list[str]) -> None:
     assert rows.median_ms(row, "ours") == rows.median_ms(row, "dense") == pytest.approx(1.0)
 
 
+@pytest.fixture
+def launched(merging_on_host: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is launched for merging; the CPU does it."""
+    names: list[str] = []
+    call = library.Library.call
+
+    def logged(self: library.Library, name: str, *arguments: object) -> None:
+        names.append(name)
+        call(self, name, *arguments)
+
+    monkeypatch.setattr(library.Library, "call", logged)
+    return names
+
+
+@pytest.mark.parametrize("caches", ["cold", "as the others leave them"])
+def test_clients_are_merged_there(
+    bench: Bench, gpu: list[str], launched: list[str], caches: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the CUDA kernels, in one launch each; both loops give the same; what is moved is that of the CPU."""
+    task = ("aggregate", "--model", "lenet5", "--clients", "5", "--distinct", "2")
+    found = bench(*task, "--device", "cuda", *(["--cold"] if caches == "cold" else []))
+    assert gpu == ["f32"]
+    printed = capsys.readouterr().out
+    assert printed.startswith("A GPU, torch ")
+    assert ("caches are emptied before each sample" in printed) == (caches == "cold")
+    assert "lie on the device before a call is timed" in printed
+    for row, on_cpu in zip(found, bench(*task), strict=True):
+        assert rows.check(row) == ""
+        assert (row["isa"], row["device"]["name"], row["machine_model"]) == ("sm_90", "A GPU", {})
+        assert row["caches"] == caches
+        same = ("form", "values", "union", "bytes", "clients", "distinct", "density")
+        assert [row[name] for name in same] == [on_cpu[name] for name in same]
+        assert set(row["results"]) == {"ours", "compensated", "state_dict"}
+        assert set(row["results"]["state_dict"]["variants"]) == {"multiply", "in place"}
+        assert rows.median_ms(row, "ours") == pytest.approx(1.0)
+        assert row["speedup"] == {"compensated": 1.0, "state_dict": 1.0}
+        assert set(row["copy"]) == {"bytes", "torch"}
+        assert row["copy_share"] == pytest.approx(row["bytes"] / row["copy"]["bytes"], abs=1e-4)
+    # Masks are looked at before the times: once for the check of the first clients, once for the measurement.
+    assert launched.count("find_segments") == 2
+    assert set(launched) == {"weighted_mean", "find_segments", "masked_mean"}
+
+
 def test_bfloat16_is_images_and_dense_weights() -> None:
     made = device.described("bf16", torch.device("cpu"), lambda call, times: 0.0, PROPERTIES)
     assert made.dtype == torch.bfloat16
@@ -146,7 +190,7 @@ def test_dense_in_bfloat16_is_within_its_tolerance() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("kind", ["layers", "step"])
+@pytest.mark.parametrize("kind", ["layers", "step", "aggregate"])
 def test_a_torch_without_cuda_is_said(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", kind, "--device", "cuda"]) == 2
     assert "--device cuda: there is torch" in capsys.readouterr().err

@@ -151,6 +151,47 @@ def test_structures_are_different_measurements(root: Path) -> None:
     assert "| conv1 | 3-64 3x3 @32 | weight | 0.02 | 2.00" in docs
 
 
+def aggregate_row(**changes: Any) -> dict[str, Any]:
+    row = {
+        **common("aggregate"), "batch": None, "sparsity": 0.98, "mask_data": None, "form": "shared", "clients": 100,
+        "distinct": 10, "values": 1000, "union": 10, "bytes": 4040, "copy": {"bytes": 8000, "torch": numbers(1.0)},
+        "copy_share": 0.77,
+        "results": {
+            "ours": {"status": "ok", "best": "float64", "variants": {"float64": numbers(2.0)}},
+            "state_dict": {
+                "status": "ok", "best": "in place",
+                "variants": {"multiply": numbers(400.0), "in place": numbers(80.0)},
+            },
+        },
+        "speedup": {"state_dict": 40.0},
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def test_merging(root: Path) -> None:
+    """Rows that do not say how caches were are of caches that were not emptied."""
+    old = aggregate_row(copy_share=0.5)
+    render(root, old, aggregate_row(time="2026-02-01T00:00:00+00:00", caches="as the others leave them"))
+    text = tables.documents(root)[1].read_text()
+    assert "SparseProp absent, 100 clients, 2026-02-01;" in text
+    assert "| resnet18 | uniform 98 % | shared | 400 | 80.0 | 2.00 | 200x | 40x | 77 % |" in text
+    assert "50 %" not in text
+
+
+def test_rows_of_a_gpu(root: Path) -> None:
+    """Apart from those of the CPU beside it, each with its size; rows of steps do not say how caches were."""
+    there = {"device": {"name": "A GPU", "precision": "f32"}, "isa": "sm_90"}
+    cold = aggregate_row(**there, caches="cold", copy_share=0.9)
+    warm = aggregate_row(**there, caches="as the others leave them")
+    assert render(root, step_row(), step_row(**there, speedup={"dense": 7.0}), aggregate_row(), cold, warm) == 0
+    text = tables.documents(root)[1].read_text()
+    for size in ("as the others leave them caches, torch 2.13.0, batch 64", "cold caches, torch 2.13.0, 100 clients"):
+        assert f"Measured on A GPU, sm_90, f32, {size}, 2026-01-02;" in text
+    assert "A GPU, sm_90, f32, as the others leave them caches, torch 2.13.0, 100 clients" in text
+    assert text.count("77 %") == 2
+    assert text.count("90 %") == 1
+
+
 def test_newest_row_counts(root: Path) -> None:
     newer = step_row(time="2026-02-01T00:00:00+00:00", speedup={"dense": 12.0})
     other = step_row(machine={"cpu": "Other CPU"}, speedup={"dense": 3.0})

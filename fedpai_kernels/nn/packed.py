@@ -55,13 +55,19 @@ class PackedWeight(nn.Module):
                 `torch.nn.utils.prune`, else the weight's exact zeros.
 
         Raises:
-            TypeError: a module or mask of another type.
+            TypeError: a module or mask of another type, or a module that computes by a `forward` of its own.
             ValueError: a mask of another shape, or that keeps nothing.
         """
         if not isinstance(module, cls.dense_type):
             raise TypeError(
                 f"{cls.__name__}.from_dense: module: expected {cls.dense_type.__name__}, "
                 f"got {type(module).__name__}"
+            )
+        own = _own_method(module)
+        if own:
+            raise TypeError(
+                f"{cls.__name__}.from_dense: module: {type(module).__name__} computes by a {own} of its own, which "
+                f"{cls.__name__} would not call; expected the computation of {cls.dense_type.__name__}"
             )
         plan = plan_for(module, mask)
         copied = _independent_copy(module)
@@ -209,6 +215,16 @@ class PackedWeight(nn.Module):
         super()._load_from_state_dict(
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _own_method(module: nn.Module) -> str:
+    """The method by which a layer computes something else than torch's layer does; "" where there is none."""
+    for name in ("forward", "_conv_forward"):
+        method = getattr(type(module), name, None)
+        known = method is None or str(method.__module__).startswith(("torch.nn.", "fedpai_kernels."))
+        if name in vars(module) or not known:
+            return name
+    return ""
 
 
 def _independent_copy(module: nn.Module) -> Any:

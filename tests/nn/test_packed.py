@@ -333,6 +333,25 @@ def test_wrong_inputs(cls: type[PackedWeight]) -> None:
     dense, mask, _ = made(cls)
     with pytest.raises(TypeError, match=rf"from_dense: module: expected {cls.dense_type.__name__}, got ReLU"):
         cls.from_dense(nn.ReLU())
+
+    class Inherited(cls.dense_type):  # type: ignore[name-defined, misc]
+        pass
+
+    class Halved(cls.dense_type):  # type: ignore[name-defined, misc]
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) / 2
+
+    for subclass, own in ((Inherited, False), (Halved, True)):
+        module = copy.deepcopy(dense)
+        module.__class__ = subclass
+        if own:
+            with pytest.raises(TypeError, match=r"from_dense: module: Halved computes by a forward of its own"):
+                cls.from_dense(module)
+        else:
+            cls.from_dense(module)
+            module.forward = dense.forward
+            with pytest.raises(TypeError, match=r"Inherited computes by a forward of its own"):
+                cls.from_dense(module)
     with pytest.raises(TypeError, match="mask: expected a bool tensor, got list"):
         cls.from_dense(dense, [1])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mask: expected the shape of the weight"):

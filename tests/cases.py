@@ -188,6 +188,8 @@ CONV2D: Sequence[Conv2dCase] = (
     _conv("non_square_everything", image=(5, 11), kernel=(2, 4), stride=(2, 3), padding=(1, 3), dilation=(2, 1)),
     _conv("tall_image", image=(33, 2)),
     _conv("wide_image", image=(2, 33)),
+    _conv("long_rows", image=(5, 17), batch=33, in_channels=4, density=0.6),
+    _conv("long_rows_strided", image=(7, 33), stride=2, batch=33, in_channels=4, density=0.6),
     _conv("channel_blocks", batch=16, in_channels=70, out_channels=40, image=(6, 6), density=0.2),
     # ---- kernel shapes
     _conv("one_by_one", kernel=(1, 1), padding=0),

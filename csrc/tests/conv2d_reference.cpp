@@ -145,6 +145,11 @@ std::vector<ConvCase> conv_cases() {
     c.kernel_h = c.kernel_w = c.height = c.width = 1, c.pad_h = c.pad_w = 0, c.in_channels = 53, c.out_channels = 37;
   });
   varied("wide_rows", [](ConvCase& c) { c.height = 3, c.width = 37, c.in_channels = 2; });
+  // More vectors a row than register tiles have, for the longest vectors too, and more entries than go through a row together.
+  varied("wide_rows_dense", [](ConvCase& c) { c.height = 6, c.width = 37, c.in_channels = 2, c.density = 0.9; });
+  varied("wide_rows_strided", [](ConvCase& c) {
+    c.height = 7, c.width = 59, c.in_channels = 2, c.density = 0.9, c.stride_h = c.stride_w = 2;
+  });
   varied("tall_columns", [](ConvCase& c) { c.height = 37, c.width = 3, c.in_channels = 2; });
   varied("many_channels", [](ConvCase& c) { c.in_channels = 67, c.out_channels = 41, c.height = c.width = 4, c.density = 0.1; });
   // Panels of every height, with what does not fill one.

@@ -8,10 +8,12 @@
 // pass keeps their values in registers and stores each dest vector once per so many entries: (E + 1) loads and one store
 // per E FMAs. The weight gradient keeps their sums in registers and loads each dest vector once: (E + 1) loads per E FMAs.
 // Nothing is packed and the source streams through in long runs, so the cost is that of the cache that holds it: right
-// where a source vector meets few entries, when packing it would cost more than the FMAs that follow.
+// where a source vector meets few entries, when packing it would cost more than the FMAs that follow. Rows of a few vectors
+// are no long runs; stream_tile_kernels-inl.h has those.
 #pragma once
 
 #include "cpu/conv2d/stream_kernels.h"
+#include "cpu/conv2d/stream_tile_kernels-inl.h"
 
 namespace fedpai::FEDPAI_TARGET {
 namespace {
@@ -85,6 +87,7 @@ void stream_row_of(int entries, const StreamArgs<T>& a, const T* source, T* dest
 template <class T>
 void stream_accumulate(const StreamArgs<T>& a) {
   if (a.accumulate && a.entries == 0) return;
+  if (are_rows_short<T>(a.shape)) return walk_by_tiles<ForwardTiles<T>, T>(a);
   const std::int64_t rounds = a.entries <= kStreamEntries ? 1 : (a.entries + kStreamEntries - 1) / kStreamEntries;
   for (std::int64_t row = 0; row < a.shape.rows; ++row) {
     const T* const source = a.source + row * a.shape.source_row;
@@ -187,6 +190,10 @@ void stream_weight_grad(const StreamGradArgs<T>& a) {
   const std::int64_t vectors_per_row = a.shape.pixels * ((a.shape.run + Vec<T>::lanes - 1) / Vec<T>::lanes);
   const std::int64_t rows = vectors_per_row >= kFlushVectors ? 1 : kFlushVectors / vectors_per_row;
   const std::int64_t rounds = (a.entries + kStreamEntries - 1) / kStreamEntries;
+  if (are_rows_short<T>(a.shape)) {
+    if (a.bias_sum != nullptr) stream_bias_sum(a, 0, a.shape.rows);
+    return walk_by_tiles<GradTiles<T>, T>(a);
+  }
   for (std::int64_t begin = 0; begin < a.shape.rows; begin += rows) {
     const std::int64_t end = begin + rows < a.shape.rows ? begin + rows : a.shape.rows;
     if (a.bias_sum != nullptr) stream_bias_sum(a, begin, end);

@@ -6,7 +6,7 @@ Results, ties and NaN are those of torch: the first of equal maxima gets the gra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _C
 from ..layout import empty_batch_last, to_batch_last
-from .registry import LIBRARY
+from .registry import LIBRARY, Operation, called_by_position
 
 __all__ = ["adaptive_avg_pool2d", "avg_pool2d", "max_pool2d"]
 
@@ -125,6 +125,16 @@ LIBRARY.impl("adaptive_avg_pool2d", _adaptive_fwd, "CPU")
 LIBRARY.impl("adaptive_avg_pool2d_dx", _adaptive_dx, "CPU")
 
 
+_max_pool2d = Operation("max_pool2d", _max_fwd)
+_max_pool2d_dx = Operation("max_pool2d_dx", _max_dx)
+_AVERAGES: dict[str, Callable[..., Tensor]] = {
+    "avg_pool2d": Operation("avg_pool2d", _avg_fwd),
+    "avg_pool2d_dx": Operation("avg_pool2d_dx", _avg_dx),
+    "adaptive_avg_pool2d": Operation("adaptive_avg_pool2d", _adaptive_fwd),
+    "adaptive_avg_pool2d_dx": Operation("adaptive_avg_pool2d_dx", _adaptive_dx),
+}
+
+
 @torch.library.register_fake("fedpai::max_pool2d", lib=LIBRARY)
 def _(x: Tensor, rows: Window, columns: Window) -> tuple[Tensor, Tensor]:
     return _empty(x, rows[1], columns[1]), _empty(x, rows[1], columns[1], _TAP[x.dtype])
@@ -159,11 +169,11 @@ def _(dy: Tensor, rows: Window, columns: Window) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 
 
+@called_by_position
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, rows: Window, columns: Window) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = torch.ops.fedpai.max_pool2d(x, rows, columns)
-        return result
+        return _max_pool2d(x, rows, columns)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -179,7 +189,7 @@ class _MaxPool(torch.autograd.Function):
         (argmax,) = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             return _scatter(dy, argmax, ctx.rows, ctx.columns), None, None
-        return torch.ops.fedpai.max_pool2d_dx(dy, argmax, ctx.rows, ctx.columns), None, None
+        return _max_pool2d_dx(dy, argmax, ctx.rows, ctx.columns), None, None
 
 
 def _scatter(dy: Tensor, argmax: Tensor, rows: Window, columns: Window) -> Tensor:
@@ -197,13 +207,13 @@ def _scatter(dy: Tensor, argmax: Tensor, rows: Window, columns: Window) -> Tenso
 Average = tuple[str, str, tuple[Any, ...]]
 
 
+@called_by_position
 class _Average(torch.autograd.Function):
     """Average pooling; linear, so its gradient and that gradient's gradient are the two ops in turn."""
 
     @staticmethod
     def forward(x: Tensor, average: Average) -> Tensor:
-        y: Tensor = getattr(torch.ops.fedpai, average[0])(x, *average[2])
-        return y
+        return _AVERAGES[average[0]](x, *average[2])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Average], output: Tensor) -> None:

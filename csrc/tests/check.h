@@ -48,7 +48,7 @@ void count_check();
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(std::int64_t size) : size_(size), data_(static_cast<T*>(std::malloc(bytes()))) {
+  explicit Buffer(std::int64_t size) : size_(size), data_(static_cast<T*>(allocated(bytes()))) {
     if (data_ == nullptr) throw std::bad_alloc();
     for (std::int64_t i = 0; i < size_; ++i) data_[i] = filler();
   }
@@ -67,6 +67,13 @@ class Buffer {
   T* end() { return data_ + size_; }
 
  private:
+  // Large ones at the start of a cache line, where the package's tensors lie; malloc's lie 16 bytes behind one.
+  static void* allocated(std::size_t bytes) {
+    constexpr std::size_t kLarge = 1 << 20, kLine = 64;
+    if (bytes < kLarge) return std::malloc(bytes);
+    void* data = nullptr;
+    return posix_memalign(&data, kLine, bytes) == 0 ? data : nullptr;
+  }
   static T filler() {
     if constexpr (std::is_floating_point_v<T>) return T(1e30);
     return std::numeric_limits<T>::max();

@@ -77,6 +77,26 @@ FEDPAI_SUITE(conv2d) {
   force_walk(Walk::kChoose);
 }
 
+// A result too large for the caches goes past them: more and fewer entries a row than one round takes, and images that leave
+// no line to two rows.
+FEDPAI_SUITE(conv2d_past_caches) {
+  force_walk(Walk::kStreamed);
+  for (const bool many_out : {true, false}) {
+    for (const double density : {0.2, 0.9}) {
+      ConvCase c{many_out ? "large_output" : "large_input", 64, 2, 32, 32, 2, 3, 3};
+      (many_out ? c.out_channels : c.in_channels) = 33;
+      c.pad_h = c.pad_w = 1;
+      c.density = density;
+      const ConvData data = make_data(c, 5);
+      const ConvResult expected = reference(c, data);
+      const CompiledPlan plan(data.mask.data(), shape_of(c));
+      check_exact<float>(c, data, expected, plan, Layout::kBatchLast, 2);
+      check_exact<double>(c, data, expected, plan, Layout::kBatchLast, 1);
+    }
+  }
+  force_walk(Walk::kChoose);
+}
+
 // The output gradient that sum() gives: one element, seen everywhere.
 FEDPAI_SUITE(conv2d_expanded_gradient) {
   ConvCase c{"expanded", 19, 5, 7, 6, 8, 3, 3};

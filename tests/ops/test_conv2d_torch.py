@@ -36,6 +36,23 @@ def test_gradcheck_and_gradgradcheck(case: Conv2dCase, isa: str) -> None:
     assert gradgradcheck(op, inputs, (numbers.dy.requires_grad_(),))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Conv2dCase("large_output", batch=64, in_channels=6, out_channels=33, image=(32, 32), density=0.2),
+        Conv2dCase("large_input", batch=48, in_channels=43, out_channels=2, image=(32, 32), density=0.2),
+    ],
+    ids=lambda case: case.name,
+)
+def test_results_too_large_for_the_caches(case: Conv2dCase, isa: str) -> None:
+    numbers = operands(case, "f32", "exact")
+    batch_last = numbers._replace(x=to_batch_last(numbers.x), dy=to_batch_last(numbers.dy))
+    expected = differentiate(case.dense, numbers)
+    got = differentiate(case.sparse, batch_last)
+    for name in ("fwd", "dx", "dw", "db"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+
+
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
 def test_only_the_gradients_that_are_wanted(wanted: tuple[int, ...]) -> None:
     case = conv2d_named("plain")

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <vector>
 
 #include "cpu/conv2d/partition.h"
@@ -19,6 +20,11 @@ constexpr std::int64_t kBandRows = 4;
 // Images per lane block: a long batch is cut so that a band of all channels stays in cache.
 constexpr std::int64_t kLaneBlock = 128;
 constexpr std::int64_t kUnitsPerThread = 4;
+// A dest of so many bytes is not in the caches any more when the next operation begins to read it, so it need not pass
+// through them: nothing is fetched that will be overwritten. 64 channels 32x32, 1.7 %, 64 images, two threads of an AMD EPYC
+// Genoa: input gradient 2.19 to 1.93 ms, forward with the batch norm that reads it 3.36 to 3.13; half of it: no difference.
+constexpr std::int64_t kLargeDest = 8 << 20;
+constexpr std::int64_t kLine = 64;
 
 // Entries of one dest channel: the positions [first, first + count) of the pass, or, where gathered, those in `entry`.
 template <class T>
@@ -142,7 +148,17 @@ struct StreamJob {
   Rectangles<const T, T> rectangles;
   const T* values;                 // in walking order
   std::vector<std::int64_t> cuts;  // dest channels of each part
+  bool past_caches;                // lines of the dest are stored once, by one thread, whole
 };
+
+template <class T>
+bool stores_past_caches(const StreamPass& pass, std::int64_t batch, const Images<T>& dest) {
+  const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(T)); };
+  const std::int64_t pixels = pass.axes.y.grid * pass.axes.x.grid;
+  return pass.blocks == 1 && bytes(pass.dest_channels * pixels * batch) >= kLargeDest && bytes(batch) % kLine == 0 &&
+         reinterpret_cast<std::uintptr_t>(dest.data) % kLine == 0 && bytes(dest.channel) % kLine == 0 &&
+         bytes(dest.row) % kLine == 0 && bytes(dest.column) % kLine == 0;
+}
 
 // The dest channels of one part, in one band of rows of one lane block.
 template <class T>
@@ -155,7 +171,7 @@ void accumulate_band(const StreamJob<T>& job, const Conv2dKernels<T>& kernels, c
         kernels.stream.accumulate({job.rectangles.shape(lane_block, y.end - y.begin, x),
                                    job.rectangles.source(lane_block, y.begin, x.begin), run.offset, run.value,
                                    run.count, job.rectangles.dest(c, lane_block, y.begin, x.begin),
-                                   bias != nullptr ? bias[c] : T(0), block > 0});
+                                   bias != nullptr ? bias[c] : T(0), block > 0, job.past_caches});
       });
     }
   }
@@ -180,7 +196,8 @@ void run_streamed(const std::vector<StreamPass>& passes, const Conv2dKernels<T>&
     const std::int64_t places = bands * rectangles.lane_blocks();
     const std::int64_t wanted = threads == 1 ? 1 : kUnitsPerThread * threads;
     jobs.push_back({&pass, rectangles, ordered_values(pass.order, pass.order_is_identity, values, buffer, threads),
-                    cut_channels(pass, (wanted + places - 1) / places)});
+                    cut_channels(pass, (wanted + places - 1) / places),
+                    stores_past_caches(pass, batch, dest)});
     buffer += pass.entries();
   }
   const auto parts = static_cast<std::int64_t>(jobs.front().cuts.size()) - 1;

@@ -21,9 +21,24 @@ namespace {
 // Pointers, dest and the loop live in 16 general registers; values (or sums) and two chains in 16 vector registers.
 constexpr int kStreamEntries = 8;
 
-// One row, E entries: dest = (kFirst ? start : dest) + ...
+// Where a round begins and ends: dest = from + ..., or start + ...; `past` the caches only where from is not dest.
+template <class T>
+struct StreamRow {
+  const T* source;
+  const T* from;
+  T* dest;
+  bool past;
+};
+
+template <class T>
+FEDPAI_INLINE void store_sum(T* dest, typename Vec<T>::reg sum, bool past) {
+  if (past) Vec<T>::store_past(dest, sum);
+  else Vec<T>::storeu(dest, sum);
+}
+
+// One row, E entries.
 template <class T, int E, bool kFirst>
-void stream_row(const StreamArgs<T>& a, const T* source_row, T* dest_row, std::int64_t first) {
+void stream_row(const StreamArgs<T>& a, const StreamRow<T>& row, std::int64_t first) {
   using V = Vec<T>;
   using reg = typename V::reg;
   constexpr std::int64_t L = V::lanes;
@@ -31,37 +46,39 @@ void stream_row(const StreamArgs<T>& a, const T* source_row, T* dest_row, std::i
   reg value[E > 0 ? E : 1];
 FEDPAI_UNROLL
   for (int e = 0; e < E; ++e) {
-    source[e] = source_row + a.offset[first + e];
+    source[e] = row.source + a.offset[first + e];
     value[e] = V::set1(a.value[first + e]);
   }
   const reg start = V::set1(a.start);
   const std::int64_t run = a.shape.run;
   const std::int64_t source_pixel = a.shape.source_pixel;
+  const bool past = row.past;
   for (std::int64_t pixel = 0; pixel < a.shape.pixels; ++pixel) {
-    T* const dest = dest_row + pixel * a.shape.dest_pixel;
+    T* const dest = row.dest + pixel * a.shape.dest_pixel;
+    const T* const from = row.from + pixel * a.shape.dest_pixel;
     const std::int64_t s = pixel * source_pixel;
     std::int64_t i = 0;
     for (; i + 2 * L <= run; i += 2 * L) {
-      reg sum0 = kFirst ? start : V::loadu(dest + i);
-      reg sum1 = kFirst ? start : V::loadu(dest + i + L);
+      reg sum0 = kFirst ? start : V::loadu(from + i);
+      reg sum1 = kFirst ? start : V::loadu(from + i + L);
 FEDPAI_UNROLL
       for (int e = 0; e < E; ++e) {
         sum0 = V::fma(value[e], V::loadu(source[e] + s + i), sum0);
         sum1 = V::fma(value[e], V::loadu(source[e] + s + i + L), sum1);
       }
-      V::storeu(dest + i, sum0);
-      V::storeu(dest + i + L, sum1);
+      store_sum(dest + i, sum0, past);
+      store_sum(dest + i + L, sum1, past);
     }
     if (i + L <= run) {
-      reg sum = kFirst ? start : V::loadu(dest + i);
+      reg sum = kFirst ? start : V::loadu(from + i);
 FEDPAI_UNROLL
       for (int e = 0; e < E; ++e) sum = V::fma(value[e], V::loadu(source[e] + s + i), sum);
-      V::storeu(dest + i, sum);
+      store_sum(dest + i, sum, past);
       i += L;
     }
     if (i < run) {
       const int left = static_cast<int>(run - i);
-      reg sum = kFirst ? start : V::load_partial(dest + i, left);
+      reg sum = kFirst ? start : V::load_partial(from + i, left);
 FEDPAI_UNROLL
       for (int e = 0; e < E; ++e) sum = V::fma(value[e], V::load_partial(source[e] + s + i, left), sum);
       V::store_partial(dest + i, sum, left);
@@ -70,17 +87,17 @@ FEDPAI_UNROLL
 }
 
 template <class T, bool kFirst>
-void stream_row_of(int entries, const StreamArgs<T>& a, const T* source, T* dest, std::int64_t first) {
+void stream_row_of(int entries, const StreamArgs<T>& a, const StreamRow<T>& row, std::int64_t first) {
   switch (entries) {
-    case 0: return stream_row<T, 0, kFirst>(a, source, dest, first);
-    case 1: return stream_row<T, 1, kFirst>(a, source, dest, first);
-    case 2: return stream_row<T, 2, kFirst>(a, source, dest, first);
-    case 3: return stream_row<T, 3, kFirst>(a, source, dest, first);
-    case 4: return stream_row<T, 4, kFirst>(a, source, dest, first);
-    case 5: return stream_row<T, 5, kFirst>(a, source, dest, first);
-    case 6: return stream_row<T, 6, kFirst>(a, source, dest, first);
-    case 7: return stream_row<T, 7, kFirst>(a, source, dest, first);
-    default: return stream_row<T, 8, kFirst>(a, source, dest, first);
+    case 0: return stream_row<T, 0, kFirst>(a, row, first);
+    case 1: return stream_row<T, 1, kFirst>(a, row, first);
+    case 2: return stream_row<T, 2, kFirst>(a, row, first);
+    case 3: return stream_row<T, 3, kFirst>(a, row, first);
+    case 4: return stream_row<T, 4, kFirst>(a, row, first);
+    case 5: return stream_row<T, 5, kFirst>(a, row, first);
+    case 6: return stream_row<T, 6, kFirst>(a, row, first);
+    case 7: return stream_row<T, 7, kFirst>(a, row, first);
+    default: return stream_row<T, 8, kFirst>(a, row, first);
   }
 }
 
@@ -89,19 +106,23 @@ void stream_accumulate(const StreamArgs<T>& a) {
   if (a.accumulate && a.entries == 0) return;
   if (are_rows_short<T>(a.shape)) return walk_by_tiles<ForwardTiles<T>, T>(a);
   const std::int64_t rounds = a.entries <= kStreamEntries ? 1 : (a.entries + kStreamEntries - 1) / kStreamEntries;
-  for (std::int64_t row = 0; row < a.shape.rows; ++row) {
-    const T* const source = a.source + row * a.shape.source_row;
-    T* const dest = a.dest + row * a.shape.dest_row;
+  // Rounds but the last meet in a buffer where that one goes past the caches: a line is stored there once.
+  constexpr std::int64_t kBufferBytes = 16 * 1024, kLine = 64;
+  alignas(kLine) T buffer[kBufferBytes / sizeof(T)];
+  const std::int64_t row_bytes = a.shape.run * static_cast<std::int64_t>(sizeof(T));
+  const bool past = a.past_caches && !a.accumulate && a.shape.pixels == 1 && row_bytes % kLine == 0 && row_bytes <= kBufferBytes;
+  for (std::int64_t y = 0; y < a.shape.rows; ++y) {
+    T* const dest = a.dest + y * a.shape.dest_row;
     for (std::int64_t round = 0; round < rounds; ++round) {
       const std::int64_t first = a.entries * round / rounds;
       const int count = static_cast<int>(a.entries * (round + 1) / rounds - first);
-      if (round == 0 && !a.accumulate) {
-        stream_row_of<T, true>(count, a, source, dest, first);
-      } else {
-        stream_row_of<T, false>(count, a, source, dest, first);
-      }
+      const bool last = round + 1 == rounds;
+      const StreamRow<T> row{a.source + y * a.shape.source_row, past ? buffer : dest, past && !last ? buffer : dest, past && last};
+      if (round == 0 && !a.accumulate) stream_row_of<T, true>(count, a, row, first);
+      else stream_row_of<T, false>(count, a, row, first);
     }
   }
+  if (past) Vec<T>::fence();
 }
 
 // ---------------------------------------------------------------------------------------------- weight gradient

@@ -26,6 +26,7 @@ struct StreamArgs {
   T* dest;
   T start;          // the bias
   bool accumulate;  // add to what dest holds instead of to `start`
+  bool past_caches = false;  // store past the caches where rows allow it; no other call adds to them
 };
 
 template <class T>

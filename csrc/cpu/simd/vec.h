@@ -13,6 +13,8 @@
 //     zero() set1(x)
 //     load(p) store(p, v)             p aligned to the register
 //     loadu(p) storeu(p, v)           any p
+//     store_past(p, v)                as store, past the caches where the hardware can; other threads see it after
+//     fence()
 //     load_partial(p, n)              lanes >= n are zero; memory past n is not touched; 0 <= n <= lanes
 //     store_partial(p, v, n)
 //     add sub mul div max min sqrt

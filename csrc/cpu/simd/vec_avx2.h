@@ -33,6 +33,8 @@ struct Vec<float> {
   static FEDPAI_INLINE reg loadu(const float* p) { return _mm256_loadu_ps(p); }
   static FEDPAI_INLINE void store(float* p, reg v) { _mm256_store_ps(p, v); }
   static FEDPAI_INLINE void storeu(float* p, reg v) { _mm256_storeu_ps(p, v); }
+  static FEDPAI_INLINE void store_past(float* p, reg v) { _mm256_stream_ps(p, v); }
+  static FEDPAI_INLINE void fence() { _mm_sfence(); }
   static FEDPAI_INLINE reg loadu_bf16(const std::uint16_t* p) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
@@ -118,6 +120,8 @@ struct Vec<double> {
   static FEDPAI_INLINE reg loadu(const double* p) { return _mm256_loadu_pd(p); }
   static FEDPAI_INLINE void store(double* p, reg v) { _mm256_store_pd(p, v); }
   static FEDPAI_INLINE void storeu(double* p, reg v) { _mm256_storeu_pd(p, v); }
+  static FEDPAI_INLINE void store_past(double* p, reg v) { _mm256_stream_pd(p, v); }
+  static FEDPAI_INLINE void fence() { _mm_sfence(); }
   static FEDPAI_INLINE reg loadu_f32(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
   static FEDPAI_INLINE void storeu_f32(float* p, reg v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
   static FEDPAI_INLINE __m256i partial_mask(int n) {

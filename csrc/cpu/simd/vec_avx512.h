@@ -29,6 +29,8 @@ struct Vec<float> {
   static FEDPAI_INLINE reg loadu(const float* p) { return _mm512_loadu_ps(p); }
   static FEDPAI_INLINE void store(float* p, reg v) { _mm512_store_ps(p, v); }
   static FEDPAI_INLINE void storeu(float* p, reg v) { _mm512_storeu_ps(p, v); }
+  static FEDPAI_INLINE void store_past(float* p, reg v) { _mm512_stream_ps(p, v); }
+  static FEDPAI_INLINE void fence() { _mm_sfence(); }
   static FEDPAI_INLINE reg loadu_bf16(const std::uint16_t* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
@@ -102,6 +104,8 @@ struct Vec<double> {
   static FEDPAI_INLINE reg loadu(const double* p) { return _mm512_loadu_pd(p); }
   static FEDPAI_INLINE void store(double* p, reg v) { _mm512_store_pd(p, v); }
   static FEDPAI_INLINE void storeu(double* p, reg v) { _mm512_storeu_pd(p, v); }
+  static FEDPAI_INLINE void store_past(double* p, reg v) { _mm512_stream_pd(p, v); }
+  static FEDPAI_INLINE void fence() { _mm_sfence(); }
   static FEDPAI_INLINE reg loadu_f32(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
   static FEDPAI_INLINE void storeu_f32(float* p, reg v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
   static FEDPAI_INLINE __mmask8 partial_mask(int n) { return static_cast<__mmask8>((1u << n) - 1u); }

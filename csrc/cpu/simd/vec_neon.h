@@ -29,6 +29,8 @@ struct Vec<float> {
   static FEDPAI_INLINE reg loadu(const float* p) { return vld1q_f32(p); }
   static FEDPAI_INLINE void store(float* p, reg v) { vst1q_f32(p, v); }
   static FEDPAI_INLINE void storeu(float* p, reg v) { vst1q_f32(p, v); }
+  static FEDPAI_INLINE void store_past(float* p, reg v) { storeu(p, v); }
+  static FEDPAI_INLINE void fence() {}
   static FEDPAI_INLINE reg loadu_bf16(const std::uint16_t* p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
   }
@@ -96,6 +98,8 @@ struct Vec<double> {
   static FEDPAI_INLINE reg loadu(const double* p) { return vld1q_f64(p); }
   static FEDPAI_INLINE void store(double* p, reg v) { vst1q_f64(p, v); }
   static FEDPAI_INLINE void storeu(double* p, reg v) { vst1q_f64(p, v); }
+  static FEDPAI_INLINE void store_past(double* p, reg v) { storeu(p, v); }
+  static FEDPAI_INLINE void fence() {}
   static FEDPAI_INLINE reg loadu_f32(const float* p) { return vcvt_f64_f32(vld1_f32(p)); }
   static FEDPAI_INLINE void storeu_f32(float* p, reg v) { vst1_f32(p, vcvt_f32_f64(v)); }
   static FEDPAI_INLINE reg load_partial(const double* p, int n) {

@@ -41,6 +41,8 @@ struct Vec {
     for (int i = 0; i < lanes; ++i) p[i] = v.x[i];
   }
   static FEDPAI_INLINE void storeu(T* p, const reg& v) { store(p, v); }
+  static FEDPAI_INLINE void store_past(T* p, const reg& v) { store(p, v); }
+  static FEDPAI_INLINE void fence() {}
   static FEDPAI_INLINE reg loadu_bf16(const std::uint16_t* p) {
     return each([&](int i) {
       const std::uint32_t bits = static_cast<std::uint32_t>(p[i]) << 16;

@@ -16,6 +16,8 @@ WIRE_FORMATS = ("fp32", "bf16", "fp16")
 COMPRESSIONS = ("none", "deflate")
 SCORE_FORMATS = ("exact", "coarse")
 MERGE_RULES = ("all", "voters")
+MAX_THREADS = 1024
+"""More end the process where the system has no room for them, before anything can be said."""
 
 
 class ConfigError(ValueError):
@@ -106,6 +108,8 @@ class RunConfig:
         _at_least("local-epochs", self.local_epochs, 1)
         _at_least("batch", self.batch, 2)
         _at_least("threads", self.threads, 1)
+        if self.threads > MAX_THREADS:
+            raise ConfigError(f"--threads must be at most {MAX_THREADS}, got {self.threads}")
         _at_least("seed", self.seed, 0)
         if self.max_images is not None:
             _at_least("max-images", self.max_images, 2)

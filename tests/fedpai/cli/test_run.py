@@ -130,6 +130,7 @@ def test_structure_and_budget_are_recorded(tmp_path: Path) -> None:
         (["--sparsity", "nan"], "--sparsity must lie in [0.0, 1.0), got nan"),
         (["--lr", "-1"], "--lr must be a positive number, got -1.0"),
         (["--lr", "inf"], "--lr must be a positive number, got inf"),
+        (["--threads", "100000"], "--threads must be at most 1024, got 100000"),
         (["--rounds", "0"], "--rounds must be a whole number of at least 1, got 0"),
         (["--batch", "1"], "--batch must be a whole number of at least 2, got 1"),
         (["--sample", "4"], "--sample 4 is more than the 3 clients there are"),

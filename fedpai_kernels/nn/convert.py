@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..memory import trim_heap
 from ..plan import Plan
@@ -193,7 +194,18 @@ def densify_(model: Model) -> Model:
 
     Weights are bit-equal, with exact zeros outside of the masks; removed channels are back with what they had. Make
     the optimiser afterwards.
+
+    Raises:
+        TypeError: one of these modules has a parametrisation (`torch.nn.utils.parametrize`), of its bias for example,
+            which lives in the class that would change. Nothing is touched then.
     """
+    for name, module in _named(model):
+        if is_parametrized(module) and (isinstance(module, PackedWeight) or type(module).__base__ in PLAIN):
+            raise TypeError(
+                f"{name or 'model'}: {type(module).__name__} has parametrised "
+                f"{', '.join(module.parametrizations)}, expected plain parameters; call "  # type: ignore[arg-type]
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
     weights: dict[int, nn.Parameter] = {}  # by the id of the packed parameter, for layers that share one
     for module in list(model.modules()):
         detach(module)

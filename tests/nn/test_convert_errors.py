@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fedpai_kernels as fk
 from tests.nn.small import Small, fingerprint, masked_model
@@ -99,3 +99,24 @@ def test_two_masks_for_one_module() -> None:
     mask = torch.eye(4, dtype=torch.bool)
     with pytest.raises(ValueError, match="'0' and '1' are one module, but their masks differ"):
         fk.sparsify_(nn.Sequential(layer, layer), {"0": mask, "1": ~mask})
+
+
+@pytest.mark.parametrize(("layer", "parameter"), [("0", "bias"), ("1", "weight"), ("4", "bias")])
+def test_parametrised_layers_are_not_made_dense(layer: str, parameter: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)).double()
+    generator = torch.Generator().manual_seed(1)
+    masks = {n: torch.rand(model.get_submodule(n).weight.shape, generator=generator) < 0.02 for n in ("0", "4")}
+    fk.sparsify_(model, masks)
+    parametrize.register_parametrization(model.get_submodule(layer), parameter, nn.Tanh())
+    types = [type(module) for module in model]
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    expected = model(x)
+    with pytest.raises(TypeError, match=f"^{layer}: Parametrized.* has parametrised {parameter}, .*remove_parametriz"):
+        fk.densify_(model)
+    assert [type(module) for module in model] == types
+    torch.testing.assert_close(model(x), expected)
+
+    parametrize.remove_parametrizations(model.get_submodule(layer), parameter)
+    fk.densify_(model)
+    assert {type(module).__module__.split(".")[0] for module in model} == {"torch"}
+    torch.testing.assert_close(model(x), expected)

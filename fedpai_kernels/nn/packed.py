@@ -32,6 +32,9 @@ class PackedWeight(nn.Module):
     the dense layer and back. Loading a weight that is not zero outside of the mask is an error. Unlike the
     dense layer's, the tensor in a state dict is a copy.
 
+    `values` takes no parametrisation: `torch.nn.utils.parametrize` keeps those by name in a ModuleDict, which has a
+    method of that name, and ends in a KeyError.
+
     Where the conversion removed channels (:mod:`fedpai_kernels.nn.compact`), `values`, `bias`, `plan`, `weight` and
     `mask` are those of the smaller layer; the state dict and :meth:`to_dense` have the original shapes.
     """

@@ -240,7 +240,10 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from fedpai.bench.errors import BenchError
     from fedpai.bench.masks import check_structure
     from fedpai.bench.rows import check_writable
+    from fedpai.federation.config import MAX_THREADS
 
+    if arguments.threads is not None and arguments.threads > MAX_THREADS:
+        raise BenchError(f"--threads must be at most {MAX_THREADS}, got {arguments.threads}")
     if getattr(arguments, "profile", False):
         if arguments.rivals not in (None, ["none"]):
             raise BenchError("--rivals: --profile looks at our step alone and compares with nobody")

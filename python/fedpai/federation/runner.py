@@ -179,9 +179,11 @@ def create_model(config: RunConfig, data: Dataset) -> nn.Module:
     """A fresh dense network; the same weights every time.
 
     Raises:
-        ConfigError: a network that cannot have this size.
+        ConfigError: a network that cannot have this size, or images that are not square.
     """
-    channels, size, _ = data.image_shape
+    channels, size, width = data.image_shape
+    if size != width:
+        raise ConfigError(f"--data {data.name}: expected square images, got {size} x {width} pixels")
     try:
         return models.create(
             config.model,
@@ -193,6 +195,12 @@ def create_model(config: RunConfig, data: Dataset) -> nn.Module:
         )
     except ValueError as error:
         raise ConfigError(f"--model {config.model}: {str(error).removeprefix('name: ')}") from None
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"--width {config.width}: a {config.model} of so many times its channels does not fit into memory"
+        ) from None
 
 
 def split(config: RunConfig, data: Dataset) -> list[np.ndarray]:

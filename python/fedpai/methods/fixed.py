@@ -54,8 +54,13 @@ def chooser(config: RunConfig, model: nn.Module) -> pruning.Chooser:
     """What turns scores of a run's model into masks, and checks the masks that clients send.
 
     Raises:
-        ConfigError: a sparsity, allocation or structure that the model cannot have.
+        ConfigError: a sparsity, allocation, structure or criterion that the model cannot have.
     """
+    if config.criterion == "synflow" and (norm := pruning.first_layer_norm(model)) is not None:
+        raise ConfigError(
+            f"--criterion {config.criterion}: --model {config.model} has a LayerNorm ({norm}), whose outputs are no "
+            "sums over positive paths; choose another criterion or model"
+        )
     try:
         _, allocation = pruning.split_alias(config.criterion, config.allocation)
         return pruning.chooser(

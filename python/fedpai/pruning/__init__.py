@@ -25,6 +25,7 @@ from fedpai.pruning.layers import prunable_layers
 from fedpai.pruning.masks import average_scores, masks_from_scores
 from fedpai.pruning.prune import criteria, prune, scores, split_alias
 from fedpai.pruning.summary import LayerSummary, Summary, summary
+from fedpai.pruning.synflow import first_layer_norm
 
 __all__ = [
     "BUDGETS",
@@ -36,6 +37,7 @@ __all__ = [
     "balanced_batch",
     "chooser",
     "criteria",
+    "first_layer_norm",
     "kept_count",
     "masks_from_scores",
     "parse_allocation",

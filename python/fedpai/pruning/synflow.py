@@ -109,6 +109,11 @@ def synflow_masks(
     return masks
 
 
+def first_layer_norm(model: nn.Module) -> str | None:
+    """The name of a layer norm, with which a network has no synaptic flow; None without one."""
+    return next((name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)), None)
+
+
 def _fits_float32(flow: float) -> bool:
     return SMALLEST_FLOW < flow < LARGEST_FLOW
 
@@ -119,9 +124,9 @@ def _linearise(model: nn.Module) -> None:
     Raises:
         ValueError: a layer norm.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.LayerNorm):
-            raise ValueError(f"synflow: {name} is a LayerNorm, whose outputs are no sums over positive paths")
+    name = first_layer_norm(model)
+    if name is not None:
+        raise ValueError(f"synflow: {name} is a LayerNorm, whose outputs are no sums over positive paths")
     model.eval()
     device = next(model.parameters()).device
     with torch.no_grad():

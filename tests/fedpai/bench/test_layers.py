@@ -183,6 +183,7 @@ def test_contenders_agree_with_the_reference(name: str, case: LayerCase) -> None
         (["--kinds", "conv3d"], "--kinds: unknown name 'conv3d'"),
         (["--layers", "no-such-layer"], "--layers: no layer of resnet18 matches"),
         (["--json", "no/such/folder/rows.jsonl"], "--json: cannot write"),
+        (["--threads", "100000"], "--threads must be at most 1024, got 100000"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -86,6 +86,11 @@ def test_structure_and_budget_are_recorded(tmp_path: Path) -> None:
             ["--data", "imagenet"],
             "unknown --data 'imagenet', expected one of: cifar10, cifar100, fashion-mnist",
         ),
+        (
+            ["--criterion", "synflow", "--model", "vit-tiny"],
+            "--criterion synflow: --model vit-tiny has a LayerNorm (blocks.0.norm1), whose outputs are no",
+        ),
+        (["--model", "mlp", "--width", "1e9"], "--width 1000000000.0: a mlp of so many times its channels does not"),
         (["--criterion", "best"], "unknown --criterion 'best', expected one of: erk, grasp"),
         (["--mask-mode", "both"], "unknown --mask-mode 'both', expected one of: shared, personal"),
         (["--preset", "huge"], "unknown --preset 'huge', expected one of: demo, smoke"),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedpai.data import Dataset
-from fedpai.federation.config import RunConfig
+from fedpai.federation.config import ConfigError, RunConfig
 from fedpai.federation.payload import HEADER_BYTES
 from fedpai.federation.runner import Run, create_model
 from fedpai.federation.seeds import generator
@@ -101,3 +101,11 @@ def test_global_generators_are_left_alone(images: Dataset, tiny: Make) -> None:
     torch.manual_seed(3)
     Run(tiny(rounds=1), data=images).finish()
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_images_that_are_not_square_are_refused(tiny: Make) -> None:
+    wide = torch.zeros(40, 1, 24, 32, dtype=torch.uint8)
+    labels = torch.arange(40) % 10
+    data = Dataset.from_arrays("wide", (wide, labels), (wide, labels), 10)
+    with pytest.raises(ConfigError, match="--data wide: expected square images, got 24 x 32 pixels"):
+        Run(tiny(), data=data)

@@ -17,7 +17,6 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..memory import trim_heap
 from ..plan import Plan
@@ -34,7 +33,7 @@ from .packed import PackedWeight
 from .removed import Cut, Restored, original_mask, original_shape, restore_, shrink_
 from .report import LayerRow, Report, directions_of
 from .storing import check_float32, short_name, tell_activation_dtype
-from .surround import PLAIN, surround_
+from .surround import PLAIN, refuse_parametrised, surround_
 from .trace import copy_memo, trace_modes
 
 __all__ = ["densify_", "report", "sparsify", "sparsify_"]
@@ -196,16 +195,9 @@ def densify_(model: Model) -> Model:
     the optimiser afterwards.
 
     Raises:
-        TypeError: one of these modules has a parametrisation (`torch.nn.utils.parametrize`), of its bias for example,
-            which lives in the class that would change. Nothing is touched then.
+        TypeError: one of these modules is parametrised (`torch.nn.utils.parametrize`); nothing is touched then.
     """
-    for name, module in _named(model):
-        if is_parametrized(module) and (isinstance(module, PackedWeight) or type(module).__base__ in PLAIN):
-            raise TypeError(
-                f"{name or 'model'}: {type(module).__name__} has parametrised "
-                f"{', '.join(module.parametrizations)}, expected plain parameters; call "  # type: ignore[arg-type]
-                "torch.nn.utils.parametrize.remove_parametrizations first"
-            )
+    refuse_parametrised(_named(model))
     weights: dict[int, nn.Parameter] = {}  # by the id of the packed parameter, for layers that share one
     for module in list(model.modules()):
         detach(module)
@@ -220,8 +212,7 @@ def densify_(model: Model) -> Model:
     return model
 
 
-# ---- checks, before anything is touched
-# -------------------------------------------------------------------------
+# ---- checks, before anything is touched -----------------------------------------------------------------------------
 
 
 def _whole_channels(masks: Mapping[nn.Module, Tensor]) -> bool:
@@ -364,8 +355,7 @@ def _sparse_convs(names: dict[str, nn.Module], layers: list[_Layer]) -> list[nn.
     return convs
 
 
-# ---- changes
-# ----------------------------------------------------------------------------------------------------
+# ---- changes --------------------------------------------------------------------------------------------------------
 
 
 def _convert(group: list[_Layer]) -> None:

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..tuning import BreakEvens
 from .conv2d import BatchLastConv2d, MaskedConv2d
@@ -13,9 +14,10 @@ from .deferred import DeferrableBatchNorm2d, DeferrableGroupNorm, attach
 from .fuse import Fusions
 from .group_norm import BatchLastGroupNorm, BatchLastInstanceNorm2d
 from .norm import BatchLastBatchNorm2d
+from .packed import PackedWeight
 from .pool import BatchLastAdaptiveAvgPool2d, BatchLastAvgPool2d, BatchLastMaxPool2d
 
-__all__ = ["PLAIN", "surround_"]
+__all__ = ["PLAIN", "refuse_parametrised", "surround_"]
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -69,3 +71,14 @@ def surround_(names: dict[str, nn.Module], wanted: Filter, fusions: Fusions, fig
     if alone:
         notes.append("not fused: " + ", ".join(f"{name} ({reason})" for name, reason in alone.items()))
     return notes
+
+
+def refuse_parametrised(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raises TypeError for a module of ours whose parameters lie in the class that `densify_` would change."""
+    for name, module in modules:
+        if is_parametrized(module) and (isinstance(module, PackedWeight) or type(module).__base__ in PLAIN):
+            raise TypeError(
+                f"{name or 'model'}: {type(module).__name__} has parametrised "
+                f"{', '.join(module.parametrizations)}, expected plain parameters; call "  # type: ignore[arg-type]
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )

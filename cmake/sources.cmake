@@ -22,6 +22,7 @@ set(FEDPAI_CORE_SOURCES
   csrc/cpu/conv2d/run_tiled.cpp
   csrc/cpu/conv2d/run_tiled_grad.cpp
   csrc/cpu/conv2d/run_streamed.cpp
+  csrc/cpu/conv2d/run_streamed_backward.cpp
   csrc/cpu/conv2d/conv2d.cpp
   csrc/cpu/layout/layout.cpp
   csrc/cpu/machine/machine.cpp

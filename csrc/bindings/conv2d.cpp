@@ -85,10 +85,21 @@ void weight_grad(const CompiledPlan& plan, const GeometryArray& g, std::uintptr_
 }
 
 template <class T>
+void backward(const CompiledPlan& plan, const GeometryArray& g, std::uintptr_t x, const Strides& x_strides,
+              const NormArray& norm, std::uintptr_t dy, const Strides& dy_strides, std::uintptr_t values, std::uintptr_t dx,
+              const Strides& dx_strides, std::uintptr_t values_grad, std::uintptr_t bias_grad, int threads) {
+  const py::gil_scoped_release release;
+  fedpai::conv2d_backward<T>(plan, geometry(g), images<const T>(x, x_strides), SourceNorm<T>(norm, plan).get(),
+                             images<const T>(dy, dy_strides), reinterpret_cast<const T*>(values), images<T>(dx, dx_strides),
+                             reinterpret_cast<T*>(values_grad), reinterpret_cast<T*>(bias_grad), threads);
+}
+
+template <class T>
 void bind_dtype(py::module_& m, const std::string& dtype) {
   m.def(("conv2d_forward_" + dtype).c_str(), &forward<T>);
   m.def(("conv2d_input_grad_" + dtype).c_str(), &input_grad<T>);
   m.def(("conv2d_weight_grad_" + dtype).c_str(), &weight_grad<T>);
+  m.def(("conv2d_backward_" + dtype).c_str(), &backward<T>);
 }
 
 // In the order of fedpai::Walk.

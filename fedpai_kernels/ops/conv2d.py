@@ -29,6 +29,7 @@ _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 _FORWARD = {dtype: getattr(_C, f"conv2d_forward_{suffix}") for dtype, suffix in _SUFFIX.items()}
 _INPUT_GRAD = {dtype: getattr(_C, f"conv2d_input_grad_{suffix}") for dtype, suffix in _SUFFIX.items()}
 _WEIGHT_GRAD = {dtype: getattr(_C, f"conv2d_weight_grad_{suffix}") for dtype, suffix in _SUFFIX.items()}
+_BACKWARD = {dtype: getattr(_C, f"conv2d_backward_{suffix}") for dtype, suffix in _SUFFIX.items()}
 
 
 # ------------------------------------------------------------------------------------------------ registered ops
@@ -42,6 +43,10 @@ LIBRARY.define(
 )
 LIBRARY.define(
     f"conv2d_weight_grad(Tensor x, Tensor dy, int plan, bool with_bias, {_GEOMETRY_ARGUMENTS}) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    f"conv2d_backward(Tensor x, Tensor dy, Tensor values, int plan, bool with_bias, {_GEOMETRY_ARGUMENTS}) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 # What the ops return, not computed yet: their fake versions, and what the kernels of every device write into.
@@ -71,6 +76,14 @@ def empty_weight_grad(
     clients = dy.shape[:-4]
     dvalues = dy.new_empty((*clients, layer.nnz), dtype=dtype)
     return dvalues, dy.new_empty((*clients, out_channels if with_bias else 0), dtype=dtype)
+
+
+@torch.library.register_fake("fedpai::conv2d_backward", lib=LIBRARY)
+def empty_backward(
+    x: Tensor, dy: Tensor, values: Tensor, plan: int, with_bias: bool, geometry: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = empty_input_grad(dy, values, plan, *image_size(x), geometry)
+    return dx, *empty_weight_grad(x, dy, plan, with_bias, geometry)
 
 
 def layer_sizes(plan: Plan) -> tuple[int, int, Pair]:
@@ -168,9 +181,33 @@ def run_weight_grad(
     return result
 
 
+def _backward_cpu(
+    x: Tensor, dy: Tensor, values: Tensor, plan: int, with_bias: bool, geometry: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return run_backward(x, (), dy, values, plan, with_bias, geometry)
+
+
+def run_backward(
+    x: Tensor, norm: Sequence[int], dy: Tensor, values: Tensor, plan: int, with_bias: bool, geometry: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`norm`, x: as in :func:`run_weight_grad`. The gradient of x is that behind the norm."""
+    layer = plan_of(plan)
+    result = empty_backward(x, dy, values, plan, with_bias, geometry)
+    for own_x, own_dy, own_values, dx, dvalues, dbias in each_client(x, dy, values, *result):
+        source, grad, weights = widened(_readable(own_x)), _readable(own_dy), own_values.contiguous()
+        _BACKWARD[grad.dtype](
+            layer.compiled, compiled_geometry(source.shape[0], image_size(source), image_size(grad), geometry),
+            source.data_ptr(), _strides(source), norm, grad.data_ptr(), _strides(grad), weights.data_ptr(),
+            dx.data_ptr(), _strides(dx), dvalues.data_ptr(), dbias.data_ptr() if with_bias else 0,
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return result
+
+
 LIBRARY.impl("conv2d_forward", _forward_cpu, "CPU")
 LIBRARY.impl("conv2d_input_grad", _input_grad_cpu, "CPU")
 LIBRARY.impl("conv2d_weight_grad", _weight_grad_cpu, "CPU")
+LIBRARY.impl("conv2d_backward", _backward_cpu, "CPU")
 
 
 # ------------------------------------------------------------------------------------------------------ autograd
@@ -180,6 +217,7 @@ _ops: Any = torch.ops.fedpai
 conv2d_forward = Operation("conv2d_forward", _forward_cpu)
 conv2d_input_grad = Operation("conv2d_input_grad", _input_grad_cpu)
 conv2d_weight_grad = Operation("conv2d_weight_grad", _weight_grad_cpu)
+conv2d_backward = Operation("conv2d_backward", _backward_cpu)
 
 # Inside a backward pass that nobody will differentiate again (no create_graph), the gradients are asked of the ops
 # themselves: an autograd node around each costs as much as a small layer.
@@ -209,8 +247,9 @@ class _Forward(torch.autograd.Function):
         again = torch.is_grad_enabled()
         if again:
             refuse_graph(x)
-        elif want_x and want_values and not torch.compiler.is_compiling():
-            dy = _readable(dy)  # once for both
+        elif want_x and want_values and dy.is_cpu:
+            dx, dvalues, dbias = conv2d_backward(x, dy, values, ctx.plan.handle, want_bias, ctx.geometry)
+            return dx, dvalues, dbias if want_bias else None, None, None, None
         if want_x:
             if again:
                 dx = _InputGrad.apply(dy, values, ctx.plan, *ctx.image, ctx.geometry)

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..layout import to_batch_last
 from ..plan import Plan
 from .activation import Activation, chosen
-from .conv2d import checked_geometry, conv2d_input_grad, differentiable_conv2d, run_forward, run_weight_grad
+from .conv2d import checked_geometry, conv2d_input_grad, differentiable_conv2d, run_backward, run_forward, run_weight_grad
 from .norm import Running, check_norm, stored_for, twin
 from .norm_kernels import batch_norm_backward_, batch_norm_statistics, given_statistics
 from .registry import LIBRARY, Operation, called_by_position, gradients_of_aliases
@@ -42,6 +42,10 @@ LIBRARY.define(
 LIBRARY.define(
     f"norm_conv2d_weight_grad({_NORM}, Tensor dy, int plan, bool with_bias, int[] geometry,"
     " float slope=0.0) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    f"norm_conv2d_backward({_NORM}, Tensor dy, Tensor values, int plan, bool with_bias, int[] geometry,"
+    " float slope=0.0) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -90,8 +94,26 @@ def _weight_grad(
     return run_weight_grad(to_batch_last(x), norm.addresses, dy, plan, with_bias, geometry)
 
 
+def _backward(
+    x: Tensor,
+    stats: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    activation: int,
+    dy: Tensor,
+    values: Tensor,
+    plan: int,
+    with_bias: bool,
+    geometry: list[int],
+    slope: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    norm = _Norm(stats, norm_weight, norm_bias, activation, slope)
+    return run_backward(to_batch_last(x), norm.addresses, dy, values, plan, with_bias, geometry)
+
+
 LIBRARY.impl("norm_conv2d_forward", _forward, "CPU")
 LIBRARY.impl("norm_conv2d_weight_grad", _weight_grad, "CPU")
+LIBRARY.impl("norm_conv2d_backward", _backward, "CPU")
 
 
 @torch.library.register_fake("fedpai::norm_conv2d_forward", lib=LIBRARY)
@@ -128,8 +150,27 @@ def _(
     return grads
 
 
+@torch.library.register_fake("fedpai::norm_conv2d_backward", lib=LIBRARY)
+def _(
+    x: Tensor,
+    stats: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    activation: int,
+    dy: Tensor,
+    values: Tensor,
+    plan: int,
+    with_bias: bool,
+    geometry: list[int],
+    slope: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.fedpai.conv2d_backward(x, dy, values, plan, with_bias, geometry)
+    return grads
+
+
 _norm_conv2d_forward = Operation("norm_conv2d_forward", _forward)
 _norm_conv2d_weight_grad = Operation("norm_conv2d_weight_grad", _weight_grad)
+_norm_conv2d_backward = Operation("norm_conv2d_backward", _backward)
 
 
 @called_by_position
@@ -199,15 +240,19 @@ class _NormConv2d(torch.autograd.Function):
             return (dx, *dnorm_again, *(None,) * 6, dvalues, dbias, *(None,) * 3)
         dx = dvalues = dbias = None
         dnorm: tuple[Tensor | None, Tensor | None] = (None, None)
-        if need_values:
+        if need_values and (need_x or need_norm) and dy.is_cpu:
+            dx, dvalues, dbias = _norm_conv2d_backward(
+                x, *norm, dy, values, ctx.plan.handle, need_bias, ctx.geometry, ctx.slope
+            )
+        elif need_values:
             dvalues, dbias = _norm_conv2d_weight_grad(
                 x, *norm, dy, ctx.plan.handle, need_bias, ctx.geometry, ctx.slope
             )
         elif need_bias:
             dbias = dy.sum((0, 2, 3), dtype=values.dtype)
         if need_x or need_norm:
-            image = (x.shape[2], x.shape[3])
-            dx = conv2d_input_grad(dy, values, ctx.plan.handle, *image, ctx.geometry)
+            if dx is None:
+                dx = conv2d_input_grad(dy, values, ctx.plan.handle, x.shape[2], x.shape[3], ctx.geometry)
             affine = batch_norm_backward_(
                 dx, x, norm_weight, norm_bias, stats, ctx.through_statistics, ctx.code, need_x, need_norm, ctx.slope
             )

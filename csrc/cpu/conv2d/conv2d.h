@@ -40,4 +40,9 @@ template <class T>
 void conv2d_weight_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> x, const NormMap<T>* norm,
                         Images<const T> dy, T* values_grad, T* bias_grad, int threads);
 
+// Both gradients. Where they go by one walk, dy is read once for both.
+template <class T>
+void conv2d_backward(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> x, const NormMap<T>* norm,
+                     Images<const T> dy, const T* values, Images<T> dx, T* values_grad, T* bias_grad, int threads);
+
 }  // namespace fedpai

@@ -21,7 +21,7 @@
 #include "cpu/conv2d/kernels.h"
 #include "cpu/conv2d/pack_kernels-inl.h"
 #include "cpu/conv2d/panel_kernels-inl.h"
-#include "cpu/conv2d/stream_kernels-inl.h"
+#include "cpu/conv2d/stream_backward_kernels-inl.h"
 
 namespace fedpai::FEDPAI_TARGET {
 namespace {

@@ -30,6 +30,18 @@ template <class T>
 void run_streamed_grad(const StreamPass& pass, const Conv2dKernels<T>& kernels, std::int64_t batch,
                        const Images<const T>& x, const Images<const T>& dy, T* values_grad, T* bias_grad, int threads);
 
+// Both gradients in one walk, that of the input gradient: x lies as dx does. Gradients of values outside the
+// passes are left alone.
+template <class T>
+void run_streamed_backward(const std::vector<StreamPass>& passes, const Conv2dKernels<T>& kernels, std::int64_t batch,
+                           const Images<const T>& x, const Images<const T>& dy, const T* values, const Images<T>& dx,
+                           T* values_grad, int threads);
+
+// bias_grad[c] = the sum of all pixels of a channel; all images adjacent.
+template <class T>
+void sum_channels(const Conv2dGeometry& geometry, std::int64_t channels, const Conv2dKernels<T>& kernels,
+                  const Images<const T>& dy, T* bias_grad, int threads);
+
 // Values in walking order, with zeros where there is none: `values` itself or, gathered, `buffer`.
 template <class T>
 const T* ordered_values(const IndexVector& order, bool order_is_identity, const T* values, T* buffer,

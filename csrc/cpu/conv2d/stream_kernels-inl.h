@@ -36,6 +36,20 @@ FEDPAI_INLINE void store_sum(T* dest, typename Vec<T>::reg sum, bool past) {
   else Vec<T>::storeu(dest, sum);
 }
 
+// Rounds but the last meet in a buffer where that one goes past the caches: a line is stored there once.
+constexpr std::int64_t kPastLine = 64, kPastBufferBytes = 16 * 1024;
+
+template <class T>
+FEDPAI_INLINE bool fits_past_caches(const StreamShape& s) {
+  const std::int64_t row_bytes = s.run * static_cast<std::int64_t>(sizeof(T));
+  return s.pixels == 1 && row_bytes % kPastLine == 0 && row_bytes <= kPastBufferBytes;
+}
+
+template <class T>
+FEDPAI_INLINE StreamRow<T> row_of_round(const T* source, T* dest, T* buffer, bool past, bool last) {
+  return {source, past ? buffer : dest, past && !last ? buffer : dest, past && last};
+}
+
 // One row, E entries.
 template <class T, int E, bool kFirst>
 void stream_row(const StreamArgs<T>& a, const StreamRow<T>& row, std::int64_t first) {
@@ -106,18 +120,14 @@ void stream_accumulate(const StreamArgs<T>& a) {
   if (a.accumulate && a.entries == 0) return;
   if (are_rows_short<T>(a.shape)) return walk_by_tiles<ForwardTiles<T>, T>(a);
   const std::int64_t rounds = a.entries <= kStreamEntries ? 1 : (a.entries + kStreamEntries - 1) / kStreamEntries;
-  // Rounds but the last meet in a buffer where that one goes past the caches: a line is stored there once.
-  constexpr std::int64_t kBufferBytes = 16 * 1024, kLine = 64;
-  alignas(kLine) T buffer[kBufferBytes / sizeof(T)];
-  const std::int64_t row_bytes = a.shape.run * static_cast<std::int64_t>(sizeof(T));
-  const bool past = a.past_caches && !a.accumulate && a.shape.pixels == 1 && row_bytes % kLine == 0 && row_bytes <= kBufferBytes;
+  alignas(kPastLine) T buffer[kPastBufferBytes / sizeof(T)];
+  const bool past = a.past_caches && !a.accumulate && fits_past_caches<T>(a.shape);
   for (std::int64_t y = 0; y < a.shape.rows; ++y) {
     T* const dest = a.dest + y * a.shape.dest_row;
     for (std::int64_t round = 0; round < rounds; ++round) {
       const std::int64_t first = a.entries * round / rounds;
       const int count = static_cast<int>(a.entries * (round + 1) / rounds - first);
-      const bool last = round + 1 == rounds;
-      const StreamRow<T> row{a.source + y * a.shape.source_row, past ? buffer : dest, past && !last ? buffer : dest, past && last};
+      const StreamRow<T> row = row_of_round(a.source + y * a.shape.source_row, dest, buffer, past, round + 1 == rounds);
       if (round == 0 && !a.accumulate) stream_row_of<T, true>(count, a, row, first);
       else stream_row_of<T, false>(count, a, row, first);
     }
@@ -223,11 +233,6 @@ void stream_weight_grad(const StreamGradArgs<T>& a) {
       stream_dot_of(static_cast<int>(a.entries * (round + 1) / rounds - first), a, first, begin, end);
     }
   }
-}
-
-template <class T>
-constexpr StreamKernels<T> make_stream_kernels() {
-  return {stream_accumulate<T>, stream_weight_grad<T>};
 }
 
 }  // namespace

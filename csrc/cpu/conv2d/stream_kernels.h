@@ -41,10 +41,27 @@ struct StreamGradArgs {
   T* bias_sum;  // [lane], added to; or null
 };
 
+// Both gradients at once: the source is dy, the dest dx, and x lies as dx does.
+template <class T>
+struct StreamBackwardArgs {
+  StreamShape shape;
+  const T* source;
+  const std::int32_t* offset;
+  const T* value;
+  const std::int32_t* entry;  // as above
+  std::int64_t entries;
+  const T* x;
+  T* dest;
+  T* sums;
+  bool accumulate;
+  bool past_caches;
+};
+
 template <class T>
 struct StreamKernels {
   void (*accumulate)(const StreamArgs<T>&);
   void (*weight_grad)(const StreamGradArgs<T>&);
+  void (*backward)(const StreamBackwardArgs<T>&);
 };
 
 }  // namespace fedpai

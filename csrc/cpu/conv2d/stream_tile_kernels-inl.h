@@ -9,6 +9,7 @@
 // A tile's rows are image rows whose pixels' images join into one run, or, where there are steps between pixels, pixels.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "cpu/conv2d/stream_kernels.h"
@@ -73,9 +74,10 @@ FEDPAI_UNROLL
   for (int r = 0; r < Rows; ++r) V::store_partial(dest + r * step.dest, sum[r], left);
 }
 
-template <class T>
-FEDPAI_INLINE T* sum_of(const StreamGradArgs<T>& a, std::int64_t j) {
-  return a.sums + (a.entry != nullptr ? a.entry[j] : j) * Vec<T>::lanes;
+// Args: StreamGradArgs or StreamBackwardArgs.
+template <class Args>
+FEDPAI_INLINE auto sum_of(const Args& a, std::int64_t j) {
+  return a.sums + (a.entry != nullptr ? a.entry[j] : j) * Vec<std::decay_t<decltype(*a.sums)>>::lanes;
 }
 
 template <class T, int Rows, int Run>

@@ -141,10 +141,13 @@ struct Operands {
         grad_y(layout, c.batch, c.out_channels, c.out_height(), c.out_width()),
         y(layout, c.batch, c.out_channels, c.out_height(), c.out_width()),
         grad_x(layout, c.batch, c.in_channels, c.height, c.width),
+        joint_grad_x(layout, c.batch, c.in_channels, c.height, c.width),
         values(packed<T>(data.w, data.mask)),
         bias(vector_of<T>(data.bias)),
         grad_values(values.size()),
-        grad_bias(c.out_channels) {
+        grad_bias(c.out_channels),
+        joint_grad_values(values.size()),
+        joint_grad_bias(c.out_channels) {
     x.set(data.x);
     grad_y.set(data.grad_y);
   }
@@ -156,10 +159,12 @@ struct Operands {
     conv2d_input_grad<T>(plan, geometry, grad_read.images(), values.data(), grad_x.images(), threads);
     conv2d_weight_grad<T>(plan, geometry, x_read.images(), nullptr, grad_read.images(), grad_values.data(), grad_bias.data(),
                           threads);
+    conv2d_backward<T>(plan, geometry, x_read.images(), nullptr, grad_read.images(), values.data(), joint_grad_x.images(),
+                       joint_grad_values.data(), joint_grad_bias.data(), threads);
   }
 
-  Tensor<T> x, grad_y, y, grad_x;
-  Buffer<T> values, bias, grad_values, grad_bias;
+  Tensor<T> x, grad_y, y, grad_x, joint_grad_x;
+  Buffer<T> values, bias, grad_values, grad_bias, joint_grad_values, joint_grad_bias;
 };
 
 }  // namespace fedpai::tests

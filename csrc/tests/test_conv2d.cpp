@@ -24,6 +24,9 @@ void check_exact(const ConvCase& c, const ConvData& data, const ConvResult& expe
   expect_equal("grad_x", operands.grad_x, expected.grad_x);
   expect_equal("grad_values", operands.grad_values, packed<T>(expected.grad_w, data.mask));
   expect_equal("grad_bias", operands.grad_bias, vector_of<T>(expected.grad_bias));
+  expect_equal("joint grad_x", operands.joint_grad_x, expected.grad_x);
+  expect_equal("joint grad_values", operands.joint_grad_values, packed<T>(expected.grad_w, data.mask));
+  expect_equal("joint grad_bias", operands.joint_grad_bias, vector_of<T>(expected.grad_bias));
 }
 
 bool same_bits(const Buffer<float>& a, const Buffer<float>& b) {
@@ -45,6 +48,9 @@ void check_repeatable(const ConvCase& c, ConvData data, const CompiledPlan& plan
     CHECK(same_bits(first.grad_x.memory(), again.grad_x.memory()), "grad_x");
     CHECK(same_bits(first.grad_values, again.grad_values), "grad_values");
     CHECK(same_bits(first.grad_bias, again.grad_bias), "grad_bias");
+    CHECK(same_bits(first.joint_grad_x.memory(), again.joint_grad_x.memory()), "joint grad_x");
+    CHECK(same_bits(first.joint_grad_values, again.joint_grad_values), "joint grad_values");
+    CHECK(same_bits(first.joint_grad_bias, again.joint_grad_bias), "joint grad_bias");
   }
 }
 

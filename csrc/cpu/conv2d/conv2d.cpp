@@ -52,6 +52,17 @@ class Normalised {
   Block block_;
 };
 
+template <class A, class B>
+bool lie_alike(const Images<A>& a, const Images<B>& b) {
+  return a.batch == b.batch && a.channel == b.channel && a.row == b.row && a.column == b.column;
+}
+
+std::int64_t entries_of(const std::vector<StreamPass>& passes) {
+  std::int64_t entries = 0;
+  for (const StreamPass& pass : passes) entries += pass.entries();
+  return entries;
+}
+
 template <class T>
 void run_passes(const CompiledPlan& plan, const ScheduleKey& key, const Images<const T>& source, const NormMap<T>* norm,
                 const T* values, const T* bias, const Images<T>& dest, int threads) {
@@ -121,31 +132,17 @@ void conv2d_weight_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry
   }
 }
 
-namespace {
-
-// Threads divide the channels of x among them, so there must be enough.
-constexpr std::int64_t kChannelsPerThread = 2;
-
-template <class A, class B>
-bool lies_as(const Images<A>& a, const Images<B>& b) {
-  return a.batch == b.batch && a.channel == b.channel && a.row == b.row && a.column == b.column;
-}
-
-}  // namespace
-
 template <class T>
 void conv2d_backward(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> x, const NormMap<T>* norm,
                      Images<const T> dy, const T* values, Images<T> dx, T* values_grad, T* bias_grad, int threads) {
-  if (geometry.batch > 0 && lies_as(x, dx) && plan.plan.shape().in_channels() >= kChannelsPerThread * threads) {
+  if (geometry.batch > 0 && lie_alike(x, dx)) {
     const auto schedule =
-        plan.schedules.get(plan.plan, schedule_key<T>(Direction::kInputGrad, geometry, dy, dx.batch == 1, threads));
+        plan.schedules.get(plan.plan, schedule_key<T>(Direction::kBackward, geometry, dy, dx.batch == 1, threads));
     if (const auto* passes = std::get_if<std::vector<StreamPass>>(schedule.get())) {
       const Conv2dKernels<T>& kernels = conv2d_kernels<T>();
-      std::int64_t entries = 0;
-      for (const StreamPass& pass : *passes) entries += pass.entries();
-      if (entries < plan.plan.nnz()) std::fill(values_grad, values_grad + plan.plan.nnz(), T(0));
-      const auto run_on = [&](const Images<const T>& input) {
-        run_streamed_backward(*passes, kernels, geometry.batch, input, dy, values, dx, values_grad, threads);
+      if (entries_of(*passes) < plan.plan.nnz()) std::fill(values_grad, values_grad + plan.plan.nnz(), T(0));
+      const auto run_on = [&](const Images<const T>& source) {
+        run_streamed_backward(*passes, kernels, geometry.batch, source, dy, values, dx, values_grad, threads);
       };
       if (norm != nullptr) run_on(Normalised<T>(x, *norm, plan.plan, geometry, threads).images());
       else run_on(x);

@@ -4,7 +4,7 @@
 //   tiled     packs patches of the source into L1 and walks the entries over register tiles of them: each source vector
 //             is moved once, then costs half a cycle per FMA. For many entries per source channel.
 //   streamed  reads rows of the source where they lie: nothing is moved, and an FMA costs what the cache delivers.
-//             For few entries, and only for tensors whose images are adjacent.
+//             For few entries, and only for tensors whose images are adjacent. Both gradients may go by one such walk.
 #pragma once
 
 #include <variant>
@@ -15,7 +15,8 @@
 
 namespace fedpai {
 
-enum class Direction { kForward, kInputGrad, kWeightGrad };
+// kBackward: both gradients in one streamed walk, or no passes where two walks are better.
+enum class Direction { kForward, kInputGrad, kWeightGrad, kBackward };
 
 enum class Walk { kChoose, kTiled, kStreamed };
 
@@ -57,7 +58,7 @@ ScheduleChoice choose_schedule(const Plan& plan, const ScheduleKey& key);
 Schedule lay_out_schedule(const Plan& plan, const ScheduleKey& key, const ScheduleChoice& choice);
 
 // Whether two keys ask for the same schedule as soon as the same is chosen for both: the weight gradient walks the
-// entries as the forward pass does.
+// entries as the forward pass does, both gradients at once as the input gradient does.
 bool may_share(const ScheduleKey& a, const ScheduleKey& b);
 
 // Which walk later schedules use: kChoose, unless a test or an experiment forces one for the whole process. A forced

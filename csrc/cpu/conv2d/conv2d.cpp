@@ -141,11 +141,11 @@ void conv2d_backward(const CompiledPlan& plan, const Conv2dGeometry& geometry, I
     if (const auto* passes = std::get_if<std::vector<StreamPass>>(schedule.get())) {
       const Conv2dKernels<T>& kernels = conv2d_kernels<T>();
       if (entries_of(*passes) < plan.plan.nnz()) std::fill(values_grad, values_grad + plan.plan.nnz(), T(0));
-      const auto run_on = [&](const Images<const T>& source) {
-        run_streamed_backward(*passes, kernels, geometry.batch, source, dy, values, dx, values_grad, threads);
+      const auto run_on = [&](const Images<const T>& source, const NormMap<T>* on_the_way) {
+        run_streamed_backward(*passes, kernels, geometry.batch, source, on_the_way, dy, values, dx, values_grad, threads);
       };
-      if (norm != nullptr) run_on(Normalised<T>(x, *norm, plan.plan, geometry, threads).images());
-      else run_on(x);
+      if (norm == nullptr || normalises_bands(*passes, geometry.batch)) run_on(x, norm);
+      else run_on(Normalised<T>(x, *norm, plan.plan, geometry, threads).images(), nullptr);
       if (bias_grad != nullptr) sum_channels(geometry, plan.plan.shape().out_channels, kernels, dy, bias_grad, threads);
       return;
     }

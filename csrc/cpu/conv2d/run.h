@@ -31,11 +31,14 @@ void run_streamed_grad(const StreamPass& pass, const Conv2dKernels<T>& kernels, 
                        const Images<const T>& x, const Images<const T>& dy, T* values_grad, T* bias_grad, int threads);
 
 // Both gradients in one walk, that of the input gradient: x lies as dx does. Gradients of values outside the
-// passes are left alone.
+// passes are left alone. norm: of x, or null; only where normalises_bands.
 template <class T>
 void run_streamed_backward(const std::vector<StreamPass>& passes, const Conv2dKernels<T>& kernels, std::int64_t batch,
-                           const Images<const T>& x, const Images<const T>& dy, const T* values, const Images<T>& dx,
-                           T* values_grad, int threads);
+                           const Images<const T>& x, const NormMap<T>* norm, const Images<const T>& dy, const T* values,
+                           const Images<T>& dx, T* values_grad, int threads);
+
+// Whether the walk meets each band of x once, so that it may be normalised there and is never stored whole.
+bool normalises_bands(const std::vector<StreamPass>& passes, std::int64_t batch);
 
 // bias_grad[c] = the sum of all pixels of a channel; all images adjacent.
 template <class T>

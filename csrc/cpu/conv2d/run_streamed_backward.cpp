@@ -10,6 +10,7 @@
 #include "cpu/conv2d/patch.h"
 #include "cpu/conv2d/scratch.h"
 #include "cpu/conv2d/stream_walk.h"
+#include "cpu/dispatch.h"
 
 namespace fedpai {
 
@@ -21,25 +22,48 @@ struct BackwardJob {
   const StreamPass* pass;
   Rectangles<const T, T> rectangles;  // of dy and dx
   const T *x, *dx;                    // where they begin
+  std::int64_t x_row;                 // elements from one row of x to the next
+  const NormMap<T>* norm;             // of x, to be applied on the way; or null
   const T* values;                    // in walking order
   T* sums;                            // [entry][lane]
   std::vector<std::int64_t> cuts;     // input channels of each part
   bool past_caches;
 };
 
+// A channel of x in one band of rows, as it meets dy: `data` lies as dx does from `dx` on.
+template <class T>
+struct InputBand {
+  const T *data, *dx;
+};
+
+template <class T>
+InputBand<T> input_band(const BackwardJob<T>& job, std::int64_t channel, std::int64_t band, Scratch& scratch) {
+  if (job.norm == nullptr) return {job.x, job.dx};
+  const std::int64_t first = band * kBandRows;
+  const std::int64_t count = (std::min(job.pass->axes.y.grid, first + kBandRows) - first) * job.x_row;
+  const T* const dx = job.rectangles.dest(channel, 0, first, 0);
+  T* const normalised = static_cast<T*>(scratch.reserve(sizeof(T) * static_cast<std::size_t>(count)));
+  const Activation activation = job.norm->activation;
+  norm_kernels<T>().apply[activation.kind](job.x + (dx - job.dx), normalised, count, job.norm->channel[channel],
+                                           static_cast<T>(activation.slope));
+  return {normalised, dx};
+}
+
 // The input channels of one part, in one band of rows of one lane block.
 template <class T>
 void backward_band(const BackwardJob<T>& job, const Conv2dKernels<T>& kernels, ZoneEntries<T>& entries, std::size_t part,
                    std::int64_t band, std::int64_t lane_block) {
+  static thread_local Scratch scratch;
   for (std::int64_t block = 0; block < job.pass->blocks; ++block) {
     for (std::int64_t c = job.cuts[part]; c < job.cuts[part + 1]; ++c) {
+      const InputBand<T> input = input_band(job, c, band, scratch);
       for_each_zone(*job.pass, band, [&](const StreamZone& y, const StreamZone& x) {
         const EntryRun<T> run = entries.of(block, c, y, x);
         T* const dest = job.rectangles.dest(c, lane_block, y.begin, x.begin);
         kernels.stream.backward({job.rectangles.shape(lane_block, y.end - y.begin, x),
                                  job.rectangles.source(lane_block, y.begin, x.begin), run.offset, run.value, run.entry,
-                                 run.count, job.x + (dest - job.dx), dest, job.sums + run.first * kernels.lanes, block > 0,
-                                 job.past_caches});
+                                 run.count, input.data + (dest - input.dx), dest, job.sums + run.first * kernels.lanes,
+                                 block > 0, job.past_caches});
       });
     }
   }
@@ -53,10 +77,14 @@ void for_each_range(const StreamPass& pass, std::int64_t first, std::int64_t las
 
 }  // namespace
 
+bool normalises_bands(const std::vector<StreamPass>& passes, std::int64_t batch) {
+  return passes.size() == 1 && passes.front().blocks == 1 && batch <= kLaneBlock;
+}
+
 template <class T>
 void run_streamed_backward(const std::vector<StreamPass>& passes, const Conv2dKernels<T>& kernels, std::int64_t batch,
-                           const Images<const T>& x, const Images<const T>& dy, const T* values, const Images<T>& dx,
-                           T* values_grad, int threads) {
+                           const Images<const T>& x, const NormMap<T>* norm, const Images<const T>& dy, const T* values,
+                           const Images<T>& dx, T* values_grad, int threads) {
   std::int64_t entries = 0, bands = 0;
   for (const StreamPass& pass : passes) {
     entries += pass.entries();
@@ -70,7 +98,7 @@ void run_streamed_backward(const std::vector<StreamPass>& passes, const Conv2dKe
   std::vector<BackwardJob<T>> jobs;
   for (const StreamPass& pass : passes) {
     jobs.push_back({&pass, Rectangles<const T, T>(pass, batch, dy, dx),
-                    x.data, dx.data,
+                    x.data, dx.data, x.row, norm,
                     ordered_values(pass.order, pass.order_is_identity, values, ordered, threads), sums,
                     cut_channels(pass, threads == 1 ? 1 : kUnitsPerThread * threads),
                     stores_past_caches(pass, batch, dx)});
@@ -128,8 +156,8 @@ void sum_channels(const Conv2dGeometry& g, std::int64_t channels, const Conv2dKe
 
 #define FEDPAI_INSTANTIATE(T)                                                                                         \
   template void run_streamed_backward<T>(const std::vector<StreamPass>&, const Conv2dKernels<T>&, std::int64_t,       \
-                                         const Images<const T>&, const Images<const T>&, const T*, const Images<T>&,  \
-                                         T*, int);                                                                    \
+                                         const Images<const T>&, const NormMap<T>*, const Images<const T>&, const T*, \
+                                         const Images<T>&, T*, int);                                                                   \
   template void sum_channels<T>(const Conv2dGeometry&, std::int64_t, const Conv2dKernels<T>&, const Images<const T>&, \
                                 T*, int);
 FEDPAI_INSTANTIATE(float)

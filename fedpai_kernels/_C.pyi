@@ -78,10 +78,16 @@ def conv2d_weight_grad_f32(
     plan: CompiledPlan, geometry: Sequence[int], x: int, x_strides: Sequence[int], norm: Sequence[int], dy: int,
     dy_strides: Sequence[int], values_grad: int, bias_grad: int, threads: int, /
 ) -> None: ...
+def conv2d_backward_f32(
+    plan: CompiledPlan, geometry: Sequence[int], x: int, x_strides: Sequence[int], norm: Sequence[int], dy: int,
+    dy_strides: Sequence[int], values: int, dx: int, dx_strides: Sequence[int], values_grad: int, bias_grad: int,
+    threads: int, /
+) -> None: ...
 
 conv2d_forward_f64 = conv2d_forward_f32
 conv2d_input_grad_f64 = conv2d_input_grad_f32
 conv2d_weight_grad_f64 = conv2d_weight_grad_f32
+conv2d_backward_f64 = conv2d_backward_f32
 
 # Index streams of a plan for the CUDA kernels (csrc/cuda/conv2d/streams.h), as they lie on a device. spread: stride,
 # padding in front and dilation, vertical and horizontal each. Entries, row_begin, row_order; or entries, groups.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layout import empty_batch_last, to_batch_last
-from ..ops.conv2d import empty_input_grad, empty_output, empty_weight_grad, image_size, layer_sizes
+from ..ops.conv2d_kernels import empty_input_grad, empty_output, empty_weight_grad, image_size, layer_sizes
 from ..ops.geometry import Geometry, Pair, unflatten
 from ..plan import Plan, plan_of
 from . import library

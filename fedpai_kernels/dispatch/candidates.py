@@ -27,7 +27,7 @@ from torch.nn import grad as conv_grad
 from ..cuda import conv2d as sparse_kernels
 from ..cuda import library
 from ..layout import to_batch_last
-from ..ops.conv2d import empty_input_grad, empty_output, empty_weight_grad, layer_sizes
+from ..ops.conv2d_kernels import empty_input_grad, empty_output, empty_weight_grad, layer_sizes
 from ..ops.geometry import Geometry, Pair, unflatten
 from ..plan import Plan, plan_of
 from ..triton.block_plan import BlockPlan

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.conv2d import image_size
+from ..ops.conv2d_kernels import image_size
 from ..ops.registry import LIBRARY
 from ..plan import plan_of
 from .candidates import ALL

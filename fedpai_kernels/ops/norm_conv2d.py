@@ -25,7 +25,8 @@ from torch import Tensor
 from ..layout import to_batch_last
 from ..plan import Plan
 from .activation import Activation, chosen
-from .conv2d import checked_geometry, conv2d_input_grad, differentiable_conv2d, run_backward, run_forward, run_weight_grad
+from .conv2d import checked_geometry, differentiable_conv2d
+from .conv2d_kernels import conv2d_input_grad, has_backward, run_backward, run_forward, run_weight_grad
 from .norm import Running, check_norm, stored_for, twin
 from .norm_kernels import batch_norm_backward_, batch_norm_statistics, given_statistics
 from .registry import LIBRARY, Operation, called_by_position, gradients_of_aliases
@@ -240,7 +241,7 @@ class _NormConv2d(torch.autograd.Function):
             return (dx, *dnorm_again, *(None,) * 6, dvalues, dbias, *(None,) * 3)
         dx = dvalues = dbias = None
         dnorm: tuple[Tensor | None, Tensor | None] = (None, None)
-        if need_values and (need_x or need_norm) and dy.is_cpu:
+        if need_values and (need_x or need_norm) and has_backward(dy):
             dx, dvalues, dbias = _norm_conv2d_backward(
                 x, *norm, dy, values, ctx.plan.handle, need_bias, ctx.geometry, ctx.slope
             )

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.conv2d import checked_geometry, layer_sizes
+from ..ops.conv2d import checked_geometry
+from ..ops.conv2d_kernels import layer_sizes
 from ..ops.geometry import Pair, unflatten
 from ..ops.registry import LIBRARY
 from ..plan import Plan, plan_of

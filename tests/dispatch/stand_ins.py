@@ -16,7 +16,7 @@ from fedpai_kernels.dispatch.candidates import DENSE, Candidate
 from fedpai_kernels.dispatch.chooser import Chooser
 from fedpai_kernels.dispatch.file import TimesFile
 from fedpai_kernels.dispatch.timing import Run
-from fedpai_kernels.ops import conv2d
+from fedpai_kernels.ops import conv2d, conv2d_kernels
 from fedpai_kernels.plan import Plan
 
 
@@ -25,7 +25,9 @@ def _anything(plan: Plan, images: Tensor) -> None:
 
 
 # The CPU's kernels in place of the CUDA kernels, which have the same ops.
-SPARSE = Candidate("sparse", _anything, conv2d._forward_cpu, conv2d._input_grad_cpu, conv2d._weight_grad_cpu)
+SPARSE = Candidate(
+    "sparse", _anything, conv2d_kernels._forward_cpu, conv2d_kernels._input_grad_cpu, conv2d_kernels._weight_grad_cpu
+)
 ABSENT = dataclasses.replace(candidates.BLOCKS, check=lambda plan, images: _refuse())
 
 MACHINE: dict[str, str | int] = {"device": "Stand-in", "capability": "0.0", "torch": "1"}
@@ -78,6 +80,7 @@ def install(monkeypatch: pytest.MonkeyPatch, made: Chooser) -> Chooser:
     monkeypatch.setattr(conv2d, "conv2d_forward", layers.forward)
     monkeypatch.setattr(conv2d, "conv2d_input_grad", layers.input_grad)
     monkeypatch.setattr(conv2d, "conv2d_weight_grad", layers.weight_grad)
+    monkeypatch.setattr(conv2d, "has_backward", lambda t: False)
     return made
 
 

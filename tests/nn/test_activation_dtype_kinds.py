@@ -131,8 +131,9 @@ def test_a_norm_and_a_convolution_keep_one_rounded_input(
     short, stats = kept(x), statistics(x, mean, var, training)
     geometry = y.grad_fn.geometry
     norm = (stats, weight.detach(), bias.detach(), activation.code)
-    dvalues, _ = ops.norm_conv2d_weight_grad(short, *norm, dy, plan.handle, False, geometry, activation.slope)
-    dx = ops.conv2d_input_grad(dy, values.detach(), plan.handle, 6, 7, geometry)
+    dx, dvalues, _ = ops.norm_conv2d_backward(
+        short, *norm, dy, values.detach(), plan.handle, False, geometry, activation.slope
+    )
     affine = ops.batch_norm_backward_(
         dx, short, *norm[1:3], stats, training, activation.code, True, True, activation.slope
     )

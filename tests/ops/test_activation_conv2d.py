@@ -120,7 +120,10 @@ def test_only_what_needs_a_gradient_gets_one(walk: str, wanted: str, name: str, 
 
     complete = some("x weight bias values conv_bias")
     for key, gradient in some(wanted).items():
-        if key in wanted.split():
+        if key == "values" and wanted == "values":
+            # Alone, its sums are added up in another order than beside the gradient of x (docs/numerics.md).
+            torch.testing.assert_close(gradient, complete[key], rtol=1e-5, atol=1e-5)
+        elif key in wanted.split():
             assert torch.equal(gradient, complete[key]), key
         else:
             assert gradient is None, key

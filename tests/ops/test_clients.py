@@ -193,6 +193,7 @@ def test_registered_ops() -> None:
         "conv2d_forward": (x, values, bias, handle, geometry),
         "conv2d_input_grad": (dy, values, handle, *PLAIN.image, geometry),
         "conv2d_weight_grad": (x, dy, handle, True, geometry),
+        "conv2d_backward": (x, dy, values, handle, True, geometry),
     }.items():
         torch.library.opcheck(getattr(torch.ops.fedpai, op), arguments)
 

@@ -59,6 +59,8 @@ def test_opcheck(dtype: torch.dtype, batch: int, layout: str) -> None:
         (ops.conv2d_input_grad.default, (dy, values, plan.handle, 7, 6, GEOMETRY)),
         (ops.conv2d_weight_grad.default, (x, dy, plan.handle, True, GEOMETRY)),
         (ops.conv2d_weight_grad.default, (x, dy, plan.handle, False, GEOMETRY)),
+        (ops.conv2d_backward.default, (x, dy, values, plan.handle, True, GEOMETRY)),
+        (ops.conv2d_backward.default, (x, dy, values, plan.handle, False, GEOMETRY)),
     ):
         torch.library.opcheck(op, arguments)
 

@@ -43,6 +43,18 @@ def test_rounded(case: Conv2dCase, dtype: str, isa: str, walk: str) -> None:
     check_op(case, dtype, isa, regime="rounded")
 
 
+@runs(CONV2D)
+def test_each_gradient_alone(case: Conv2dCase, dtype: str, isa: str, walk: str) -> None:
+    """Another walk may compute both at once; in numbers that are not rounded nobody sees a difference."""
+    numbers = operands(case, dtype, "exact")
+    x, values = numbers.x.clone().requires_grad_(), numbers.values.clone().requires_grad_()
+    both = torch.autograd.grad(case.sparse(x, values, numbers.bias), (x, values), numbers.dy)
+    [dx] = torch.autograd.grad(case.sparse(x, values.detach(), numbers.bias), (x,), numbers.dy)
+    [dvalues] = torch.autograd.grad(case.sparse(x.detach(), values, numbers.bias), (values,), numbers.dy)
+    assert torch.equal(dx, both[0])
+    assert torch.equal(dvalues, both[1])
+
+
 @runs(VARIED)
 def test_every_layout_of_x_and_dy(case: Conv2dCase, dtype: str, isa: str) -> None:
     check_op(case, dtype, isa, x_layouts=tuple(LAYOUTS), dy_layouts=tuple(LAYOUTS))

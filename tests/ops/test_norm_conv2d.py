@@ -203,7 +203,10 @@ def test_only_what_needs_a_gradient_gets_one(walk: str, wanted: str, training: b
 
     complete = some("x weight bias values conv_bias")
     for name, gradient in some(wanted).items():
-        if name in wanted.split():
+        if name == "values" and wanted == "values":
+            # Alone, its sums are added up in another order than beside the gradient of x (docs/numerics.md).
+            torch.testing.assert_close(gradient, complete[name], rtol=1e-6, atol=1e-5)
+        elif name in wanted.split():
             assert torch.equal(gradient, complete[name]), name
         else:
             assert gradient is None, name
@@ -250,6 +253,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
         (ops.batch_norm_statistics.default, (x, 1e-5)),
         (ops.norm_conv2d_forward.default, (*norm, values, conv_bias, PLAN.handle, geometry)),
         (ops.norm_conv2d_weight_grad.default, (*norm, dy, PLAN.handle, True, geometry)),
+        (ops.norm_conv2d_backward.default, (*norm, dy, values, PLAN.handle, True, geometry)),
         (ops.batch_norm_backward_.default, (dh, x, weight, bias, stats, True, True, True, True)),
     ):
         torch.library.opcheck(op, arguments, test_utils=tests)

@@ -40,7 +40,8 @@ template <class T>
 void conv2d_weight_grad(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> x, const NormMap<T>* norm,
                         Images<const T> dy, T* values_grad, T* bias_grad, int threads);
 
-// Both gradients. Where they go by one walk, dy is read once for both.
+// Both gradients. Where they go by one walk (schedule.h), dy is read once for both, and the sums of a weight's gradient have
+// another order than alone.
 template <class T>
 void conv2d_backward(const CompiledPlan& plan, const Conv2dGeometry& geometry, Images<const T> x, const NormMap<T>* norm,
                      Images<const T> dy, const T* values, Images<T> dx, T* values_grad, T* bias_grad, int threads);

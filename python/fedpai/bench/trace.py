@@ -26,7 +26,7 @@ PARTS = {
     "conv forward": OPERATION,
     "conv input-grad": OPERATION,
     "conv weight-grad": OPERATION,
-    "conv backward": OPERATION,  # of dense kernels: both gradients in one
+    "conv backward": OPERATION,  # both gradients in one
     "linear forward": OPERATION,
     "linear input-grad": OPERATION,
     "linear weight-grad": OPERATION,
@@ -151,8 +151,10 @@ _DIRECTIONS = {
     "fedpai::conv2d_forward": "forward",
     "fedpai::conv2d_input_grad": "input-grad",
     "fedpai::conv2d_weight_grad": "weight-grad",
+    "fedpai::conv2d_backward": "backward",
     "fedpai::norm_conv2d_forward": "forward",
     "fedpai::norm_conv2d_weight_grad": "weight-grad",
+    "fedpai::norm_conv2d_backward": "backward",
     "_Forward": "forward",
     "_ForwardBackward": "weight-grad",
     "aten::conv2d": "forward",

@@ -114,6 +114,15 @@ def a_step(thread: int = 1) -> list[Event]:
 LAYERS = [Layer("first", "conv2d"), Layer("second", "linear")]
 
 
+def test_both_gradients_of_one_operation() -> None:
+    apart = {"fedpai::conv2d_input_grad", "fedpai::conv2d_weight_grad"}
+    events = [e for e in a_step(1) if e.name not in apart]
+    events += [Event("fedpai::conv2d_backward", 420, 580), Event("fedpai::norm_conv2d_backward", 710, 790)]
+    time = {key: value.nanoseconds for key, value in take_apart(events, LAYERS).spent.items()}
+    assert time[Key("linear backward", "second")] == 160
+    assert time[Key("conv backward", "first")] == 80
+
+
 @pytest.mark.parametrize("thread", [1, 2])
 def test_parts_of_a_step(thread: int) -> None:
     step = take_apart(a_step(thread), LAYERS)

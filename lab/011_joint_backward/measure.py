@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times both gradients of single layers: one after the other, tiled or as the cost models choose, and in one walk.
 
-    python lab/011_joint_backward/measure.py [--threads 1] [--batch 64] [--densities 0.01,0.02,0.05,0.1,0.2]
+    python lab/011_joint_backward/measure.py [--threads 1] [--batch 64] [--isa avx2]
 """
 
 from __future__ import annotations
@@ -67,10 +67,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--isa", default=fk.isa(), choices=fk.available_isas())
     parser.add_argument("--densities", default="0.01,0.02,0.05,0.1,0.2")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    fk.set_isa(arguments.isa)
     for size in LAYERS:
         i, o, image, kernel, stride = size
         for density in map(float, arguments.densities.split(",")):

@@ -174,6 +174,26 @@ FEDPAI_SUITE(tiling_threads) {
 }
 
 // The forward pass and the weight gradient of one image size have one schedule between them where they would go alike.
+// Both gradients go by one walk where few entries are kept, and threads find channels enough to divide.
+FEDPAI_SUITE(backward_chosen) {
+  const Conv2dGeometry geometry{64, 32, 32, 32, 32, 1, 1, 1, 1, 1, 1};
+  const auto goes_by_one_walk = [&](double density, int threads, bool adjacent) {
+    begin_case("density " + std::to_string(density) + " threads " + std::to_string(threads));
+    std::vector<std::uint8_t> mask(64 * 64 * 9);
+    Random random(5);
+    for (std::uint8_t& bit : mask) bit = random.uniform() < density;
+    const CompiledPlan plan(mask.data(), {64, 64, 3, 3, 1});
+    const SourceStrides strides = adjacent ? SourceStrides{32 * 32 * 64, 32 * 64, 64} : SourceStrides{0, 0, 0};
+    const ScheduleKey key{Direction::kBackward, geometry, 16, 28, 12, 4, adjacent, strides, Walk::kChoose, threads};
+    return choose_schedule(plan.plan, key).streamed();
+  };
+  CHECK(goes_by_one_walk(0.02, 2, true), "few entries");
+  CHECK(goes_by_one_walk(0.02, 32, true), "just enough channels");
+  CHECK(!goes_by_one_walk(0.02, 33, true), "too few channels");
+  CHECK(!goes_by_one_walk(0.9, 2, true), "many entries");
+  CHECK(!goes_by_one_walk(0.02, 2, false), "images that are not adjacent");
+}
+
 FEDPAI_SUITE(schedules_shared) {
   std::vector<std::uint8_t> mask(64 * 64 * 9);
   Random random(5);
@@ -192,7 +212,11 @@ FEDPAI_SUITE(schedules_shared) {
     const auto schedule = plan.schedules.get(plan.plan, forward);
     CHECK(alike == (plan.schedules.get(plan.plan, weight_grad) == schedule), "weight gradient");
     CHECK(alike, "chosen alike");
-    CHECK(plan.schedules.get(plan.plan, key(Direction::kInputGrad, walk, geometry)) != schedule, "input gradient");
+    const auto input_grad = plan.schedules.get(plan.plan, key(Direction::kInputGrad, walk, geometry));
+    CHECK(input_grad != schedule, "input gradient");
+    const auto both = plan.schedules.get(plan.plan, key(Direction::kBackward, walk, geometry));
+    if (walk == Walk::kStreamed) CHECK(both == input_grad, "both gradients go as the input gradient does");
+    else CHECK(std::get<std::vector<TiledPass>>(*both).empty(), "no walk does both by tiles");
     Conv2dGeometry larger = geometry;
     larger.in_h = larger.out_h = 9;
     CHECK(plan.schedules.get(plan.plan, key(Direction::kWeightGrad, walk, larger)) != schedule, "another image");

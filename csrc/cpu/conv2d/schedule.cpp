@@ -26,7 +26,7 @@ std::vector<PassAxes> axes_of(const Plan& plan, const ScheduleKey& key) {
 
 VectorShape vector_of(const ScheduleKey& key) { return {key.lanes, key.accumulators, key.element_size, key.panel}; }
 
-// The better of one direction's walks, by the cost models.
+// Both walks of one direction, as good as they can be, and what the cost models say of them.
 struct Candidates {
   ScheduleChoice streamed, tiled;
   bool can_stream = true;
@@ -73,7 +73,7 @@ ScheduleChoice choose_backward(const Plan& plan, const ScheduleKey& key) {
   Candidates input_grad = candidates_of(plan, other);
   if (!input_grad.can_stream || plan.shape().in_channels() < kChannelsPerThread * key.threads) return {};
   if (key.walk == Walk::kStreamed) return input_grad.streamed;
-  other.direction = Direction::kWeightGrad;
+  other.direction = Direction::kWeightGrad;  // whose tiles have a register or two less, which an estimate does not see
   const double apart = input_grad.cycles() + candidates_of(plan, other).cycles();
   return kBothGradients * input_grad.stream_cycles < apart ? input_grad.streamed : ScheduleChoice{};
 }

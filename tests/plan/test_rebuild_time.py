@@ -41,9 +41,9 @@ def seconds(work: Callable[[], object]) -> float:
         (128, 16, 0.05, 1),
         (256, 8, 0.02, 1),
         (512, 4, 0.02, 1),
-        # 2.4 million weights on four pixels, the most unfavourable layer of VGG19, takes 2.2 ms where a step takes 1.5 to
-        # 1.8 (2.1 while its gradients went by two walks): it misses the goal, which the network as a whole meets. The
-        # bound keeps it from getting worse.
+        # 2.4 million weights on four pixels, the most unfavourable layer of VGG19, takes 2.2 ms where a step takes 1.5
+        # to 1.8 (2.1 while its gradients went by two walks): it misses the goal, which the network as a whole meets.
+        # The bound keeps it from getting worse.
         (512, 2, 0.02, 1.75),
     ],
     ids=str,

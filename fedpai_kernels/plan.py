@@ -129,11 +129,13 @@ class Plan:
             raise ValueError(f"groups: expected an int of at least 1, got {groups!r}")
         if mask.is_meta:
             raise ValueError("mask: expected a tensor with data, got one on the meta device")
-        dense = mask.detach().to("cpu").to_dense().contiguous()
-        if structure != "auto":
-            check(dense, parse(structure) if isinstance(structure, str) else structure, groups)
-        plan = cls.__new__(cls)
-        plan._build(found, tuple(mask.shape), groups, dense)
+        # What is made inside a function that torch.func transforms is wrapped, and has no memory to read.
+        with torch._C._DisableFuncTorch():
+            dense = mask.detach().to("cpu").to_dense().contiguous()
+            if structure != "auto":
+                check(dense, parse(structure) if isinstance(structure, str) else structure, groups)
+            plan = cls.__new__(cls)
+            plan._build(found, tuple(mask.shape), groups, dense)
         return plan
 
     def _build(self, kind: Kind, shape: tuple[int, ...], groups: int, dense: Tensor) -> None:

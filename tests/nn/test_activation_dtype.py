@@ -24,6 +24,7 @@ from fedpai_kernels.nn import (
     SparseConv2d,
     SparseLinear,
 )
+from fedpai_kernels.nn import conv2d as nn_conv2d
 from fedpai_kernels.ops import stored
 from tests.nn.small import fingerprint
 from tests.nn.storing import BF16, MASKED, Network, gradients, images, masks_of, network, saved_by
@@ -261,6 +262,7 @@ def test_checkpoints(use_reentrant: bool) -> None:
 
 
 def test_under_torch_func_activations_stay_as_they_are() -> None:
+    nn_conv2d._full_plan.cache_clear()  # that of the first layer is then made under torch.func
     model, plain = network().eval(), network(None).eval()
 
     def gradient(m: nn.Module) -> dict[str, Tensor]:

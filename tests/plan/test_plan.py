@@ -310,3 +310,15 @@ def test_operands_that_do_not_fit() -> None:
         plan.pack(torch.zeros(4, 3, 9))
     with pytest.raises(ValueError, match=r"^values: expected shape \(108,\), got \(107,\)"):
         plan.unpack(torch.zeros(107))
+
+
+def test_made_while_torch_func_transforms() -> None:
+    mask = torch.rand(4, 3, 3, 3) < 0.5
+    plans = [Plan.from_mask(mask)]
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        plans.append(Plan.from_mask(mask))
+        return x.sin()
+
+    torch.func.grad(function)(torch.tensor(1.0))
+    assert plans[0] == plans[1]

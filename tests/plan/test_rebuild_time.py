@@ -17,7 +17,7 @@ from torch import nn
 import fedpai_kernels
 from fedpai import models, pruning
 from fedpai_kernels import Plan, sparsify_, to_batch_last
-from fedpai_kernels.ops import sparse_conv2d
+from fedpai_kernels.ops import conv2d, sparse_conv2d
 
 pytestmark = pytest.mark.alone
 
@@ -41,10 +41,10 @@ def seconds(work: Callable[[], object]) -> float:
         (128, 16, 0.05, 1),
         (256, 8, 0.02, 1),
         (512, 4, 0.02, 1),
-        # 2.4 million weights on four pixels, the most unfavourable layer of VGG19, takes 2.2 ms where a step takes 1.5
-        # to 1.8 (2.1 while its gradients went by two walks): it misses the goal, which the network as a whole meets.
-        # The bound keeps it from getting worse.
-        (512, 2, 0.02, 1.75),
+        # 2.4 million weights on four pixels, the most unfavourable layer of VGG19, misses the goal, which the network
+        # as a whole meets: 2.2 ms, where a step takes 1.5 to 1.8, or 2.1 when its gradients go by two walks. The bound
+        # keeps it from getting worse, in steps of the latter kind, by which it was set.
+        (512, 2, 0.02, 1.25),
     ],
     ids=str,
 )
@@ -55,6 +55,7 @@ def test_rebuild_is_cheaper_than_a_step(
     density: float,
     steps: float,
     set_threads: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_threads(1)
     if steps > 1 and "avx2" in fedpai_kernels.available_isas():
@@ -68,21 +69,27 @@ def test_rebuild_is_cheaper_than_a_step(
     def step(plan: Plan, values: torch.Tensor) -> None:
         sparse_conv2d(x, values, plan, None, padding=1).backward(dy)
 
-    def first_and_second_step() -> tuple[float, float, float]:
+    def first_and_second_step() -> tuple[float, float, float, float]:
         mask = torch.rand(channels, channels, 3, 3) < density
         built: list[Plan] = []
         compile_time = seconds(lambda: built.append(Plan.from_mask(mask)))
         values = torch.randn(built[0].nnz, requires_grad=True)
-        first = seconds(lambda: step(built[0], values))  # builds the schedules of three directions
-        return compile_time, first, min(seconds(lambda: step(built[0], values)) for _ in range(2))
+        first = seconds(lambda: step(built[0], values))  # builds the schedules of all directions
+        later = min(seconds(lambda: step(built[0], values)) for _ in range(2))
+        with monkeypatch.context() as patch:
+            if steps > 1:
+                patch.setattr(conv2d, "has_backward", lambda t: False)
+                step(built[0], values)
+            yardstick = min(seconds(lambda: step(built[0], values)) for _ in range(2))
+        return compile_time, first, later, yardstick
 
     first_and_second_step()
-    rounds: list[tuple[float, float, float]] = []
+    rounds: list[tuple[float, float, float, float]] = []
     end = time.monotonic() + SECONDS
     while len(rounds) < ROUNDS or time.monotonic() < end:
         rounds.append(first_and_second_step())
-    compiled, firsts, later = zip(*rounds, strict=True)
-    rebuild, step_time = min(compiled) + min(firsts) - min(later), min(later)
+    compiled, firsts, later, yardsticks = zip(*rounds, strict=True)
+    rebuild, step_time = min(compiled) + min(firsts) - min(later), min(yardsticks)
     assert rebuild < steps * step_time, f"rebuilding takes {rebuild * 1e3:.2f} ms, a step {step_time * 1e3:.2f} ms"
 
 
